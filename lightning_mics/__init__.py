@@ -1,0 +1,64 @@
+"""MiCS for PyTorch Lightning and plain PyTorch: shard within a partition group, replicate across groups.
+
+Names are imported when first used, so that a user of one front-end does not pay for another.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "ClusterTopology": "topology",
+    "CommLedger": "metrics",
+    "GroupLayout": "topology",
+    "Hop": "metrics",
+    "MiCSConfig": "config",
+    "MiCSConfigError": "errors",
+    "MiCSError": "errors",
+    "MiCSMonitor": "strategies.monitor",
+    "MiCSStrategy": "strategies.trainer",
+    "SelfCheckError": "errors",
+    "Traffic": "metrics",
+    "UnsyncedGradientsError": "errors",
+    "clip_grad_norm_": "sharding",
+    "communication_ledger": "sharding",
+    "consolidate": "checkpoint",
+    "defer_replication_sync": "grad_sync",
+    "load_checkpoint": "checkpoint",
+    "mics_shard": "sharding",
+    "save_checkpoint": "checkpoint",
+    "sync_gradients": "grad_sync",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+if TYPE_CHECKING:
+    from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint
+    from lightning_mics.config import MiCSConfig
+    from lightning_mics.errors import (
+        CheckpointError,
+        MiCSConfigError,
+        MiCSError,
+        SelfCheckError,
+        UnsyncedGradientsError,
+    )
+    from lightning_mics.grad_sync import defer_replication_sync, sync_gradients
+    from lightning_mics.metrics import CommLedger, Hop, Traffic
+    from lightning_mics.sharding import clip_grad_norm_, communication_ledger, mics_shard
+    from lightning_mics.strategies.monitor import MiCSMonitor
+    from lightning_mics.strategies.trainer import MiCSStrategy
+    from lightning_mics.topology import ClusterTopology, GroupLayout
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

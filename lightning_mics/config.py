@@ -1,0 +1,178 @@
+"""The one place where settings are named, checked and given defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.topology import ShardSize, _check_positive_int
+
+Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "16": torch.float16,
+    "float64": torch.float64,
+}
+_ENV_PREFIX = "MICS_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiCSConfig:
+    """How a model is sharded, gathered and synchronised.
+
+    Attributes:
+        shard_size: Ranks in a partition group: a number, ``"node"`` (all ranks of a node) or ``"world"`` (all ranks,
+            which is plain full sharding). The smallest size whose shards fit into memory communicates least.
+        node_size: Ranks on a node. ``None`` asks the launcher's variables, then the host names.
+        hierarchical: Whether collectives of a partition that spans nodes run in two stages, across nodes and inside
+            them. ``"auto"`` does so wherever a partition spans nodes.
+        wrap: What becomes an FSDP unit (parameters that are gathered together): ``"auto"``, one or several module
+            classes or class names, or a function that takes a module and returns whether it is a unit.
+        reshard_after_forward: Whether units are freed between forward and backward. ``None`` frees all but the root.
+        param_dtype: Dtype in which parameters are gathered and computed with; ``None`` keeps their own.
+        reduce_dtype: Dtype of gradient reduction and of the accumulation over microsteps; ``None`` keeps the
+            gradient's own. The default ``float32`` keeps long accumulation windows exact.
+        output_dtype: Dtype to which the root's floating-point outputs are cast; ``None`` leaves them.
+        cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``.
+        activation_checkpointing: Whether units recompute their activations in the backward pass.
+        cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
+        verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas).
+            It costs a few passes over the local shard and a handful of small messages, once.
+
+    Raises:
+        MiCSConfigError: If a value has the wrong type or range.
+    """
+
+    shard_size: ShardSize = "node"
+    node_size: int | None = None
+    hierarchical: bool | Literal["auto"] = "auto"
+    wrap: Wrap = "auto"
+    reshard_after_forward: bool | None = None
+    param_dtype: torch.dtype | str | None = None
+    reduce_dtype: torch.dtype | str | None = torch.float32
+    output_dtype: torch.dtype | str | None = None
+    cast_forward_inputs: bool = True
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_shard_size()
+        if self.node_size is not None:
+            _check_positive_int("node_size", self.node_size, 8)
+        if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":
+            raise MiCSConfigError(f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.")
+        if self.reshard_after_forward is not None:
+            self._check_bool("reshard_after_forward", "None, True or False")
+        for name in ("cast_forward_inputs", "activation_checkpointing", "cpu_offload", "verify"):
+            self._check_bool(name, "True or False")
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+            object.__setattr__(self, name, _parse_dtype(name, getattr(self, name)))
+        self._check_wrap()
+
+    def _check_bool(self, name: str, works: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            raise MiCSConfigError(f"{name}={getattr(self, name)!r} is not a switch. Values that work: {works}.")
+
+    def _check_shard_size(self) -> None:
+        if isinstance(self.shard_size, str):
+            if self.shard_size not in ("node", "world"):
+                raise MiCSConfigError(
+                    f"shard_size={self.shard_size!r} is not a known word. Values that work: a whole number such as 8, "
+                    "'node' or 'world'."
+                )
+            return
+        _check_positive_int("shard_size", self.shard_size, 8)
+
+    def _check_wrap(self) -> None:
+        entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
+        if isinstance(entries, Sequence) and entries:
+            for entry in entries:
+                is_class = isinstance(entry, type) and issubclass(entry, torch.nn.Module)
+                if not (isinstance(entry, str) or is_class or (callable(entry) and not isinstance(entry, type))):
+                    break
+            else:
+                return
+        raise MiCSConfigError(
+            f"wrap={self.wrap!r} is not usable. Values that work: 'auto', a module class, a class name, a list of "
+            "those, or a function that takes a module and returns True for a unit."
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MiCSConfig:
+        """Builds a config from a mapping of setting names to values.
+
+        Raises:
+            MiCSConfigError: If a name is unknown (the nearest known one is suggested) or a value is wrong.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Known settings: {', '.join(known)}."
+                raise MiCSConfigError(f"Unknown MiCS setting {name!r}. {hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> MiCSConfig:
+        """Reads a config from a YAML file of ``setting: value`` lines.
+
+        Raises:
+            MiCSConfigError: If the file is not a mapping, or a setting in it is wrong.
+        """
+        values = yaml.safe_load(Path(path).read_text())
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise MiCSConfigError(f"{path} must hold lines like 'shard_size: 8', not a {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **explicit: Any) -> MiCSConfig:
+        """Reads ``MICS_SHARD_SIZE``, ``MICS_HIERARCHICAL`` and so on; explicit arguments always win.
+
+        Args:
+            environ: The variables to read; ``os.environ`` by default.
+            **explicit: Settings that override the variables.
+
+        Raises:
+            MiCSConfigError: If a value is wrong.
+        """
+        environ = os.environ if environ is None else environ
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = {
+            name: yaml.safe_load(environ[_ENV_PREFIX + name.upper()])
+            for name in known
+            if _ENV_PREFIX + name.upper() in environ
+        }
+        return cls.from_dict({**found, **explicit})
+
+    def replace(self, **changes: Any) -> MiCSConfig:
+        """Returns a copy with some settings changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def _parse_dtype(name: str, value: torch.dtype | str | int | None) -> torch.dtype | None:
+    if value is None:
+        return None
+    dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
+    if dtype is None or not dtype.is_floating_point:
+        raise MiCSConfigError(
+            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', 'float16'."
+        )
+    return dtype

@@ -1,0 +1,26 @@
+"""The errors a user can meet.
+
+Each message names the setting, the numbers involved, and a value or a step that would work.
+"""
+
+from __future__ import annotations
+
+
+class MiCSError(Exception):
+    """Base class of every error that lightning-mics raises on purpose."""
+
+
+class MiCSConfigError(MiCSError, ValueError):
+    """A setting cannot work on this cluster or with this model."""
+
+
+class CheckpointError(MiCSError, ValueError):
+    """A checkpoint is missing, half-written, corrupt or not ours."""
+
+
+class SelfCheckError(MiCSError, RuntimeError):
+    """Training did not do what the configuration asked for."""
+
+
+class UnsyncedGradientsError(MiCSError, RuntimeError):
+    """An optimizer was about to step on gradients that the replicas have not exchanged yet."""
