@@ -1,0 +1,151 @@
+"""Every private or version-dependent name of PyTorch that the package touches, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+__all__ = [
+    "AllGather",
+    "ReduceScatter",
+    "UnitParam",
+    "all_gather_single",
+    "batched",
+    "current_backward_id",
+    "is_premul_sum",
+    "queue_backward_callback",
+    "reduce_scatter_single",
+    "unit_param_groups",
+    "wrap_post_backward",
+]
+
+# torch 2.13 renamed the single-tensor collectives and deprecated the old names.
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context that launches the collectives inside it at once, where the backend can (gloo cannot)."""
+    if device.type != "cuda":
+        return nullcontext()
+    return dist._coalescing_manager(group=group, device=device)
+
+
+def is_premul_sum(op: object) -> bool:
+    """Returns whether ``op`` scales its input before summing (a custom gradient divide factor on NCCL)."""
+    return not isinstance(op, dist.ReduceOp.RedOpType) and op == dist.ReduceOp.PREMUL_SUM
+
+
+def current_backward_id() -> int:
+    """Returns a number that names the backward pass in progress."""
+    return torch._C._current_graph_task_id()
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Runs ``callback`` after the backward pass that is in progress, behind callbacks queued before it."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+class UnitParam:
+    """One parameter of an FSDP unit, seen from outside FSDP2."""
+
+    def __init__(self, fsdp_param: Any) -> None:
+        self._fsdp_param = fsdp_param
+
+    @property
+    def sharded(self) -> nn.Parameter:
+        """The sharded parameter, a DTensor that the optimizer owns."""
+        return self._fsdp_param.sharded_param
+
+    @property
+    def name(self) -> str:
+        """Its name in the root module; known after the first forward pass."""
+        return self._fsdp_param._param_fqn or self._fsdp_param._module_info.param_name
+
+    @property
+    def padded_shard_numel(self) -> int:
+        """Elements that the shard takes in the reduce-scatter output, padding of uneven shards included."""
+        return self._fsdp_param.padded_sharded_param_size.numel()
+
+    @property
+    def local_shape(self) -> torch.Size:
+        """Shape of this rank's shard."""
+        return self._fsdp_param.sharded_size
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the parameter was ever gathered."""
+        return hasattr(self._fsdp_param, "_unsharded_param")
+
+    @property
+    def has_unsharded_grad(self) -> bool:
+        """Whether autograd left an unsharded gradient that was not reduced yet."""
+        if not self.has_run:
+            return False
+        return self._fsdp_param._unsharded_param.grad is not None or (
+            self._fsdp_param.unsharded_accumulated_grad is not None
+        )
+
+    def fill_zero_grad(self) -> None:
+        """Gives the gathered parameter a zero gradient, so that every rank reduces the same set of parameters."""
+        unsharded = self._fsdp_param._unsharded_param
+        unsharded.grad = torch.zeros_like(unsharded)
+
+    def set_local_grad(self, local: Tensor) -> None:
+        """Makes ``local`` (the shard's shape) the gradient of the sharded parameter."""
+        self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
+
+
+class UnitParamGroup:
+    """The parameters that one FSDP unit gathers and reduces together, seen from outside FSDP2."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.params = [UnitParam(param) for param in group.fsdp_params]
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the unit communicates."""
+        return self._group.device
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether the unit reduces gradients in backward (``False`` under ``set_requires_gradient_sync(False)``)."""
+        return self._group.reduce_grads
+
+    @contextmanager
+    def reduce_stream(self) -> Iterator[None]:
+        """Runs device work on the stream where the unit's sharded gradients are made."""
+        context = self._group.comm_ctx
+        with context.device_handle.stream(context.reduce_scatter_stream):
+            yield
+
+    def wait_reduce_stream(self) -> None:
+        """Makes the current stream wait for the work that :meth:`reduce_stream` launched."""
+        context = self._group.comm_ctx
+        context.device_handle.current_stream().wait_stream(context.reduce_scatter_stream)
+
+
+def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
+    """Returns the parameter groups of an FSDP module (none if all its parameters belong to nested units)."""
+    assert isinstance(module, FSDPModule)
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch < 2.12 has at most one group a module
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return [UnitParamGroup(group) for group in groups]
+
+
+def wrap_post_backward(group: UnitParamGroup, around: Callable[[Callable[[], None]], None]) -> None:
+    """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
+    inner = group._group
+    reduce = inner.post_backward
+    inner.post_backward = lambda *unused: around(reduce)

@@ -1,0 +1,180 @@
+"""Counting what crosses which link.
+
+The unit of account is one node: bytes are those that all ranks of this rank's node send in ring collectives, split into
+what stays inside the node (intra) and what leaves it (inter). For a message of ``M`` bytes (the gathered unit), a
+partition of ``p = g * k`` ranks (``g`` nodes, ``k`` ranks each) and ``c`` partition groups on the node:
+
+====================================  =========================  ==============================
+collective                            leaves the node            stays inside
+====================================  =========================  ==============================
+flat gather or reduce-scatter, g = 1  0                          ``c * (p-1) * M``
+flat gather or reduce-scatter, g > 1  ``(p-1)/p * M``            ``(k-1) * (p-1)/p * M``
+hierarchical                          ``(p-k)/p * M``            ``(k-1) * M``
+====================================  =========================  ==============================
+
+The factors ``(p-1)/p`` and ``(p-k)/p`` are those of the MiCS paper (Zhang et al., VLDB 2023, section 3.3). The
+replication all-reduce is a ring over ``r`` replicas, in which each rank sends ``2 (r-1)/r`` of its shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+
+from lightning_mics.topology import GroupLayout
+
+
+class Hop(str, Enum):
+    """The kinds of communication of a training step."""
+
+    PARTITION_GATHER = "partition gather"
+    PARTITION_REDUCE = "partition reduce"
+    REPLICATION_REDUCE = "replication reduce"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A count of calls and bytes.
+
+    Attributes:
+        calls: Number of collectives that this rank took part in.
+        message_bytes: Sum of message sizes: the gathered unit for partition hops, the shard for the replication hop.
+        intra_bytes: Bytes sent inside this rank's node, by all ranks of the node.
+        inter_bytes: Bytes that left this rank's node, from all ranks of the node.
+    """
+
+    calls: int = 0
+    message_bytes: int = 0
+    intra_bytes: int = 0
+    inter_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.calls + other.calls,
+            self.message_bytes + other.message_bytes,
+            self.intra_bytes + other.intra_bytes,
+            self.inter_bytes + other.inter_bytes,
+        )
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.calls - other.calls,
+            self.message_bytes - other.message_bytes,
+            self.intra_bytes - other.intra_bytes,
+            self.inter_bytes - other.inter_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class LinkShare:
+    """Bytes per byte of message that one node sends inside and out of itself."""
+
+    intra: Fraction
+    inter: Fraction
+
+
+def partition_share(layout: GroupLayout, hierarchical: bool) -> LinkShare:
+    """Returns the link share of a gather or reduce-scatter over a partition group (see the module's table)."""
+    p, k = layout.shard_size, layout.local_size
+    groups_on_node = layout.topology.node_size // k
+    if not layout.spans_nodes:
+        return LinkShare(Fraction(groups_on_node * (p - 1)), Fraction(0))
+    if hierarchical:
+        return LinkShare(Fraction(k - 1), Fraction(p - k, p))
+    return LinkShare(Fraction((k - 1) * (p - 1), p), Fraction(p - 1, p))
+
+
+def replication_share(layout: GroupLayout) -> LinkShare:
+    """Returns the link share of the all-reduce over a replication group; its message is one rank's shard."""
+    r, node_size = layout.num_replicas, layout.topology.node_size
+    groups_on_node = layout.local_size
+    members_on_node = node_size // groups_on_node
+    sent = Fraction(2 * (r - 1), r) * groups_on_node
+    leaving = 1 if layout.topology.num_nodes > 1 and r > members_on_node else 0
+    return LinkShare(sent * (members_on_node - leaving), sent * leaving)
+
+
+class CommLedger:
+    """Totals of communication per FSDP unit and hop, kept by the collectives themselves.
+
+    A record is a few integer operations, cheap enough to stay on for every collective.
+    """
+
+    def __init__(self, layout: GroupLayout) -> None:
+        self.layout = layout
+        self._shares = {
+            (Hop.PARTITION_GATHER, False): partition_share(layout, False),
+            (Hop.PARTITION_GATHER, True): partition_share(layout, True),
+            (Hop.PARTITION_REDUCE, False): partition_share(layout, False),
+            (Hop.PARTITION_REDUCE, True): partition_share(layout, True),
+            (Hop.REPLICATION_REDUCE, False): replication_share(layout),
+        }
+        self._totals: dict[tuple[str, Hop], list[int]] = {}
+
+    def record(self, unit: str, hop: Hop, message_bytes: int, *, hierarchical: bool = False) -> None:
+        """Adds one collective.
+
+        Args:
+            unit: Name of the FSDP unit.
+            hop: What kind of communication it was.
+            message_bytes: Size of the message, as :class:`Traffic` defines it.
+            hierarchical: Whether it ran in two stages.
+        """
+        share = self._shares[hop, hierarchical]
+        total = self._totals.get((unit, hop))
+        if total is None:
+            total = self._totals[unit, hop] = [0, 0, 0, 0]
+        total[0] += 1
+        total[1] += message_bytes
+        total[2] += message_bytes * share.intra.numerator // share.intra.denominator
+        total[3] += message_bytes * share.inter.numerator // share.inter.denominator
+
+    def __iter__(self) -> Iterator[tuple[str, Hop, Traffic]]:
+        for (unit, hop), total in self._totals.items():
+            yield unit, hop, Traffic(*total)
+
+    def total(self, hop: Hop | None = None, unit: str | None = None) -> Traffic:
+        """Returns the sum over all hops and units, or over those of one hop, one unit or both."""
+        chosen = (traffic for u, h, traffic in self if hop in (None, h) and unit in (None, u))
+        return sum(chosen, Traffic())
+
+    def by_hop(self) -> dict[Hop, Traffic]:
+        """Returns the total of each hop."""
+        return {hop: self.total(hop) for hop in Hop}
+
+    def units(self) -> list[str]:
+        """Returns the names of units that communicated, in order of their first collective."""
+        return list(dict.fromkeys(unit for unit, _, _ in self))
+
+    def reset(self) -> None:
+        """Starts counting from zero."""
+        self._totals.clear()
+
+    def full_sharding_inter_bytes(self) -> int:
+        """Returns the bytes that would have left this node had the model been sharded over the whole world.
+
+        The same gathers and reduce-scatters as counted here, as flat rings over all ranks and no replication hop:
+        what ZeRO-3 or FSDP over the world sends for the same steps.
+        """
+        topology = self.layout.topology
+        share = partition_share(topology.layout("world"), False)
+        message_bytes = self.total(Hop.PARTITION_GATHER).message_bytes + self.total(Hop.PARTITION_REDUCE).message_bytes
+        return int(message_bytes * share.inter)
+
+    def __str__(self) -> str:
+        lines = [f"{'hop':<20}{'calls':>8}{'inside node':>14}{'out of node':>14}"]
+        for hop, traffic in self.by_hop().items():
+            inside, outside = format_bytes(traffic.intra_bytes), format_bytes(traffic.inter_bytes)
+            lines.append(f"{hop.value:<20}{traffic.calls:>8}{inside:>14}{outside:>14}")
+        return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Returns a byte count as people read it, for example ``'1.5 MiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
