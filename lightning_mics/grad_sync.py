@@ -1,0 +1,461 @@
+"""The two hops of gradient synchronisation.
+
+Hop one, the reduce-scatter inside the partition group, is FSDP2's: it runs in every microstep and accumulates sharded
+gradients in ``.grad``. Hop two, the all-reduce over the replication group, is ours: it runs once a window, in the
+backward pass of the last microstep, and overlaps with it.
+
+Invariants:
+
+- Replicas launch hop two in one fixed order of units, so that two replicas whose data takes different paths through
+  the model can never pair up different units. A unit launches when all units before it have; what is left launches
+  at the end of the backward pass.
+- The all-reduce averages. Averaging values that are equal already changes nothing, so a second backward pass in the
+  same window, or a unit that gets another contribution after its launch, only needs another all-reduce.
+- Every trainable parameter takes part in every reduction, with zeros where this rank did not use it. At the end of
+  the window the ranks agree on what was used anywhere; what was not gets ``.grad is None`` again, as on one process
+  (an optimizer must not apply momentum or weight decay to it).
+- A window that ends in ``optimizer.zero_grad()`` instead of a synchronisation leaves nothing behind: a ``.grad`` of
+  ``None`` starts a new window.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lightning_mics._compat import (
+    UnitParam,
+    UnitParamGroup,
+    current_backward_id,
+    queue_backward_callback,
+    wrap_post_backward,
+)
+from lightning_mics.errors import MiCSError, SelfCheckError, UnsyncedGradientsError
+from lightning_mics.metrics import CommLedger, Hop
+
+if TYPE_CHECKING:
+    from lightning_mics.mesh import MiCSMesh
+    from lightning_mics.verify import SelfCheck
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+class UnitGradients:
+    """The sharded gradients of one FSDP unit, as one flat buffer.
+
+    The buffer has FSDP2's own layout of a reduce-scatter output: the shards one behind another, each padded. Ranks of
+    a replication group hold the same shards, so their buffers have the same size whatever happened before.
+
+    Args:
+        name: The unit's name in the root module.
+        group: Its parameters.
+        reduce_dtype: Dtype of the replication all-reduce; ``None`` keeps the gradients' own.
+    """
+
+    def __init__(self, name: str, group: UnitParamGroup, reduce_dtype: torch.dtype | None) -> None:
+        self.name = name
+        self.group = group
+        self.used = [False] * len(group.params)
+        self.num_reductions = 0
+        self.launched = False
+        self.needs_relaunch = False
+        self._born = [False] * len(group.params)
+        self._reduce_dtype = reduce_dtype
+        self._accumulator: Tensor | None = None
+        self._accumulated: list[UnitParam] = []
+        self._work: dist.Work | None = None
+        self._in_flight: Tensor | None = None
+
+    @property
+    def trainable(self) -> list[UnitParam]:
+        """Parameters that want gradients at the moment."""
+        return [param for param in self.group.params if param.sharded.requires_grad]
+
+    def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
+        """Runs hop one for this unit, noting what was used and giving zeros to what was not."""
+        for index, param in enumerate(self.group.params):
+            if not param.sharded.requires_grad or not param.has_run:
+                continue
+            if param.sharded.grad is None:
+                self._born[index], self.used[index] = True, False
+            if param.has_unsharded_grad:
+                self.used[index] = True
+            else:
+                param.fill_zero_grad()
+        params = self.trainable
+        runs = bool(params) and params[0].has_run
+        self.num_reductions += runs
+        if runs and self._keeps_accumulator(params, deferring):
+            self._reduce_exactly(params, reduce_scatter)
+        else:
+            reduce_scatter()
+
+    def _keeps_accumulator(self, params: list[UnitParam], deferring: bool) -> bool:
+        if params[0].sharded.grad is None or params != self._accumulated:
+            self._accumulator = None
+        if self._accumulator is not None:
+            return True
+        sharded = params[0].sharded
+        is_offloaded = sharded.device.type != self.group.device.type
+        is_lossy = self._reduce_dtype is not None and self._reduce_dtype.itemsize > sharded.dtype.itemsize
+        return deferring and is_lossy and not is_offloaded
+
+    def _reduce_exactly(self, params: list[UnitParam], reduce_scatter: Callable[[], None]) -> None:
+        """Accumulates in ``reduce_dtype``: sums of low-precision gradients lose more with every microstep."""
+        earlier = [param.sharded.grad for param in params]
+        for param in params:
+            param.sharded.grad = None
+        reduce_scatter()
+        with self.group.reduce_stream():
+            if self._accumulator is None:
+                self._accumulated = params
+                self._accumulator = self._flat(params).to(self._reduce_dtype, copy=True)
+                self._add(params, earlier)
+            else:
+                self._accumulator += self._flat(params)
+            self._write_back(params, self._accumulator)
+
+    def _add(self, params: list[UnitParam], grads: list[Tensor | None]) -> None:
+        assert self._accumulator is not None
+        for param, grad, place in zip(params, grads, self._places(params, self._accumulator), strict=True):
+            if grad is not None:
+                place += _local(grad)
+
+    def launch(self, replication_group: dist.ProcessGroup) -> int:
+        """Starts hop two; returns the bytes of its message."""
+        params = self.trainable
+        self._fill_missing(params)
+        with self.group.reduce_stream():
+            flat = self._accumulator if self._accumulator is not None else self._flat(params)
+            dtype = self._reduce_dtype or flat.dtype
+            self._in_flight = flat.to(device=self.group.device, dtype=dtype)
+            self._work = dist.all_reduce(self._in_flight, op=dist.ReduceOp.AVG, group=replication_group, async_op=True)
+        self.launched = True
+        return self._in_flight.nbytes
+
+    def wait(self) -> None:
+        """Waits for hop two and puts the result into the gradients."""
+        if self._work is None or self._in_flight is None:
+            return
+        params = self.trainable
+        with self.group.reduce_stream():
+            self._work.wait()
+            self._write_back(params, self._in_flight)
+            if self._accumulator is not None:
+                self._accumulator.copy_(self._in_flight)
+        self._work = self._in_flight = None
+
+    def finish(self, used_anywhere: list[bool]) -> None:
+        """Ends the window: parameters that no rank used get no gradient, as on one process."""
+        for index, param in enumerate(self.group.params):
+            if self._born[index] and not used_anywhere[index]:
+                param.sharded.grad = None
+        self.used = [False] * len(self.used)
+        self._born = [False] * len(self._born)
+        self._accumulator = None
+
+    def _fill_missing(self, params: list[UnitParam]) -> None:
+        for param in params:
+            if param.sharded.grad is None:
+                param.set_local_grad(torch.zeros_like(_local(param.sharded)))
+                self._born[self.group.params.index(param)] = True
+
+    def _places(self, params: list[UnitParam], flat: Tensor) -> Iterator[Tensor]:
+        offset = 0
+        for param in params:
+            shape = param.local_shape
+            yield flat[offset : offset + shape.numel()].view(shape)
+            offset += param.padded_shard_numel
+
+    def _flat(self, params: list[UnitParam]) -> Tensor:
+        """Returns the gradients as one buffer: the one FSDP2 made them views of, or else a copy."""
+        locals_ = [_local(param.sharded.grad) for param in params]
+        storage = locals_[0].untyped_storage()
+        offset = start = locals_[0].storage_offset()
+        is_one_buffer = True
+        for param, local in zip(params, locals_, strict=True):
+            same = local.untyped_storage().data_ptr() == storage.data_ptr() and local.dtype == locals_[0].dtype
+            if not same or local.storage_offset() != offset or not local.is_contiguous():
+                is_one_buffer = False
+            offset += param.padded_shard_numel
+        size = offset - start
+        if is_one_buffer and storage.nbytes() >= offset * locals_[0].element_size():
+            return locals_[0].as_strided((size,), (1,), start)
+        flat = torch.zeros(size, dtype=locals_[0].dtype, device=locals_[0].device)
+        for place, local in zip(self._places(params, flat), locals_, strict=True):
+            place.copy_(local)
+        return flat
+
+    def _write_back(self, params: list[UnitParam], flat: Tensor) -> None:
+        for param, place in zip(params, self._places(params, flat), strict=True):
+            local = _local(param.sharded.grad)
+            if local.data_ptr() != place.data_ptr():
+                local.copy_(place)
+
+
+class ReplicationSync:
+    """Runs hop two for all units of one model and keeps the window's books.
+
+    Args:
+        mesh: The groups.
+        units: ``(name, parameters)`` of each FSDP unit, root first.
+        reduce_dtype: Dtype of the replication all-reduce; ``None`` keeps the gradients' own.
+        ledger: Where collectives are recorded.
+        overlap: Whether hop two may start during the backward pass (not with gradients in host memory).
+        self_check: Watches the first window, if given.
+    """
+
+    def __init__(
+        self,
+        mesh: MiCSMesh,
+        units: Iterable[tuple[str, UnitParamGroup]],
+        reduce_dtype: torch.dtype | None,
+        ledger: CommLedger,
+        *,
+        overlap: bool,
+        self_check: SelfCheck | None,
+    ) -> None:
+        self.deferring = False
+        self.pending = False
+        self.num_microsteps = 0
+        self._mesh = mesh
+        self._ledger = ledger
+        self._overlap = overlap
+        self._self_check = self_check
+        self._backward_id: int | None = None
+        self._ready: set[UnitGradients] = set()
+        self._next = 0
+        self._order_hash = 0
+        # Backward reaches the last unit first and the root, which holds what is left, at its end.
+        self.units = [UnitGradients(name, group, reduce_dtype) for name, group in units][::-1]
+        for unit in self.units:
+            wrap_post_backward(unit.group, self._around(unit))
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether there is a second hop at all."""
+        return self._mesh.layout.num_replicas > 1
+
+    def note_collective(self, unit_index: int, kind: int) -> None:
+        """Folds a partition collective into the fingerprint of this rank's order of collectives."""
+        self._order_hash = (self._order_hash * 1_000_003 + unit_index * 2 + kind + 1) & 0xFFFFFFFF
+
+    def _around(self, unit: UnitGradients) -> Callable[[Callable[[], None]], None]:
+        def around(reduce_scatter: Callable[[], None]) -> None:
+            self._begin_backward()
+            if not unit.group.reduces_gradients:
+                raise MiCSError(
+                    "Gradient synchronisation was switched off with set_requires_gradient_sync(False), which keeps "
+                    "whole unsharded gradients. Use lightning_mics.defer_replication_sync(model) instead."
+                )
+            if unit.launched:
+                unit.wait()
+                unit.needs_relaunch = True
+            unit.reduce(reduce_scatter, deferring=self.deferring)
+            if self._overlap and self.has_replicas and not self.deferring:
+                self._launch_ready(unit)
+
+        return around
+
+    def _launch_ready(self, unit: UnitGradients) -> None:
+        """Launches units as they come, but never out of order."""
+        self._ready.add(unit)
+        while self._next < len(self.units) and self.units[self._next] in self._ready:
+            self._launch(self.units[self._next])
+            self._next += 1
+
+    def _launch(self, unit: UnitGradients) -> None:
+        if unit.trainable:
+            message_bytes = unit.launch(self._mesh.replication_group)
+            self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
+
+    def _begin_backward(self) -> None:
+        """Recognises a new backward pass, also where the one before died of an exception."""
+        backward_id = current_backward_id()
+        if backward_id == self._backward_id:
+            return
+        self._backward_id = backward_id
+        self._forget_launches()
+        self.pending = True
+        queue_backward_callback(self._end_of_backward)
+
+    def _forget_launches(self) -> None:
+        for unit in self.units:
+            unit.wait()
+            unit.launched = unit.needs_relaunch = False
+        self._ready.clear()
+        self._next = 0
+
+    def _end_of_backward(self) -> None:
+        self._backward_id = None
+        self.num_microsteps += 1
+        if self.deferring:
+            self.units[0].group.wait_reduce_stream()
+            if self._self_check is not None:
+                self._self_check.after_microstep(self)
+        else:
+            self.synchronize()
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Ends the window: runs what is left of hop two. Collective over the world.
+
+        Raises:
+            SelfCheckError: If ranks of a partition group ran their collectives in different order.
+        """
+        if self.has_replicas:
+            for unit in self.units[self._next :]:
+                self._launch(unit)
+        used, relaunch = self._agree()
+        for unit in self.units:
+            unit.wait()
+        for unit, again in zip(self.units, relaunch, strict=True):
+            if again and self.has_replicas:
+                self._launch(unit)
+                unit.wait()
+        for unit in self.units:
+            unit.finish([used.pop(0) for _ in unit.group.params])
+        self.units[0].group.wait_reduce_stream()
+        self.pending = False
+        if self._self_check is not None and self._self_check.after_window(self):
+            self._self_check = None
+        self._forget_launches()
+        self.num_microsteps = 0
+        for unit in self.units:
+            unit.num_reductions = 0
+
+    def _agree(self) -> tuple[list[bool], list[bool]]:
+        """Exchanges, in one small message: parameters used anywhere, units to reduce again, order of collectives."""
+        layout, rank = self._mesh.layout, dist.get_rank()
+        used = [flag for unit in self.units for flag in unit.used]
+        relaunch = [unit.needs_relaunch for unit in self.units]
+        order = self._order_hash.to_bytes(4, "big")
+        slots = bytearray(8 * layout.num_replicas)
+        mine = 8 * layout.replica_of(rank)
+        # The maximum of a byte and of its complement add up to 255 only if all ranks of the partition sent one byte.
+        slots[mine : mine + 8] = order + bytes(255 - byte for byte in order)
+        message = torch.tensor([*used, *relaunch, *slots], dtype=torch.uint8).to(self.units[0].group.device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        answer = message.tolist()
+        self._order_hash = 0
+        self._check_order(answer[-len(slots) :])
+        flags = [bool(value) for value in answer[: len(used) + len(relaunch)]]
+        return flags[: len(used)], flags[len(used) :]
+
+    def _check_order(self, slots: list[int]) -> None:
+        for replica, group in enumerate(self._mesh.layout.partition_groups):
+            slot = slots[8 * replica : 8 * replica + 8]
+            if any(high + low != 255 for high, low in zip(slot[:4], slot[4:], strict=True)):
+                raise SelfCheckError(
+                    f"Ranks {list(group)} of one partition group ran the units of the model in different order, so "
+                    "gathered parameters or gradients may belong to different units. Let every rank of a partition "
+                    "take the same path through the model, put the modules of the branch into one unit (wrap=), or "
+                    "use shard_size=1."
+                )
+
+    def owns_unsynced(self, params: set[int]) -> bool:
+        """Returns whether any of the parameters (by ``id``) has a gradient that replicas did not exchange."""
+        return any(
+            id(param.sharded) in params and param.sharded.grad is not None
+            for unit in self.units
+            for param in unit.group.params
+        )
+
+
+# A module is gone when its user drops it; its books go with it.
+_SYNCS: weakref.WeakKeyDictionary[nn.Module, ReplicationSync] = weakref.WeakKeyDictionary()
+
+
+def attach_sync(model: nn.Module, sync: ReplicationSync) -> None:
+    """Makes ``sync`` the owner of hop two for ``model``."""
+    _SYNCS[model] = sync
+    _install_step_guard()
+
+
+def syncs_of(model: nn.Module) -> list[ReplicationSync]:
+    """Returns the owners of hop two of all sharded modules in ``model``, itself included.
+
+    Raises:
+        MiCSError: If there is none.
+    """
+    found = [_SYNCS[module] for module in model.modules() if module in _SYNCS]
+    if not found:
+        raise MiCSError(f"{type(model).__name__} is not sharded by MiCS. Call mics_shard(model, config) first.")
+    return found
+
+
+@contextmanager
+def defer_replication_sync(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Leaves out the all-reduce between replicas in backward passes inside this context.
+
+    Use it for every microstep of an accumulation window but the last. Gradients stay sharded in between.
+
+    Args:
+        model: A model sharded by :func:`~lightning_mics.mics_shard`, or a module that contains some.
+        enabled: With ``False`` the context does nothing, which saves an ``if`` in loops.
+
+    Raises:
+        MiCSError: If the model is not sharded by MiCS.
+
+    Example::
+
+        for index, batch in enumerate(batches):
+            with defer_replication_sync(model, enabled=index + 1 < len(batches)):
+                (model(batch).loss / len(batches)).backward()
+        optimizer.step()
+    """
+    with ExitStack() as stack:
+        for sync in syncs_of(model):
+            stack.callback(setattr, sync, "deferring", sync.deferring)
+            sync.deferring = sync.deferring or enabled
+        yield
+
+
+def sync_gradients(model: nn.Module) -> None:
+    """Closes an accumulation window by hand, where the last microstep was not known to be the last.
+
+    Collective over the world; does nothing where no gradient waits for it.
+
+    Args:
+        model: A model sharded by :func:`~lightning_mics.mics_shard`, or a module that contains some.
+
+    Raises:
+        MiCSError: If the model is not sharded by MiCS.
+    """
+    for sync in syncs_of(model):
+        if sync.pending:
+            sync.synchronize()
+
+
+_guard_installed = False
+
+
+def _install_step_guard() -> None:
+    global _guard_installed
+    if not _guard_installed:
+        register_optimizer_step_pre_hook(_refuse_unsynced_step)
+        _guard_installed = True
+
+
+def _refuse_unsynced_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Stops an optimizer step that would let replicas drift apart in silence."""
+    waiting = [sync for sync in _SYNCS.values() if sync.pending and sync.has_replicas]
+    if not waiting:
+        return
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if any(sync.owns_unsynced(params) for sync in waiting):
+        raise UnsyncedGradientsError(
+            "optimizer.step() was called in the middle of an accumulation window: every microstep since the last step "
+            "ran inside defer_replication_sync(). Run the last microstep outside of it, or call "
+            "lightning_mics.sync_gradients(model) before the step."
+        )

@@ -1,0 +1,314 @@
+"""``mics_shard``: from a plain module to a sharded one, with hierarchical collectives and two-hop synchronisation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mics._compat import AllGather, ReduceScatter, unit_param_groups
+from lightning_mics.collectives import (
+    FlatAllGather,
+    FlatReduceScatter,
+    HierarchicalAllGather,
+    HierarchicalReduceScatter,
+    OnCall,
+)
+from lightning_mics.config import MiCSConfig
+from lightning_mics.errors import MiCSConfigError, MiCSError
+from lightning_mics.grad_sync import ReplicationSync, attach_sync
+from lightning_mics.materialize import has_meta_tensors, materialize
+from lightning_mics.mesh import (
+    MiCSMesh,
+    build_mesh,
+    communication_device,
+    detect_topology,
+    require_agreement,
+    require_process_group,
+    resolve_hierarchical,
+)
+from lightning_mics.metrics import CommLedger, Hop
+from lightning_mics.topology import ClusterTopology
+from lightning_mics.units import Unit, plan_units
+from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
+
+
+@dataclass(frozen=True)
+class MiCSRuntime:
+    """What belongs to one sharded model.
+
+    Attributes:
+        config: The settings it was sharded with.
+        mesh: The groups it communicates in.
+        ledger: The counts of its collectives.
+        unit_names: Names of its FSDP units, root first (the root's name is ``"(root)"``).
+    """
+
+    config: MiCSConfig
+    mesh: MiCSMesh
+    ledger: CommLedger
+    unit_names: tuple[str, ...]
+
+
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, MiCSRuntime] = weakref.WeakKeyDictionary()
+
+
+def runtime_of(model: nn.Module) -> MiCSRuntime:
+    """Returns the runtime of a sharded model, or of the first sharded module in it.
+
+    Raises:
+        MiCSError: If nothing in ``model`` is sharded by MiCS.
+    """
+    for module in model.modules():
+        if module in _RUNTIMES:
+            return _RUNTIMES[module]
+    raise MiCSError(f"{type(model).__name__} is not sharded by MiCS. Call mics_shard(model, config) first.")
+
+
+def communication_ledger(model: nn.Module) -> CommLedger:
+    """Returns the counts of a sharded model's collectives.
+
+    Raises:
+        MiCSError: If nothing in ``model`` is sharded by MiCS.
+    """
+    return runtime_of(model).ledger
+
+
+def mics_shard(
+    model: nn.Module,
+    config: MiCSConfig | None = None,
+    *,
+    topology: ClusterTopology | None = None,
+    device_type: str | None = None,
+) -> nn.Module:
+    """Shards a model over its partition group and replicates it over the others. Collective over the world.
+
+    Every rank passes the same model. Values need not be equal: what differs becomes rank 0's. Parameters on the meta
+    device are materialised unit by unit, so that no rank ever holds the whole model.
+
+    Args:
+        model: The model; changed in place.
+        config: The settings; :class:`~lightning_mics.MiCSConfig` with defaults if not given.
+        topology: The cluster, if the caller knows it better than the launcher's variables and host names.
+        device_type: Where to train, ``"cuda"`` or ``"cpu"``; by default CUDA where there is one.
+
+    Returns:
+        ``model``, whose parameters are now DTensors: shards on this rank's partition group.
+
+    Raises:
+        MiCSConfigError: On every rank, before anything is changed, if a setting does not fit the cluster or the model.
+
+    Example::
+
+        torch.distributed.init_process_group()
+        model = mics_shard(model, MiCSConfig(shard_size=8))
+        optimizer = torch.optim.AdamW(model.parameters())
+    """
+    config = config or MiCSConfig()
+    require_process_group()
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.node_size is not None:
+        topology = ClusterTopology(world_size=dist.get_world_size(), node_size=config.node_size)
+    # What every rank can tell alone is checked before the first collective.
+    known = topology or ClusterTopology(world_size=dist.get_world_size(), node_size=dist.get_world_size())
+    known.layout(config.shard_size)
+    check_model(model)
+    units = plan_units(model, config.wrap)
+    layout = (topology or detect_topology()).layout(config.shard_size)
+    resolve_hierarchical(config, layout)
+    require_agreement("settings", (repr(config), layout))
+    require_agreement("the model's parameters", _structure(model))
+    mesh = build_mesh(config, layout, device_type)
+    if config.verify:
+        check_groups(mesh)
+    return _shard(model, units, config, mesh)
+
+
+def check_model(model: nn.Module) -> None:
+    """Checks that a model can be sharded.
+
+    Raises:
+        MiCSConfigError: If it has no parameters, scalar parameters, or is wrapped already.
+    """
+    for name, module in model.named_modules():
+        for kind, label in (
+            (DistributedDataParallel, "DistributedDataParallel"),
+            (FullyShardedDataParallel, "FSDP1's FullyShardedDataParallel"),
+            (FSDPModule, "FSDP2's fully_shard"),
+        ):
+            if isinstance(module, kind):
+                by_us = " by mics_shard" if module in _RUNTIMES else ""
+                raise MiCSConfigError(
+                    f"The model is wrapped already{by_us}: {name or 'the root'!s} uses {label}. Pass the plain model."
+                )
+    params = list(model.named_parameters())
+    if not params:
+        raise MiCSConfigError(
+            f"{type(model).__name__} has no parameters, so there is nothing to shard. Create its layers before "
+            "sharding (in Lightning: in __init__ or configure_model)."
+        )
+    for name, param in params:
+        if isinstance(param, DTensor):
+            raise MiCSConfigError(f"Parameter {name} is a DTensor already. Pass the plain model.")
+        if param.dim() == 0:
+            raise MiCSConfigError(f"Parameter {name} is a scalar, which FSDP2 cannot shard. Give it the shape (1,).")
+
+
+def _structure(model: nn.Module) -> list[str]:
+    return [f"{n} {tuple(p.shape)} {p.dtype} grad={p.requires_grad}" for n, p in model.named_parameters()]
+
+
+def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMesh) -> nn.Module:
+    device = communication_device(mesh.device_mesh.device_type)
+    ledger = CommLedger(mesh.layout)
+    names = {module: name for name, module in model.named_modules()}
+    if config.activation_checkpointing:
+        _checkpoint_activations(units)
+    for unit in [*units, (model,)]:
+        _prepare_states(model, unit, units, config, device)
+        _apply_fully_shard(unit, config, mesh, is_root=unit == (model,))
+    # ``fully_shard`` leaves one state for a group of modules; its first module stands for it.
+    leaders = [(model,), *units[::-1]]
+    unit_names = ["(root)" if unit == (model,) else " + ".join(names[m] for m in unit) for unit in leaders]
+    sync = _connect(leaders, unit_names, config, mesh, ledger)
+    attach_sync(model, sync)
+    _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
+    return model
+
+
+def _checkpoint_activations(units: list[Unit]) -> None:
+    blocks = [unit[0] for unit in units if len(unit) == 1 and any(unit[0].children())]
+    if not blocks:
+        raise MiCSConfigError(
+            "activation_checkpointing=True, but no unit of the model is a block whose activations could be recomputed. "
+            "Name the blocks with wrap=, or use activation_checkpointing=False."
+        )
+    for block in blocks:
+        checkpoint(block)
+
+
+def _prepare_states(model: nn.Module, unit: Unit, units: list[Unit], config: MiCSConfig, device: torch.device) -> None:
+    """Materialises and equalises what the unit is about to take, while it is whole."""
+    state_device = torch.device("cpu") if config.cpu_offload else device
+    nested = {module for other in units if other != unit for module in other}
+    modules = [module for root in unit for module in _modules_outside(root, nested)]
+    if any(has_meta_tensors(module) for module in modules):
+        materialize(model, modules, state_device)
+    tensors: dict[str, Tensor] = {}
+    for index, module in enumerate(modules):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if all(tensor is not other for other in tensors.values()):
+                tensors[f"{type(module).__name__}[{index}].{name}"] = tensor
+    equalize_replicas(tensors.items(), device)
+
+
+def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Module]:
+    yield root
+    for child in root.children():
+        if child not in nested:
+            yield from _modules_outside(child, nested)
+
+
+def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_root: bool) -> None:
+    policy = MixedPrecisionPolicy(
+        param_dtype=config.param_dtype,
+        reduce_dtype=config.reduce_dtype,
+        output_dtype=config.output_dtype if is_root else None,
+        cast_forward_inputs=config.cast_forward_inputs,
+    )
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
+    fully_shard(
+        unit[0] if len(unit) == 1 else list(unit),
+        mesh=mesh.shard_mesh,
+        reshard_after_forward=config.reshard_after_forward,
+        mp_policy=policy,
+        offload_policy=offload,
+    )
+
+
+def _connect(
+    leaders: list[Unit], names: list[str], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger
+) -> ReplicationSync:
+    """Gives each unit its collectives, and all units their second hop."""
+    groups = []
+    for unit, name in zip(leaders, names, strict=True):
+        groups += [(name, group) for group in unit_param_groups(unit[0])]
+    sync = ReplicationSync(
+        mesh,
+        groups,
+        config.reduce_dtype,
+        ledger,
+        overlap=not config.cpu_offload,
+        self_check=SelfCheck(mesh, ledger) if config.verify else None,
+    )
+    for index, (unit, name) in enumerate(zip(leaders, names, strict=True)):
+        gather, reduce = _collectives(mesh, _recorder(sync, ledger, name, index, mesh.hierarchical))
+        module = unit[0]
+        assert isinstance(module, FSDPModule)
+        module.set_custom_all_gather(gather)
+        module.set_custom_reduce_scatter(reduce)
+    return sync
+
+
+def _recorder(
+    sync: ReplicationSync, ledger: CommLedger, unit: str, index: int, hierarchical: bool
+) -> Callable[[Hop], OnCall]:
+    def recorder(hop: Hop) -> OnCall:
+        kind = 0 if hop is Hop.PARTITION_GATHER else 1
+
+        def on_call(message_bytes: int) -> None:
+            ledger.record(unit, hop, message_bytes, hierarchical=hierarchical)
+            sync.note_collective(index, kind)
+
+        return on_call
+
+    return recorder
+
+
+def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[AllGather, ReduceScatter]:
+    on_gather, on_reduce = recorder(Hop.PARTITION_GATHER), recorder(Hop.PARTITION_REDUCE)
+    if mesh.intra_group is None or mesh.inter_group is None:
+        return FlatAllGather(on_gather), FlatReduceScatter(on_reduce)
+    return (
+        HierarchicalAllGather(mesh.intra_group, mesh.inter_group, on_gather),
+        HierarchicalReduceScatter(mesh.intra_group, mesh.inter_group, on_reduce),
+    )
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Clips the gradients of a sharded model by their global norm, the same as on one process.
+
+    Call it after the window's last backward pass. Collective over the partition group.
+
+    Args:
+        model: A sharded model.
+        max_norm: Largest norm allowed.
+        norm_type: Order of the norm; ``inf`` for the largest magnitude.
+
+    Returns:
+        The norm before clipping, a plain scalar tensor, equal on all ranks.
+    """
+    return clip_parameters_(list(model.parameters()), max_norm, norm_type)
+
+
+def clip_parameters_(params: list[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Does the work of :func:`clip_grad_norm_` for some parameters."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return norm

@@ -1,0 +1,250 @@
+"""Which modules become FSDP units: parameters of a unit are gathered, reduced and freed together.
+
+A pure reading of the model. :func:`plan_units` returns groups of modules, innermost first, in the order in which
+``fully_shard`` must be called; what belongs to no unit stays with the root.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lightning_mics.config import Wrap
+from lightning_mics.errors import MiCSConfigError
+
+Unit = tuple[nn.Module, ...]
+
+# A unit by size holds at least this share of the model, and at least this many elements.
+_SIZE_SHARE = 8
+_MIN_UNIT_NUMEL = 2**16
+
+
+def plan_units(model: nn.Module, wrap: Wrap = "auto") -> list[Unit]:
+    """Finds the units of a model, without the root.
+
+    Args:
+        model: The model, not sharded yet; its parameters may be on the meta device.
+        wrap: See :class:`~lightning_mics.MiCSConfig`.
+
+    Returns:
+        Groups of modules, innermost first. A group has several modules where they share a parameter, or where a unit
+        holds parameters of several dtypes.
+
+    Raises:
+        MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
+    """
+    chosen = _choose(model, wrap)
+    depth = {module: name.count(".") + 1 if name else 0 for name, module in model.named_modules()}
+    units = [(module,) for module in sorted(chosen, key=lambda module: -depth[module])]
+    ties = _tied_units(model, [module for (module,) in units])
+    tied = {module for unit in ties for module in unit}
+    units = ties + [unit for unit in units if unit[0] not in tied]
+    return _split_dtypes(model, units)
+
+
+def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
+    if isinstance(wrap, str) and wrap == "auto":
+        return _huggingface_blocks(model) or _repeated_blocks(model) or _by_size(model)
+    if callable(wrap) and not isinstance(wrap, type):
+        chosen = [module for module in _inner_modules(model) if wrap(module)]
+        if not chosen:
+            raise MiCSConfigError("wrap= selected no module: the function returned False for every module.")
+    else:
+        entries = [wrap] if isinstance(wrap, str | type) else list(wrap)
+        chosen = [module for entry in entries for module in _instances(model, entry)]
+    for module in chosen:
+        if not _has_forward(module):
+            raise MiCSConfigError(
+                f"wrap= selected a {type(module).__name__}, which has no forward of its own. Select the modules in it."
+            )
+    return [module for module in dict.fromkeys(chosen) if _has_parameters(module)]
+
+
+def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]) -> list[nn.Module]:
+    if callable(entry) and not isinstance(entry, type):
+        return [module for module in _inner_modules(model) if entry(module)]
+    if isinstance(entry, str):
+        found = [m for m in _inner_modules(model) if entry in {cls.__name__ for cls in type(m).__mro__}]
+        name = entry
+    else:
+        found = [m for m in _inner_modules(model) if isinstance(m, entry)]
+        name = entry.__name__
+    if not found:
+        names = sorted({type(module).__name__ for module in _inner_modules(model) if _has_parameters(module)})
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It contains: {', '.join(names[:12])}."
+        raise MiCSConfigError(f"wrap={name!r}: the model contains no module of that class. {hint} Or use wrap='auto'.")
+    return found
+
+
+def _huggingface_blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules that Hugging Face says must not be split: its transformer blocks."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    found = [module for module in _inner_modules(model) if type(module).__name__ in names and _has_parameters(module)]
+    return _outermost(model, found)
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of each outermost ``ModuleList`` or ``Sequential`` that repeats one class of module."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        children = [child for child in module.children() if _has_parameters(child)]
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1:
+            classes = {type(child) for child in children}
+            if len(classes) == 1 and all(_has_forward(child) and any(child.children()) for child in children):
+                found.extend(children)
+                return
+        if not _is_atomic(module):
+            for child in children:
+                visit(child)
+
+    visit(model)
+    return list(dict.fromkeys(found))
+
+
+def _by_size(model: nn.Module) -> list[nn.Module]:
+    """Innermost modules that hold a fair share of the model."""
+    total = sum(param.numel() for param in model.parameters())
+    least = max(total // _SIZE_SHARE, _MIN_UNIT_NUMEL)
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> int:
+        """Returns the elements under ``module`` that no unit holds yet."""
+        own = sum(param.numel() for param in module.parameters(recurse=_is_atomic(module)))
+        rest = own + (0 if _is_atomic(module) else sum(visit(child) for child in module.children()))
+        if rest >= least and module is not model and _has_forward(module):
+            found.append(module)
+            return 0
+        return rest
+
+    visit(model)
+    return list(dict.fromkeys(found))
+
+
+def _tied_units(model: nn.Module, units: Sequence[nn.Module]) -> list[Unit]:
+    """Groups of modules that share a parameter across the borders of units.
+
+    FSDP2 (torch >= 2.13) refuses a parameter that two units can see; one unit with all modules that own it is right.
+    """
+    units_of = _units_of(model, units)
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for param in dict.fromkeys(module.parameters(recurse=False)):
+            owners.setdefault(param, []).append(module)
+    groups: list[set[nn.Module]] = []
+    for modules in owners.values():
+        if len(set().union(*(units_of[module] for module in modules))) < 2:
+            continue
+        merged = set(modules)
+        for group in [group for group in groups if group & merged]:
+            merged |= group
+            groups.remove(group)
+        groups.append(merged)
+    order = {module: index for index, module in enumerate(model.modules())}
+    result: list[Unit] = []
+    for group in groups:
+        if model in group:
+            raise MiCSConfigError(
+                "A parameter that the root module owns itself is shared with a module inside a unit. Move it into a "
+                "module of its own, or leave the units that share it to the root with wrap=."
+            )
+        result.append(tuple(sorted(group, key=order.__getitem__)))
+    return result
+
+
+def _units_of(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Module, set[nn.Module]]:
+    """Maps each module to the innermost units that hold it, or to the model; several where a module is shared."""
+    chosen = set(units)
+    result: dict[nn.Module, set[nn.Module]] = {}
+
+    def visit(module: nn.Module, unit: nn.Module) -> None:
+        unit = module if module in chosen else unit
+        if unit in result.setdefault(module, set()):
+            return
+        result[module].add(unit)
+        for child in module.children():
+            visit(child, unit)
+
+    visit(model, model)
+    return result
+
+
+def _split_dtypes(model: nn.Module, units: list[Unit]) -> list[Unit]:
+    """Gives trainable parameters of a second dtype units of their own: FSDP2 reduces one dtype a unit."""
+    members = {module for unit in units for module in unit}
+    units_of = _units_of(model, members)
+    result: list[Unit] = []
+    for unit in [*units, (model,)]:
+        inside = [module for module in model.modules() if not units_of[module].isdisjoint(unit)]
+        result += _minority_units(unit, inside)
+        if unit != (model,):
+            result.append(unit)
+    return result
+
+
+def _minority_units(unit: Unit, inside: list[nn.Module]) -> list[Unit]:
+    dtypes = {module: _own_dtypes(module) for module in inside}
+    present = {dtype for own in dtypes.values() for dtype in own}
+    if len(present) < 2:
+        return []
+    kept = next((dtype for module in unit for dtype in dtypes[module]), None) or _largest_dtype(inside)
+    result: list[Unit] = []
+    for dtype in sorted(present - {kept}, key=str):
+        owners = [module for module in inside if dtype in dtypes[module]]
+        for module in owners:
+            others = {d for inner in module.modules() for d in _own_dtypes(inner)} - {dtype}
+            if others or module in unit or not _has_forward(module):
+                raise MiCSConfigError(
+                    f"A {type(module).__name__} holds trainable parameters of several dtypes "
+                    f"({', '.join(sorted(map(str, others | {dtype, kept})))}), which cannot be reduced together. "
+                    f"Cast the module to one dtype, for example with module.to({kept})."
+                )
+        result.append(tuple(_outermost_of(owners)))
+    return result
+
+
+def _own_dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {param.dtype for param in module.parameters(recurse=False) if param.requires_grad}
+
+
+def _largest_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for module in modules:
+        for param in module.parameters(recurse=False):
+            if param.requires_grad:
+                sizes[param.dtype] = sizes.get(param.dtype, 0) + param.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _outermost_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    inner = {sub for module in modules for sub in module.modules() if sub is not module}
+    return [module for module in modules if module not in inner]
+
+
+def _outermost(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    chosen = set(_outermost_of(modules))
+    return [module for module in model.modules() if module in chosen]
+
+
+def _inner_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module is not model]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _is_atomic(module: nn.Module) -> bool:
+    """PyTorch's own composite modules read their children's weights directly; units inside them would not be seen."""
+    is_container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    return type(module).__module__.startswith("torch.nn.modules") and not is_container and any(module.children())
