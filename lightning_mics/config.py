@@ -43,12 +43,14 @@ class MiCSConfig:
             them. ``"auto"`` does so wherever a partition spans nodes.
         wrap: What becomes an FSDP unit (parameters that are gathered together): ``"auto"``, one or several module
             classes or class names, or a function that takes a module and returns whether it is a unit.
-        reshard_after_forward: Whether units are freed between forward and backward. ``None`` frees all but the root.
+        reshard_after_forward: Whether units are freed between forward and backward. The root, which is needed first
+            in backward, never is.
         param_dtype: Dtype in which parameters are gathered and computed with; ``None`` keeps their own.
         reduce_dtype: Dtype of gradient reduction and of the accumulation over microsteps; ``None`` keeps the
             gradient's own. The default ``float32`` keeps long accumulation windows exact.
         output_dtype: Dtype to which the root's floating-point outputs are cast; ``None`` leaves them.
-        cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``.
+        cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``; ``"units"`` leaves out
+            the root's inputs.
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas).
@@ -62,11 +64,11 @@ class MiCSConfig:
     node_size: int | None = None
     hierarchical: bool | Literal["auto"] = "auto"
     wrap: Wrap = "auto"
-    reshard_after_forward: bool | None = None
+    reshard_after_forward: bool = True
     param_dtype: torch.dtype | str | None = None
     reduce_dtype: torch.dtype | str | None = torch.float32
     output_dtype: torch.dtype | str | None = None
-    cast_forward_inputs: bool = True
+    cast_forward_inputs: bool | Literal["units"] = True
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     verify: bool = True
@@ -77,9 +79,9 @@ class MiCSConfig:
             _check_positive_int("node_size", self.node_size, 8)
         if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":
             raise MiCSConfigError(f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.")
-        if self.reshard_after_forward is not None:
-            self._check_bool("reshard_after_forward", "None, True or False")
-        for name in ("cast_forward_inputs", "activation_checkpointing", "cpu_offload", "verify"):
+        if self.cast_forward_inputs != "units":
+            self._check_bool("cast_forward_inputs", "True, False or 'units'")
+        for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify"):
             self._check_bool(name, "True or False")
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             object.__setattr__(self, name, _parse_dtype(name, getattr(self, name)))

@@ -20,6 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,7 +128,7 @@ class UnitGradients:
 
     def _add(self, params: list[UnitParam], grads: list[Tensor | None]) -> None:
         assert self._accumulator is not None
-        for param, grad, place in zip(params, grads, self._places(params, self._accumulator), strict=True):
+        for grad, place in zip(grads, self._places(params, self._accumulator), strict=True):
             if grad is not None:
                 place += _local(grad)
 
@@ -447,8 +448,26 @@ def _install_step_guard() -> None:
         _guard_installed = True
 
 
-def _refuse_unsynced_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Stops an optimizer step that would let replicas drift apart in silence."""
+def _refuse_unsynced_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stops an optimizer step that would let replicas drift apart in silence.
+
+    With a closure, the backward pass runs inside the step, so the question is asked after it.
+    """
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _check_synced(optimizer)
+        return None
+
+    @functools.wraps(closure)
+    def checked_closure() -> Any:
+        result = closure()
+        _check_synced(optimizer)
+        return result
+
+    return args[:1], {**kwargs, "closure": checked_closure}
+
+
+def _check_synced(optimizer: torch.optim.Optimizer) -> None:
     waiting = [sync for sync in _SYNCS.values() if sync.pending and sync.has_replicas]
     if not waiting:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_mics._compat import AllGather, ReduceScatter, unit_param_groups
 from lightning_mics.collectives import (
@@ -78,6 +79,11 @@ def runtime_of(model: nn.Module) -> MiCSRuntime:
         if module in _RUNTIMES:
             return _RUNTIMES[module]
     raise MiCSError(f"{type(model).__name__} is not sharded by MiCS. Call mics_shard(model, config) first.")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether ``model`` or a module in it is sharded by MiCS."""
+    return any(module in _RUNTIMES for module in model.modules())
 
 
 def communication_ledger(model: nn.Module) -> CommLedger:
@@ -229,13 +235,13 @@ def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_roo
         param_dtype=config.param_dtype,
         reduce_dtype=config.reduce_dtype,
         output_dtype=config.output_dtype if is_root else None,
-        cast_forward_inputs=config.cast_forward_inputs,
+        cast_forward_inputs=config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs)),
     )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
     fully_shard(
         unit[0] if len(unit) == 1 else list(unit),
         mesh=mesh.shard_mesh,
-        reshard_after_forward=config.reshard_after_forward,
+        reshard_after_forward=config.reshard_after_forward and not is_root,
         mp_policy=policy,
         offload_policy=offload,
     )
@@ -290,6 +296,37 @@ def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[All
     )
 
 
+def shard_with_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], shard: Callable[[], object]) -> None:
+    """Shards a model whose optimizers exist already, and points them to the shards.
+
+    Args:
+        model: The model, not sharded yet.
+        optimizers: Optimizers over its parameters that have not taken a step.
+        shard: Does the sharding.
+
+    Raises:
+        MiCSConfigError: If an optimizer has states already, or parameters that are not the model's.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer in optimizers:
+        if optimizer.state:
+            raise MiCSConfigError(
+                f"{type(optimizer).__name__} has taken steps already, and its states belong to the whole model. Shard "
+                "the model first, then create the optimizer and load its checkpoint."
+            )
+    for group in groups:
+        if any(param not in names for param in group["params"]):
+            raise MiCSConfigError(
+                "An optimizer holds parameters that the model does not have. Create it from model.parameters()."
+            )
+    named_groups = [[names[param] for param in group["params"]] for group in groups]
+    shard()
+    sharded = dict(model.named_parameters())
+    for group, group_names in zip(groups, named_groups, strict=True):
+        group["params"] = [sharded[name] for name in group_names]
+
+
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clips the gradients of a sharded model by their global norm, the same as on one process.
 
@@ -306,9 +343,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     return clip_parameters_(list(model.parameters()), max_norm, norm_type)
 
 
-def clip_parameters_(params: list[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_parameters_(
+    params: list[nn.Parameter], max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> Tensor:
     """Does the work of :func:`clip_grad_norm_` for some parameters."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
+    grads = [param.grad for param in params if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, norm_type)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"The total norm of the gradients is {norm.item()}, so it cannot be clipped.")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm

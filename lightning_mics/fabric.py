@@ -1,0 +1,7 @@
+"""The way in for Lightning Fabric: ``from lightning_mics.fabric import MiCSStrategy``."""
+
+from __future__ import annotations
+
+from lightning_mics.strategies.fabric import MiCSStrategy
+
+__all__ = ["MiCSStrategy"]

@@ -1,0 +1,3 @@
+"""Thin adapters that make Lightning's Trainer and Fabric drive the core."""
+
+from __future__ import annotations

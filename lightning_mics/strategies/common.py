@@ -1,0 +1,76 @@
+"""What the Trainer adapter and the Fabric adapter share."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from torch import nn
+
+from lightning_mics.config import MiCSConfig
+from lightning_mics.mesh import resolve_hierarchical
+from lightning_mics.topology import ClusterTopology, GroupLayout
+
+
+def build_config(config: MiCSConfig | None, settings: dict[str, Any]) -> MiCSConfig:
+    """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return (config or MiCSConfig()).replace(**given)
+
+
+def plan_layout(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> GroupLayout:
+    """Lays out the cluster that Lightning was told about; ``node_size`` overrides its idea of a node.
+
+    Pure, so that a wrong setting fails before any process is started.
+
+    Raises:
+        MiCSConfigError: If a setting does not fit the cluster.
+    """
+    world_size = num_nodes * ranks_per_node
+    topology = ClusterTopology(world_size=world_size, node_size=config.node_size or ranks_per_node)
+    layout = topology.layout(config.shard_size)
+    resolve_hierarchical(config, layout)
+    return layout
+
+
+def init_process_group(environment: Any, device: torch.device, backend: str | None, timeout: timedelta | None) -> str:
+    """Starts ``torch.distributed`` unless it runs already; returns the backend's name."""
+    backend = backend or _get_default_process_group_backend_for_device(device)
+    device_id = device if device.type != "cpu" else None
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    return backend
+
+
+def barrier(device: torch.device) -> None:
+    """Waits for all ranks, if there are others."""
+    if not _distributed_is_initialized():
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[device.index])
+    else:
+        dist.barrier()
+
+
+def broadcast(value: Any, src: int = 0) -> Any:
+    """Returns rank ``src``'s value on every rank."""
+    if not _distributed_is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src)
+    return values[0]
+
+
+def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
+    """Returns what a checkpoint must remember for ``from_pretrained``: the configuration and the name prefix."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
+            return {"hf_config": config.to_json_string(), "hf_prefix": f"{name}." if name else ""}
+    return {}

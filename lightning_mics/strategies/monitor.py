@@ -1,0 +1,110 @@
+"""A callback that shows what training costs: bytes per hop, speed and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.metrics import Hop, Traffic
+from lightning_mics.sharding import is_sharded, runtime_of
+
+_NAMES = {
+    Hop.PARTITION_GATHER: "partition_gather",
+    Hop.PARTITION_REDUCE: "partition_reduce",
+    Hop.REPLICATION_REDUCE: "replication_reduce",
+}
+_MEBI = 2**20
+
+
+class MiCSMonitor(Callback):
+    """Logs, per optimizer step: bytes of each hop, samples or tokens a second, peak memory.
+
+    Metrics go to the Trainer's logger; speed and bytes out of the node also to its progress bar:
+
+    - ``mics/<hop>_intra_mib`` and ``mics/<hop>_inter_mib``: MiB that this rank's node sent inside and out of itself,
+      per optimizer step, for ``partition_gather``, ``partition_reduce`` and ``replication_reduce``;
+    - ``mics/inter_mib``: their sum out of the node;
+    - ``mics/samples_per_s``, and ``mics/tokens_per_s`` where batches hold ``input_ids``, of the whole world;
+    - ``mics/peak_memory_mib``: of this process; device memory on CUDA, resident memory on CPU.
+
+    Args:
+        every_n_steps: Log once in so many optimizer steps; by default as often as the Trainer logs.
+        prog_bar: Whether to show metrics in the progress bar.
+
+    Raises:
+        MiCSConfigError: If ``every_n_steps`` is not positive, or the Trainer's strategy is not MiCS.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, prog_bar: bool = True) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise MiCSConfigError(f"every_n_steps={every_n_steps} must be at least 1. Try every_n_steps=10.")
+        self._every_n_steps = every_n_steps
+        self._prog_bar = prog_bar
+        self._begin(0, {})
+
+    def _begin(self, step: int, traffic: dict[Hop, Traffic]) -> None:
+        self._step, self._traffic = step, traffic
+        self._samples = self._tokens = 0
+        self._time = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts counting."""
+        if not is_sharded(pl_module):
+            raise MiCSConfigError(
+                f"MiCSMonitor needs Trainer(strategy=MiCSStrategy(...)), not {type(trainer.strategy).__name__}."
+            )
+        self._begin(trainer.global_step, runtime_of(pl_module).ledger.by_hop())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the batch, and logs when it is time."""
+        samples = extract_batch_size(batch)
+        self._samples += samples
+        self._tokens += _num_tokens(batch)
+        steps = trainer.global_step - self._step
+        if steps < (self._every_n_steps or getattr(trainer, "log_every_n_steps", 1)):
+            return
+        traffic = runtime_of(pl_module).ledger.by_hop()
+        bytes_, shown = self._bytes_per_step(traffic, steps), self._speed(trainer.world_size)
+        bytes_["mics/peak_memory_mib"] = _peak_memory(pl_module.device) / _MEBI
+        shown["mics/inter_mib"] = sum(value for name, value in bytes_.items() if name.endswith("_inter_mib"))
+        pl_module.log_dict(bytes_, batch_size=samples)
+        pl_module.log_dict(shown, prog_bar=self._prog_bar, batch_size=samples)
+        self._begin(trainer.global_step, traffic)
+
+    def _bytes_per_step(self, traffic: dict[Hop, Traffic], steps: int) -> dict[str, float]:
+        metrics = {}
+        for hop, total in traffic.items():
+            since = total - self._traffic.get(hop, Traffic())
+            metrics[f"mics/{_NAMES[hop]}_intra_mib"] = since.intra_bytes / steps / _MEBI
+            metrics[f"mics/{_NAMES[hop]}_inter_mib"] = since.inter_bytes / steps / _MEBI
+        return metrics
+
+    def _speed(self, world_size: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._time, 1e-9)
+        speed = {"mics/samples_per_s": self._samples * world_size / seconds}
+        if self._tokens:
+            speed["mics/tokens_per_s"] = self._tokens * world_size / seconds
+        return speed
+
+
+def _num_tokens(batch: Any) -> int:
+    tokens = batch.get("input_ids") if hasattr(batch, "get") else None
+    return tokens.numel() if isinstance(tokens, Tensor) else 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,349 @@
+"""MiCS as a strategy of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.optim import Optimizer
+
+from lightning_mics import checkpoint as checkpoints
+from lightning_mics.config import MiCSConfig, Wrap
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.grad_sync import defer_replication_sync
+from lightning_mics.metrics import CommLedger
+from lightning_mics.precision import apply_precision, check_precision, use_sharded_scaler
+from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
+from lightning_mics.strategies import common
+from lightning_mics.topology import GroupLayout, ShardSize
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class MiCSStrategy(ParallelStrategy):
+    """Shards the model within partition groups and replicates it across them.
+
+    Plain LightningModules work as they are; modules that build their layers in ``configure_model`` may do so on the
+    meta device. With ``accumulate_grad_batches`` replicas synchronise once per optimizer step.
+
+    Args:
+        shard_size: Ranks in a partition group: a number, ``"node"`` or ``"world"``.
+        node_size: Ranks on a node; by default Lightning's number of devices.
+        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
+        wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
+        reshard_after_forward: Whether units, except the root, are freed between forward and backward.
+        param_dtype: Gather dtype; overrides what the Trainer's ``precision`` asks for.
+        reduce_dtype: Dtype of gradient reduction.
+        activation_checkpointing: Whether units recompute their activations in the backward pass.
+        cpu_offload: Whether shards, gradients and optimizer states live in host memory.
+        verify: Whether the first accumulation window is checked.
+        config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
+        save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
+        process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
+        timeout: How long a collective may wait.
+
+    Raises:
+        MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
+
+    Example::
+
+        Trainer(strategy=MiCSStrategy(shard_size=8), accumulate_grad_batches=4)
+    """
+
+    strategy_name = "mics"
+
+    def __init__(
+        self,
+        shard_size: ShardSize | None = None,
+        node_size: int | None = None,
+        hierarchical: bool | Literal["auto"] | None = None,
+        wrap: Wrap | None = None,
+        reshard_after_forward: bool | None = None,
+        param_dtype: torch.dtype | str | None = None,
+        reduce_dtype: torch.dtype | str | None = None,
+        activation_checkpointing: bool | None = None,
+        cpu_offload: bool | None = None,
+        verify: bool | None = None,
+        config: MiCSConfig | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        settings = {
+            "shard_size": shard_size,
+            "node_size": node_size,
+            "hierarchical": hierarchical,
+            "wrap": wrap,
+            "reshard_after_forward": reshard_after_forward,
+            "param_dtype": param_dtype,
+            "reduce_dtype": reduce_dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "cpu_offload": cpu_offload,
+            "verify": verify,
+        }
+        self.config = common.build_config(config, settings)
+        super().__init__()
+        self.num_nodes = 1
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+
+    # What Lightning asks of a strategy that runs several processes.
+
+    @property
+    def is_distributed(self) -> bool:
+        """Always ``True``; tells the Trainer to use distributed samplers."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on each node, as Lightning was told."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend of the process group."""
+        return self._process_group_backend
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank reads its own data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def layout(self) -> GroupLayout:
+        """Which rank holds which shard of which replica; print it to see it."""
+        return common.plan_layout(self.config, self.num_nodes, self.num_processes)
+
+    @property
+    def ledger(self) -> CommLedger:
+        """The counts of the model's collectives, after set-up."""
+        assert self.model is not None
+        return runtime_of(self.model).ledger
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Checkpoints are read straight into the shards."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizers are restored together with the model."""
+        return False
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The Trainer's precision plugin."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None:
+            check_precision(str(plugin.precision))
+            use_sharded_scaler(plugin)
+        self._precision_plugin = plugin
+
+    def set_world_ranks(self) -> None:
+        """Takes over the cluster environment's ranks; the first moment at which the whole cluster is known."""
+        common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        """Starts the process group."""
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = common.init_process_group(
+            self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
+        )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shards the module and creates its optimizers."""
+        assert self.accelerator is not None and self.lightning_module is not None
+        _refuse_averaging(trainer)
+        self.accelerator.setup(trainer)
+        _disable_inference_mode(trainer)
+        self._shard(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, module: pl.LightningModule) -> None:
+        if is_sharded(module):
+            self._check_same_layout(module)
+            return
+        self.precision_plugin.convert_module(module)
+        config = apply_precision(self.config, str(self.precision_plugin.precision))
+        mics_shard(module, config, topology=self.layout.topology, device_type=self.root_device.type)
+        # FSDP2 gathers for ``forward`` only; Lightning calls the steps directly.
+        for name in _STEPS:
+            register_fsdp_forward_method(module, name)
+        _silence_root_view_warning(module)
+        module._device_mesh = runtime_of(module).mesh.device_mesh
+
+    def _check_same_layout(self, module: pl.LightningModule) -> None:
+        sharded = runtime_of(module).mesh.layout
+        if sharded != self.layout:
+            raise MiCSConfigError(
+                f"The module was sharded by an earlier Trainer with shard_size={sharded.shard_size}, and this one asks "
+                f"for shard_size={self.layout.shard_size}. Create a new module and load the checkpoint into it with "
+                "ckpt_path=."
+            )
+
+    def model_to_device(self) -> None:
+        """Does nothing: sharding places the parameters."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Returns the context of ``configure_model`` and ``trainer.init_module()``."""
+        device = torch.device("meta") if empty_init else torch.device("cpu")
+        with device, self.precision_plugin.tensor_init_context():
+            yield
+
+    # Training.
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Leaves the all-reduce between replicas to the last microstep of the window."""
+        assert self.model is not None
+        with defer_replication_sync(self.model):
+            yield
+
+    def barrier(self, name: str | None = None) -> None:
+        """Waits for all ranks."""
+        common.barrier(self.root_device)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Returns rank ``src``'s object on every rank."""
+        return common.broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over all ranks."""
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def teardown(self) -> None:
+        """Ends the run; the sharded module stays where it is."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # Checkpoints.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Returns the model's states: shards, or all of it on rank 0 for a full file."""
+        assert self.model is not None
+        return checkpoints.model_state(self.model, full=not self._save_distributed_checkpoint)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Returns an optimizer's states: shards, or all of them on rank 0 for a full file."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return checkpoints.optimizer_state(self.model, inner, full=not self._save_distributed_checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
+        if storage_options is not None:
+            raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
+        assert self.model is not None
+        path = self.broadcast(str(filepath))
+        checkpoint["mics"] = common.huggingface_metadata(self.model)
+        if not self._save_distributed_checkpoint:
+            checkpoints.save_full(path, checkpoint)
+            return
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
+            state[f"optimizer_{index}"] = optimizer_state
+        checkpoints.save_sharded(path, state, checkpoint)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint of any shard size, sharded or full, into the model and its optimizers."""
+        assert self.lightning_module is not None and self.model is not None
+        return checkpoints.load_into(
+            self.broadcast(str(checkpoint_path)),
+            self.model,
+            {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
+            strict=self.lightning_module.strict_loading,
+            weights_only=weights_only,
+        )
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Does nothing: :meth:`load_checkpoint` filled the shards."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Does nothing: :meth:`load_checkpoint` filled the states."""
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Deletes a checkpoint, which loses its name first."""
+        if self.is_global_zero:
+            checkpoints.remove(filepath)
+
+
+def _refuse_averaging(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise MiCSConfigError(
+                f"{type(callback).__name__} copies the whole module, which a sharded module does not allow. Remove the "
+                "callback, or average the weights of saved checkpoints after training."
+            )
+
+
+def _disable_inference_mode(trainer: pl.Trainer) -> None:
+    """Parameters first gathered in inference mode (the sanity check) could not be trained afterwards."""
+    for loop in (
+        trainer.fit_loop.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):
+        loop.inference_mode = False
+
+
+def _silence_root_view_warning(module: pl.LightningModule) -> None:
+    """FSDP2 warns that in-place changes of a returned view lose the backward gather; the root is never freed before."""
+    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view")
+
+
+if "mics" not in StrategyRegistry:
+    StrategyRegistry.register(
+        "mics", MiCSStrategy, description="Shards within partition groups, replicates across them (MiCS)"
+    )
