@@ -84,7 +84,7 @@ class MiCSConfig:
         for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify"):
             self._check_bool(name, "True or False")
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
-            object.__setattr__(self, name, _parse_dtype(name, getattr(self, name)))
+            object.__setattr__(self, name, as_dtype(getattr(self, name), name))
         self._check_wrap()
 
     def _check_bool(self, name: str, works: str) -> None:
@@ -169,7 +169,12 @@ class MiCSConfig:
         return dataclasses.replace(self, **changes)
 
 
-def _parse_dtype(name: str, value: torch.dtype | str | int | None) -> torch.dtype | None:
+def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torch.dtype | None:
+    """Returns the dtype that a setting means.
+
+    Raises:
+        MiCSConfigError: If it is none, or not a floating-point one.
+    """
     if value is None:
         return None
     dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))

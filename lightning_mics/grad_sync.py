@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from lightning_mics.verify import SelfCheck
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

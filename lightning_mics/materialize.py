@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,8 @@ def _huggingface_initializers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _initialize(module: nn.Module, huggingface: nn.Module | None) -> None:
     if huggingface is not None:
-        huggingface._init_weights(module)
+        initialize: Any = huggingface._init_weights
+        initialize(module)
         return
     for name in ("reset_parameters", "_reset_parameters"):
         reset = getattr(module, name, None)

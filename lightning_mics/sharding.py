@@ -30,7 +30,7 @@ from lightning_mics.collectives import (
     HierarchicalReduceScatter,
     OnCall,
 )
-from lightning_mics.config import MiCSConfig
+from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.grad_sync import ReplicationSync, attach_sync
 from lightning_mics.materialize import has_meta_tensors, materialize
@@ -232,9 +232,9 @@ def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Mod
 
 def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_root: bool) -> None:
     policy = MixedPrecisionPolicy(
-        param_dtype=config.param_dtype,
-        reduce_dtype=config.reduce_dtype,
-        output_dtype=config.output_dtype if is_root else None,
+        param_dtype=as_dtype(config.param_dtype),
+        reduce_dtype=as_dtype(config.reduce_dtype),
+        output_dtype=as_dtype(config.output_dtype) if is_root else None,
         cast_forward_inputs=config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs)),
     )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
@@ -257,7 +257,7 @@ def _connect(
     sync = ReplicationSync(
         mesh,
         groups,
-        config.reduce_dtype,
+        as_dtype(config.reduce_dtype),
         ledger,
         overlap=not config.cpu_offload,
         self_check=SelfCheck(mesh, ledger) if config.verify else None,

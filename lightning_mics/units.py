@@ -38,10 +38,10 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto") -> list[Unit]:
     """
     chosen = _choose(model, wrap)
     depth = {module: name.count(".") + 1 if name else 0 for name, module in model.named_modules()}
-    units = [(module,) for module in sorted(chosen, key=lambda module: -depth[module])]
-    ties = _tied_units(model, [module for (module,) in units])
-    tied = {module for unit in ties for module in unit}
-    units = ties + [unit for unit in units if unit[0] not in tied]
+    innermost_first = sorted(chosen, key=lambda module: -depth[module])
+    units = _tied_units(model, innermost_first)
+    tied = {module for unit in units for module in unit}
+    units += [(module,) for module in innermost_first if module not in tied]
     return _split_dtypes(model, units)
 
 

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
 )
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import nn
 
 from lightning_mics.config import MiCSConfig
@@ -48,6 +49,12 @@ def init_process_group(environment: Any, device: torch.device, backend: str | No
     return backend
 
 
+def set_rank(rank: int) -> None:
+    """Tells Lightning's rank-zero helpers who this process is."""
+    rank_zero_only: Any = utils_rank_zero_only
+    rank_zero_only.rank = rank
+
+
 def barrier(device: torch.device) -> None:
     """Waits for all ranks, if there are others."""
     if not _distributed_is_initialized():
@@ -70,7 +77,7 @@ def broadcast(value: Any, src: int = 0) -> Any:
 def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
     """Returns what a checkpoint must remember for ``from_pretrained``: the configuration and the name prefix."""
     for name, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
             return {"hf_config": config.to_json_string(), "hf_prefix": f"{name}." if name else ""}
     return {}

@@ -72,7 +72,8 @@ class MiCSMonitor(Callback):
         self._samples += samples
         self._tokens += _num_tokens(batch)
         steps = trainer.global_step - self._step
-        if steps < (self._every_n_steps or getattr(trainer, "log_every_n_steps", 1)):
+        every: int = self._every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        if steps < every:
             return
         traffic = runtime_of(pl_module).ledger.by_hop()
         bytes_, shown = self._bytes_per_step(traffic, steps), self._speed(trainer.world_size)
