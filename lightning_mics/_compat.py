@@ -23,6 +23,7 @@ __all__ = [
     "is_premul_sum",
     "queue_backward_callback",
     "reduce_scatter_single",
+    "tend_root_forward",
     "unit_param_groups",
     "wrap_post_backward",
 ]
@@ -142,6 +143,40 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     if groups is None:  # torch < 2.12 has at most one group a module
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     return [UnitParamGroup(group) for group in groups]
+
+
+def tend_root_forward(root: nn.Module) -> None:
+    """Mends two habits of FSDP2 around the root's forward pass.
+
+    A registered forward method may call ``forward``, as a ``training_step`` does; FSDP2 would take the end of the inner
+    call for the end of the pass, and free the root too early. And without a backward pass to come the root is freed:
+    otherwise ``parameters()`` would hand gathered tensors to the next optimizer, which would train nothing.
+    """
+    assert isinstance(root, FSDPModule)
+    state = root._get_fsdp_state()
+    pre_forward, post_forward = state._pre_forward, state._post_forward
+    depth = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal depth
+        depth += 1
+        return pre_forward(module, args, kwargs) if depth == 1 else (args, kwargs)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal depth
+        depth -= 1
+        if depth > 0:
+            return output
+        output = post_forward(module, args, output)
+        if not torch.is_grad_enabled():
+            root.reshard()
+        return output
+
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    state._pre_forward, state._post_forward = enter, leave
+    state._pre_forward_hook_handle = root.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+    state._post_forward_hook_handle = root.register_forward_hook(leave, prepend=False)
 
 
 def wrap_post_backward(group: UnitParamGroup, around: Callable[[Callable[[], None]], None]) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_mics._compat import AllGather, ReduceScatter, unit_param_groups
+from lightning_mics._compat import AllGather, ReduceScatter, tend_root_forward, unit_param_groups
 from lightning_mics.collectives import (
     FlatAllGather,
     FlatReduceScatter,
@@ -188,6 +188,7 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
     for unit in [*units, (model,)]:
         _prepare_states(model, unit, units, config, device)
         _apply_fully_shard(unit, config, mesh, is_root=unit == (model,))
+    tend_root_forward(model)
     # ``fully_shard`` leaves one state for a group of modules; its first module stands for it.
     leaders = [(model,), *units[::-1]]
     unit_names = ["(root)" if unit == (model,) else " + ".join(names[m] for m in unit) for unit in leaders]

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
@@ -218,6 +219,13 @@ class MiCSStrategy(ParallelStrategy):
         module._device_mesh = runtime_of(module).mesh.device_mesh
 
     def _check_same_layout(self, module: pl.LightningModule) -> None:
+        plain = [name for name, param in module.named_parameters() if not isinstance(param, DTensor)]
+        if plain:
+            raise MiCSConfigError(
+                f"{type(module).__name__}.configure_model built new layers ({plain[0]}, ...) over those that are "
+                "trained and sharded already. Let it return at once if the layers exist: the Trainer calls it at the "
+                "start of every fit, validate, test and predict."
+            )
         sharded = runtime_of(module).mesh.layout
         if sharded != self.layout:
             raise MiCSConfigError(
