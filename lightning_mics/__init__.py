@@ -6,6 +6,7 @@ Names are imported when first used, so that a user of one front-end does not pay
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -62,3 +63,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _register_strategies() -> None:
+    """Makes ``strategy="mics"`` known to the parts of Lightning that are loaded; loads none itself."""
+    for part, adapter in (("lightning.pytorch", "trainer"), ("lightning.fabric", "fabric")):
+        if part in sys.modules:
+            importlib.import_module(f"{__name__}.strategies.{adapter}")
+
+
+_register_strategies()
