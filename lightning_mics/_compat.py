@@ -153,7 +153,7 @@ def tend_root_forward(root: nn.Module) -> None:
     otherwise ``parameters()`` would hand gathered tensors to the next optimizer, which would train nothing.
     """
     assert isinstance(root, FSDPModule)
-    state = root._get_fsdp_state()
+    state: Any = root._get_fsdp_state()
     pre_forward, post_forward = state._pre_forward, state._post_forward
     depth = 0
 

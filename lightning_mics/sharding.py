@@ -101,6 +101,7 @@ def mics_shard(
     *,
     topology: ClusterTopology | None = None,
     device_type: str | None = None,
+    entries: Sequence[nn.Module] = (),
 ) -> nn.Module:
     """Shards a model over its partition group and replicates it over the others. Collective over the world.
 
@@ -112,6 +113,7 @@ def mics_shard(
         config: The settings; :class:`~lightning_mics.MiCSConfig` with defaults if not given.
         topology: The cluster, if the caller knows it better than the launcher's variables and host names.
         device_type: Where to train, ``"cuda"`` or ``"cpu"``; by default CUDA where there is one.
+        entries: Modules inside ``model`` that are called, and run backward, outside of ``model.forward``.
 
     Returns:
         ``model``, whose parameters are now DTensors: shards on this rank's partition group.
@@ -134,7 +136,7 @@ def mics_shard(
     known = topology or ClusterTopology(world_size=dist.get_world_size(), node_size=dist.get_world_size())
     known.layout(config.shard_size)
     check_model(model)
-    units = plan_units(model, config.wrap)
+    units = plan_units(model, config.wrap, entries)
     layout = (topology or detect_topology()).layout(config.shard_size)
     resolve_hierarchical(config, layout)
     require_agreement("settings", (repr(config), layout))
@@ -142,6 +144,8 @@ def mics_shard(
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
         check_groups(mesh)
+    if config.activation_checkpointing:
+        _checkpoint_activations([unit for unit in units if unit[0] not in entries])
     return _shard(model, units, config, mesh)
 
 
@@ -183,8 +187,6 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
     device = communication_device(mesh.device_mesh.device_type)
     ledger = CommLedger(mesh.layout)
     names = {module: name for name, module in model.named_modules()}
-    if config.activation_checkpointing:
-        _checkpoint_activations(units)
     for unit in [*units, (model,)]:
         _prepare_states(model, unit, units, config, device)
         _apply_fully_shard(unit, config, mesh, is_root=unit == (model,))

@@ -22,12 +22,13 @@ _SIZE_SHARE = 8
 _MIN_UNIT_NUMEL = 2**16
 
 
-def plan_units(model: nn.Module, wrap: Wrap = "auto") -> list[Unit]:
+def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Module] = ()) -> list[Unit]:
     """Finds the units of a model, without the root.
 
     Args:
         model: The model, not sharded yet; its parameters may be on the meta device.
         wrap: See :class:`~lightning_mics.MiCSConfig`.
+        entries: Modules that must be units as well, because they are called on their own.
 
     Returns:
         Groups of modules, innermost first. A group has several modules where they share a parameter, or where a unit
@@ -36,7 +37,7 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto") -> list[Unit]:
     Raises:
         MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
     """
-    chosen = _choose(model, wrap)
+    chosen = list(dict.fromkeys([*_choose(model, wrap), *entries]))
     depth = {module: name.count(".") + 1 if name else 0 for name, module in model.named_modules()}
     innermost_first = sorted(chosen, key=lambda module: -depth[module])
     units = _tied_units(model, innermost_first)
@@ -234,6 +235,15 @@ def _outermost(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module
 
 def _inner_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module is not model]
+
+
+def callable_parts(module: nn.Module) -> list[nn.Module]:
+    """Returns the outermost modules inside ``module`` that hold parameters and have a ``forward``."""
+    parts: list[nn.Module] = []
+    for child in module.children():
+        if _has_parameters(child):
+            parts += [child] if _has_forward(child) else callable_parts(child)
+    return parts
 
 
 def _has_parameters(module: nn.Module) -> bool:

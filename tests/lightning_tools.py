@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 VOCABULARY, WIDTH, SEQUENCE, BATCH = 19, 8, 5, 2
 
@@ -133,7 +133,8 @@ def dataset(num_batches: int, world_size: int, seed: int = 0) -> TensorDataset:
 
 def loader(num_batches: int, world_size: int, seed: int = 0) -> DataLoader:
     """Each rank reads ``num_batches`` batches of ``BATCH`` rows; together they read the rows in order."""
-    return DataLoader(dataset(num_batches, world_size, seed), batch_size=BATCH)
+    rows = dataset(num_batches, world_size, seed)
+    return DataLoader(rows, batch_size=BATCH, sampler=DistributedSampler(rows, shuffle=False))
 
 
 def make_trainer(**settings: object) -> pl.Trainer:

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -36,6 +36,7 @@ from lightning_mics.precision import apply_precision, check_precision, use_shard
 from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
 from lightning_mics.strategies import common
 from lightning_mics.topology import GroupLayout, ShardSize
+from lightning_mics.units import callable_parts
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -211,7 +212,13 @@ class MiCSStrategy(ParallelStrategy):
             return
         self.precision_plugin.convert_module(module)
         config = apply_precision(self.config, str(self.precision_plugin.precision))
-        mics_shard(module, config, topology=self.layout.topology, device_type=self.root_device.type)
+        mics_shard(
+            module,
+            config,
+            topology=self.layout.topology,
+            device_type=self.root_device.type,
+            entries=[] if module.automatic_optimization else _manual_entries(module),
+        )
         # FSDP2 gathers for ``forward`` only; Lightning calls the steps directly.
         for name in _STEPS:
             register_fsdp_forward_method(module, name)
@@ -341,6 +348,20 @@ def _disable_inference_mode(trainer: pl.Trainer) -> None:
         trainer.predict_loop,
     ):
         loop.inference_mode = False
+
+
+def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:
+    """With manual optimisation, backward runs inside ``training_step``, before the root's forward pass has ended.
+
+    FSDP2 then reduces the gradients of inner units only, so the root must not hold parameters itself.
+    """
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise MiCSConfigError(
+            f"{type(module).__name__} uses manual optimisation and owns the parameter {own[0]!r} itself. Move it into "
+            "a submodule that is called in training_step."
+        )
+    return callable_parts(module)
 
 
 def _silence_root_view_warning(module: pl.LightningModule) -> None:

@@ -1,0 +1,28 @@
+"""Checkpoints: sharded ones by DCP, full ones as a single file, both written whole or not at all.
+
+The layout is that of Lightning: a folder of DCP shards with the keys ``state_dict``, ``optimizer_0`` and so on, beside
+a ``meta.pt`` with the rest; or one file with ``state_dict`` and ``optimizer_states``. A manifest (``mics.json``) lists
+sizes and checksums.
+"""
+
+from __future__ import annotations
+
+from lightning_mics.checkpoint.consolidate import consolidate
+from lightning_mics.checkpoint.files import inspect, recover, remove
+from lightning_mics.checkpoint.load import load_checkpoint, load_into
+from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
+from lightning_mics.checkpoint.state import model_state, optimizer_state
+
+__all__ = [
+    "consolidate",
+    "inspect",
+    "load_checkpoint",
+    "load_into",
+    "model_state",
+    "optimizer_state",
+    "recover",
+    "remove",
+    "save_checkpoint",
+    "save_full",
+    "save_sharded",
+]

@@ -1,0 +1,214 @@
+"""From a sharded checkpoint to files that any program reads; needs no cluster and no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lightning_mics.checkpoint import files
+from lightning_mics.checkpoint.load import read, read_file, read_metadata
+from lightning_mics.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+
+_FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
+_BATCH_BYTES = 256 * 2**20
+
+
+def consolidate(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Turns a checkpoint into one file or a Hugging Face folder.
+
+    The ending of ``destination`` decides: ``.safetensors`` holds the weights; ``.ckpt``, ``.pt``, ``.pth`` or ``.bin``
+    one full Lightning checkpoint with optimizer states, which a Trainer on one device resumes from; a name without an
+    ending becomes a folder for ``from_pretrained``, if the model is a Hugging Face one.
+
+    Args:
+        source: A sharded checkpoint, or a full file.
+        destination: What to write.
+        force: Whether to replace what is there.
+        progress: Told the bytes read so far and in all.
+
+    Returns:
+        The file or folder that was written.
+
+    Raises:
+        CheckpointError: If the source cannot be read or the destination not be written.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists() and not force:
+        raise CheckpointError(f"{destination} exists already. Choose another name, or replace it with --force.")
+    if destination.suffix not in ("", ".safetensors", *_FILE_ENDINGS):
+        raise CheckpointError(
+            f"{destination} has an unknown ending. Use .safetensors (weights), .ckpt (everything), or no ending for a "
+            "Hugging Face folder."
+        )
+    if source.parent.is_dir():
+        files.recover(source)
+    kind = files.inspect(source)
+    if kind == "sharded":
+        files.check_content(source, 0, 1)
+    wants_all = destination.suffix in _FILE_ENDINGS
+    content = _read_full(source) if kind == "full" else _read_sharded(source, wants_all, progress)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = files.temporary_name(destination)
+    try:
+        _write(content, temporary, destination.suffix)
+        files.commit(temporary, destination)
+    except BaseException:
+        files.delete(temporary)
+        raise
+    return destination
+
+
+def _write(content: dict[str, Any], target: Path, ending: str) -> None:
+    if ending in _FILE_ENDINGS:
+        torch.save(content, target)
+    elif ending == ".safetensors":
+        _save_tensors(_weights(content), target)
+    else:
+        _write_huggingface(content, target)
+
+
+def _read_full(source: Path) -> dict[str, Any]:
+    return read_file(source, weights_only=False)
+
+
+def _read_sharded(source: Path, wants_all: bool, progress: Progress | None) -> dict[str, Any]:
+    metadata = read_metadata(source)
+    meta = read_file(source / files.META, weights_only=False)
+    wanted = [
+        name for name in metadata.state_dict_metadata if wants_all or not _is_optimizer(_top(metadata, name), metadata)
+    ]
+    nested: dict[str, Any] = {}
+    total, done = sum(_nbytes(metadata, name) for name in wanted), 0
+    for batch in _batches(metadata, wanted):
+        flat = {name: _empty(metadata, name) for name in batch}
+        read(source, flat)
+        for name, value in flat.items():
+            _put(nested, _path(metadata, name), value)
+        done += sum(_nbytes(metadata, name) for name in batch)
+        if progress is not None:
+            progress(done, total)
+    return {**meta, **_as_lightning(_lists(nested))}
+
+
+def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:
+    batches: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        size += _nbytes(metadata, name)
+        batches[-1].append(name)
+        if size >= _BATCH_BYTES:
+            batches.append([])
+            size = 0
+    return [batch for batch in batches if batch]
+
+
+def _path(metadata: Metadata, name: str) -> tuple[Any, ...]:
+    return tuple((metadata.planner_data or {})[name])
+
+
+def _top(metadata: Metadata, name: str) -> str:
+    return str(_path(metadata, name)[0])
+
+
+def _is_optimizer(top: str, metadata: Metadata) -> bool:
+    return any(path[:2] == (top, "param_groups") for path in (metadata.planner_data or {}).values())
+
+
+def _nbytes(metadata: Metadata, name: str) -> int:
+    entry = metadata.state_dict_metadata[name]
+    return entry.size.numel() * entry.properties.dtype.itemsize if isinstance(entry, TensorStorageMetadata) else 0
+
+
+def _empty(metadata: Metadata, name: str) -> Tensor | None:
+    entry = metadata.state_dict_metadata[name]
+    return torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+
+
+def _put(nested: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for step in path[:-1]:
+        nested = nested.setdefault(step, {})
+    nested[path[-1]] = value
+
+
+def _lists(value: Any) -> Any:
+    """Turns dictionaries with the keys 0, 1, 2 ... back into lists."""
+    if not isinstance(value, dict):
+        return value
+    entries = {key: _lists(entry) for key, entry in value.items()}
+    if entries and set(entries) == set(range(len(entries))):
+        return [entries[index] for index in range(len(entries))]
+    return entries
+
+
+def _as_lightning(content: dict[str, Any]) -> dict[str, Any]:
+    """Numbers optimizers and their parameters as in a full Lightning checkpoint; leaves other names alone."""
+    result: dict[str, Any] = {}
+    numbered: dict[int, dict[str, Any]] = {}
+    for key, value in content.items():
+        if not (isinstance(value, dict) and "param_groups" in value):
+            result[key] = value
+            continue
+        by_position = _by_position(value)
+        if "state_dict" in content and key.startswith("optimizer_"):
+            numbered[int(key.removeprefix("optimizer_"))] = by_position
+        else:
+            result[key] = by_position
+    if numbered:
+        result["optimizer_states"] = [numbered[index] for index in sorted(numbered)]
+    return result
+
+
+def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    position = {name: index for index, name in enumerate(names)}
+    groups = [{**group, "params": [position[name] for name in group["params"]]} for group in optimizer["param_groups"]]
+    states = {position[name]: state for name, state in optimizer.get("state", {}).items()}
+    return {"state": states, "param_groups": groups}
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Tensor]:
+    candidates = [key for key in ("state_dict", "model") if key in content]
+    if not candidates:
+        raise CheckpointError(f"The checkpoint holds no weights under 'state_dict' or 'model', only {list(content)}.")
+    return {name: value for name, value in content[candidates[0]].items() if isinstance(value, Tensor)}
+
+
+def _save_tensors(weights: dict[str, Tensor], target: Path) -> None:
+    """Writes safetensors, which refuse tensors that share memory."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in weights.items():
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor.clone() if shared else tensor.contiguous()
+    save_file(separate, target, metadata={"format": "pt"})
+
+
+def _write_huggingface(content: dict[str, Any], target: Path) -> None:
+    described = content.get("mics", {})
+    if "hf_config" not in described:
+        raise CheckpointError(
+            "The checkpoint does not know a Hugging Face model. Write its weights to a file instead: OUT.safetensors."
+        )
+    prefix = described["hf_prefix"]
+    weights = {
+        name.removeprefix(prefix): tensor for name, tensor in _weights(content).items() if name.startswith(prefix)
+    }
+    target.mkdir()
+    (target / "config.json").write_text(described["hf_config"])
+    _save_tensors(weights, target / "model.safetensors")

@@ -1,0 +1,327 @@
+"""Reading checkpoints into models of any shard size."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.state import (
+    empty_like,
+    model_state,
+    parameter_names,
+    set_optimizer_state,
+    shard_like,
+)
+from lightning_mics.errors import CheckpointError
+
+_NAMED = 5  # how many names of missing or unexpected entries a message lists
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()
+) -> dict[str, Any]:
+    """Loads what :func:`save_checkpoint` saved, at any shard size and world size. Collective over the world.
+
+    Args:
+        path: A sharded or full checkpoint.
+        model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
+        optimizers: Optimizers over its parameters, in the order in which they were saved.
+
+    Returns:
+        The checkpoint's ``meta``.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
+    """
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    return load_into(path, model, {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)})
+
+
+def load_into(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer] | None = None,
+    *,
+    model_key: str = "state_dict",
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Loads a checkpoint into a model and its optimizers. Collective over the world.
+
+    Args:
+        path: A sharded checkpoint (ours, or one of Lightning's ``ModelParallelStrategy``), or a full file.
+        model: A sharded or plain model; filled in place.
+        optimizers: Optimizers by their names in the checkpoint.
+        model_key: The model's name in the checkpoint.
+        strict: Whether names of parameters must match exactly.
+        weights_only: As in ``torch.load``, for the part that is not tensors.
+
+    Returns:
+        What else the checkpoint holds.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
+    """
+    path = Path(path)
+    ranks.on_first_rank(lambda: files.recover(path) if path.parent.is_dir() else None)
+    kind = ranks.together(lambda: files.inspect(path))[0]
+    if kind == "full":
+        return _load_full(path, model, optimizers or {}, model_key, strict, weights_only)
+    ranks.together(lambda: files.check_content(path, ranks.rank(), ranks.world_size()))
+    return _load_sharded(path, model, optimizers or {}, model_key, strict, weights_only)
+
+
+def _load_sharded(
+    path: Path,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    model_key: str,
+    strict: bool,
+    weights_only: bool | None,
+) -> dict[str, Any]:
+    metadata, meta = _read_metadata(path), _read_meta(path, weights_only)
+    weights = model_state(model)
+    targets = _Targets(path, metadata)
+    ranks.together(lambda: targets.add_weights(weights, model_key, strict))
+    for key, optimizer in optimizers.items():
+        ranks.together(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, model, optimizer))  # type: ignore[misc]
+    try:
+        read(path, targets.flat)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor) and f"{model_key}.{name}" in targets.flat:
+            weights[name] = targets.flat[f"{model_key}.{name}"]
+    _set_extra_state(model, weights)
+    for key, optimizer in optimizers.items():
+        states, groups = targets.optimizer_parts(key)
+        set_optimizer_state(model, optimizer, states, groups)
+    return meta
+
+
+def _set_extra_state(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Hands entries that are not tensors back to the modules that made them (``get_extra_state``)."""
+    for name, value in weights.items():
+        module_name, _, last = name.rpartition(".")
+        if last == "_extra_state":
+            model.get_submodule(module_name).set_extra_state(value)
+
+
+class _Targets:
+    """What to read from a sharded checkpoint, and where to put it: tensors by DCP's flat names."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        self.flat: dict[str, Any] = {}
+        self._path = path
+        self._entries = metadata.state_dict_metadata
+        self._paths: dict[str, tuple[Any, ...]] = dict(metadata.planner_data or {})
+
+    def add_weights(self, weights: dict[str, Any], key: str, strict: bool) -> None:
+        saved = {name.removeprefix(f"{key}.") for name in self._entries if name.startswith(f"{key}.")}
+        if not saved:
+            tops = sorted({str(path[0]) for path in self._paths.values()})
+            raise CheckpointError(f"{self._path} holds no {key!r}, only {', '.join(tops)}. Use those names.")
+        if strict:
+            check_names(self._path, weights.keys() - saved, saved - weights.keys())
+        for name in weights.keys() & saved:
+            target, entry = weights[name], self._entries[f"{key}.{name}"]
+            if isinstance(target, Tensor) and isinstance(entry, TensorStorageMetadata):
+                check_shape(self._path, name, entry.size, target.shape)
+            self.flat[f"{key}.{name}"] = target
+
+    def add_optimizer(self, key: str, model: nn.Module, optimizer: Optimizer) -> None:
+        names = parameter_names(model, optimizer)
+        params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+        mine = [name for name, path in self._paths.items() if path[0] == key]
+        if not mine:
+            raise CheckpointError(
+                f"{self._path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. "
+                "Load the weights alone."
+            )
+        for flat_name in mine:
+            _, part, owner, *_ = self._paths[flat_name]
+            entry = self._entries[flat_name]
+            if part == "state" and owner not in params:
+                continue
+            if isinstance(entry, TensorStorageMetadata):
+                like = params[owner] if part == "state" else torch.empty(())
+                self.flat[flat_name] = empty_like(like, entry.size, entry.properties.dtype)
+            else:
+                self.flat[flat_name] = None
+
+    def optimizer_parts(self, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Returns what was read for an optimizer: states by parameter name, and settings by group."""
+        states: dict[str, Any] = {}
+        groups: dict[int, dict[str, Any]] = {}
+        for flat_name, value in self.flat.items():
+            path = self._paths.get(flat_name, ())
+            if path[:1] != (key,):
+                continue
+            if path[1] == "state":
+                place = states.setdefault(path[2], {})
+                for step in path[3:-1]:
+                    place = place.setdefault(step, {})
+                place[path[-1]] = value
+            elif path[3] != "params":
+                groups.setdefault(int(path[2]), {})[path[3]] = value
+        return states, [groups[index] for index in sorted(groups)]
+
+
+def check_names(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Checks that model and checkpoint have the same names.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        lines = [f"{path} does not fit the model."]
+        if missing:
+            lines.append(f"Missing in the checkpoint ({len(missing)}): {', '.join(missing[:_NAMED])}.")
+        if unexpected:
+            lines.append(f"Unknown to the model ({len(unexpected)}): {', '.join(unexpected[:_NAMED])}.")
+        raise CheckpointError(" ".join([*lines, "Build the model as it was saved, or load with strict=False."]))
+
+
+def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[int]) -> None:
+    """Checks that a saved tensor has the model's shape.
+
+    Raises:
+        CheckpointError: If it has not.
+    """
+    if tuple(saved) != tuple(wanted):
+        raise CheckpointError(
+            f"{path} does not fit the model: {name} has shape {tuple(saved)} there and {tuple(wanted)} here. Build the "
+            "model with the sizes it was saved with."
+        )
+
+
+def read(path: Path, targets: dict[str, Any]) -> None:
+    """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not ranks.is_distributed())
+
+
+def _read_metadata(path: Path) -> Metadata:
+    return ranks.together(lambda: read_metadata(path))[ranks.rank()]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Reads the index of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        return dcp.FileSystemReader(path).read_metadata()
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path / files.INDEX} is damaged ({error}). Use another checkpoint.") from error
+
+
+def _read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+
+    def step() -> None:
+        meta.update(read_file(path / files.META, weights_only))
+
+    ranks.together(step)
+    return meta
+
+
+def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Reads a file that ``torch.save`` wrote; tensors stay on disk until they are used.
+
+    Raises:
+        CheckpointError: If it is damaged, no such file, or holds objects that ``weights_only`` forbids.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"{path} holds objects other than tensors. If you trust it, load it with weights_only=False."
+            ) from error
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
+    return content
+
+
+def _load_full(
+    path: Path,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    model_key: str,
+    strict: bool,
+    weights_only: bool | None,
+) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = {}
+
+    def step() -> None:
+        checkpoint.update(read_file(path, weights_only))
+        if model_key not in checkpoint:
+            raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
+        _fill_weights(path, model, checkpoint.pop(model_key), strict)
+        for index, (key, optimizer) in enumerate(optimizers.items()):
+            saved = checkpoint.get("optimizer_states", {})[index : index + 1] if key not in checkpoint else None
+            state = checkpoint.pop(key) if saved is None else (saved[0] if saved else None)
+            if state is None:
+                raise CheckpointError(f"{path} holds no states for {key!r}. Load the weights alone.")
+            _fill_optimizer(model, optimizer, state)
+
+    ranks.together(step)
+    return checkpoint
+
+
+@torch.no_grad()
+def _fill_weights(path: Path, model: nn.Module, saved: dict[str, Any], strict: bool) -> None:
+    weights = model_state(model)
+    if strict:
+        check_names(path, weights.keys() - saved.keys(), saved.keys() - weights.keys())
+    for name in weights.keys() & saved.keys():
+        target = weights[name]
+        if not isinstance(target, Tensor):
+            weights[name] = saved[name]
+            continue
+        check_shape(path, name, saved[name].shape, target.shape)
+        part = shard_like(saved[name], target)
+        if isinstance(target, DTensor) and isinstance(part, DTensor):
+            target._local_tensor.copy_(part._local_tensor)
+        else:
+            target.copy_(part)
+    _set_extra_state(model, weights)
+
+
+def _fill_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    names = parameter_names(model, optimizer)
+    params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    # A full file numbers parameters in the order of their groups; some programs use names instead.
+    name_of = {index: index if isinstance(index, str) else names[place] for place, index in enumerate(order)}
+    states = {name_of[index]: _shard_state(state, params[name_of[index]]) for index, state in saved["state"].items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+    set_optimizer_state(model, optimizer, states, groups)
+
+
+def _shard_state(value: Any, param: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return shard_like(value, param)
+    if isinstance(value, dict):
+        return {key: _shard_state(entry, param) for key, entry in value.items()}
+    return value

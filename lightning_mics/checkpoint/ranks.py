@@ -1,0 +1,66 @@
+"""Running a step so that a failure on one rank is a failure on all of them, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lightning_mics.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Returns whether there may be other ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Returns this process's rank, 0 if it is alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def together(step: Callable[[], T]) -> list[T]:
+    """Runs ``step`` on every rank. Collective over the world.
+
+    Returns:
+        The results of all ranks, in rank order.
+
+    Raises:
+        CheckpointError: On every rank, with the first rank's error, if ``step`` raised anywhere.
+    """
+    error, result = None, None
+    try:
+        result = step()
+    except CheckpointError as own:
+        error = str(own)
+    except Exception as other:
+        error = f"{type(other).__name__}: {other}"
+    outcomes: list[Any] = [(error, result)]
+    if is_distributed():
+        outcomes = [None] * world_size()
+        dist.all_gather_object(outcomes, (error, result))
+    for source, (message, _) in enumerate(outcomes):
+        if message is not None:
+            where = f" (on rank {source})" if len(outcomes) > 1 else ""
+            raise CheckpointError(message + where)
+    return [value for _, value in outcomes]
+
+
+def on_first_rank(step: Callable[[], T]) -> T | None:
+    """Runs ``step`` on rank 0 while the others wait. Collective over the world.
+
+    Returns:
+        The result, on every rank.
+
+    Raises:
+        CheckpointError: On every rank, if ``step`` raised.
+    """
+    return together(lambda: step() if rank() == 0 else None)[0]

@@ -1,0 +1,143 @@
+"""Writing checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.state import model_state, optimizer_state
+from lightning_mics.errors import CheckpointError
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    meta: dict[str, Any] | None = None,
+    *,
+    sharded: bool = True,
+) -> None:
+    """Saves a model, its optimizers and anything else. Collective over the world.
+
+    Args:
+        path: A folder (sharded) or a file (full); an earlier checkpoint there is replaced when the new one is whole.
+        model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
+        optimizers: One or several optimizers over its parameters.
+        meta: More to remember, such as the step; anything that ``torch.save`` takes. Rank 0's counts.
+        sharded: Whether each rank writes its part of a folder, or rank 0 one whole file.
+
+    Raises:
+        CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
+    """
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    weights = model_state(model, full=not sharded)
+    states = [optimizer_state(model, optimizer, full=not sharded) for optimizer in listed]
+    if sharded:
+        named = {f"optimizer_{index}": state for index, state in enumerate(states)}
+        save_sharded(path, {"state_dict": weights, **named}, meta or {})
+    else:
+        save_full(path, {**(meta or {}), "state_dict": weights, "optimizer_states": states})
+
+
+def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes a folder of shards. Collective over the world.
+
+    Each shard is written once, by one of the replicas that hold it.
+
+    Args:
+        path: The folder.
+        state: Nested dictionaries of tensors; DTensors are written by shard.
+        meta: The rest; rank 0's counts.
+
+    Raises:
+        CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
+    """
+    path = Path(path)
+    temporary = _begin(path, folder=True)
+    try:
+        ranks.together(lambda: _write_shards(temporary, state))
+        ranks.on_first_rank(lambda: _write_meta(temporary, meta))
+        described = ranks.together(lambda: files.describe(_own_files(temporary)))
+        merged = {name: facts for part in described for name, facts in part.items()}
+        ranks.on_first_rank(lambda: _finish(temporary, path, merged))
+    except CheckpointError as error:
+        _give_up(temporary, path, error)
+
+
+def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
+    """Writes one whole file on rank 0. Collective over the world.
+
+    Args:
+        path: The file.
+        checkpoint: What to write; rank 0's counts.
+
+    Raises:
+        CheckpointError: On every rank, if writing failed; the previous checkpoint is untouched.
+    """
+    path = Path(path)
+    temporary = _begin(path, folder=False)
+
+    def write() -> None:
+        torch.save(checkpoint, temporary)
+        files.sync_file(temporary)
+        files.commit(temporary, path)
+
+    try:
+        ranks.on_first_rank(write)
+    except CheckpointError as error:
+        _give_up(temporary, path, error)
+
+
+def _begin(path: Path, *, folder: bool) -> Path:
+    """Cleans up after crashes and makes room; returns the temporary name, rank 0's on every rank."""
+
+    def prepare() -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.recover(path)
+        if path.is_dir() and any(path.iterdir()) and not (path / files.INDEX).is_file():
+            raise CheckpointError(f"{path} is a folder with other files in it. Save under another name.")
+        temporary = files.temporary_name(path)
+        if folder:
+            temporary.mkdir()
+        return str(temporary)
+
+    name = ranks.on_first_rank(prepare)
+    assert name is not None
+    return Path(name)
+
+
+def _write_shards(temporary: Path, state: dict[str, Any]) -> None:
+    writer = dcp.FileSystemWriter(temporary, sync_files=True)
+    dcp.save(state, storage_writer=writer, no_dist=not ranks.is_distributed())
+
+
+def _write_meta(temporary: Path, meta: dict[str, Any]) -> None:
+    torch.save(meta, temporary / files.META)
+    files.sync_file(temporary / files.META)
+
+
+def _own_files(temporary: Path) -> Sequence[Path]:
+    """Returns the files that this rank has written."""
+    shards = sorted(temporary.glob(f"__{ranks.rank()}_*"))
+    return [*shards, temporary / files.INDEX, temporary / files.META] if ranks.rank() == 0 else shards
+
+
+def _finish(temporary: Path, path: Path, described: dict[str, dict[str, int]]) -> None:
+    files.write_manifest(temporary, described, ranks.world_size())
+    files.commit(temporary, path)
+
+
+def _give_up(temporary: Path, path: Path, error: CheckpointError) -> None:
+    if ranks.rank() == 0:
+        files.delete(temporary)
+    raise CheckpointError(
+        f"Saving {path} failed, and nothing was changed there: {error}. Check the disk's space and permissions."
+    ) from error

@@ -1,0 +1,122 @@
+"""States of models and optimizers, by parameter name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint import ranks
+from lightning_mics.errors import CheckpointError
+
+
+def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
+    """Returns a model's parameters and buffers by name.
+
+    Args:
+        model: A sharded or plain model.
+        full: Whether to return whole tensors in host memory, on rank 0 only (the others get none); collective then.
+            Otherwise each rank gets its shards, which share memory with the model.
+    """
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Returns the names of an optimizer's parameters in the order of its groups.
+
+    Raises:
+        CheckpointError: If a parameter is not the model's.
+    """
+    names = {param: _plain_name(name) for name, param in model.named_parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if any(param not in names for param in params):
+        raise CheckpointError(
+            f"{type(optimizer).__name__} holds parameters that {type(model).__name__} does not have. Create the "
+            "optimizer after the model was sharded."
+        )
+    return [names[param] for param in params]
+
+
+def _plain_name(name: str) -> str:
+    """Removes what ``torch.compile`` and checkpoint wrappers add to names."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = False) -> dict[str, Any]:
+    """Returns an optimizer's states.
+
+    Parameters that never had a gradient have no state, and get none.
+
+    Args:
+        model: The model whose parameters it trains.
+        optimizer: The optimizer.
+        full: Whether to return whole tensors in host memory, on rank 0 only (the others get none), keyed by position
+            as PyTorch's optimizers key them; collective then. Otherwise each rank gets its shards, keyed by parameter
+            name.
+
+    Raises:
+        CheckpointError: If a parameter is not the model's.
+    """
+    names = parameter_names(model, optimizer)
+    plain = optimizer.state_dict()
+    if full:
+        # Every rank takes part in gathering; only rank 0 keeps the result.
+        states = {index: _whole(state) for index, state in plain["state"].items()}
+        return {**plain, "state": states} if ranks.rank() == 0 else {}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in plain["param_groups"]]
+    return {"state": {names[index]: state for index, state in plain["state"].items()}, "param_groups": groups}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        full = value.full_tensor()
+        return full.cpu() if ranks.rank() == 0 else None
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _whole(entry) for key, entry in value.items()}
+    return value
+
+
+def shard_like(value: Tensor, param: Tensor) -> Tensor:
+    """Returns this rank's part of a whole tensor, laid out like ``param``; communicates nothing."""
+    if not isinstance(param, DTensor) or value.shape != param.shape:
+        return value
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
+
+
+def empty_like(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Returns memory for a state tensor: sharded like ``param`` if it has its shape, else in host memory."""
+    if size == param.shape:
+        return torch.empty_like(param.detach(), dtype=dtype)
+    return torch.empty(size, dtype=dtype)
+
+
+def set_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, states: dict[str, Any], groups: list[dict[str, Any]]
+) -> None:
+    """Puts loaded states into an optimizer.
+
+    Args:
+        model: The model whose parameters it trains.
+        optimizer: The optimizer.
+        states: States by parameter name; tensors laid out like the parameters.
+        groups: The saved settings of its parameter groups, in order, without parameters.
+
+    Raises:
+        CheckpointError: If the optimizer has another number of groups.
+    """
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"The checkpoint's optimizer has {len(groups)} parameter group(s), {type(optimizer).__name__} has "
+            f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
+        )
+    names = parameter_names(model, optimizer)
+    current = optimizer.state_dict()["param_groups"]
+    merged = [{**settings, "params": group["params"]} for settings, group in zip(groups, current, strict=True)]
+    by_index = {index: states[name] for index, name in enumerate(names) if name in states}
+    optimizer.load_state_dict({"state": by_index, "param_groups": merged})

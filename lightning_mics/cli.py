@@ -1,0 +1,81 @@
+"""The ``mics`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightning_mics import __version__
+from lightning_mics.errors import MiCSError
+from lightning_mics.metrics import format_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the ``mics`` command.
+
+    Args:
+        arguments: The words after ``mics``; those of the process by default.
+
+    Returns:
+        The exit code: 0 for success, 2 for an error that the user can mend.
+    """
+    parser = argparse.ArgumentParser(prog="mics", description="MiCS: sharded training on ordinary clusters.")
+    parser.add_argument("--version", action="version", version=f"lightning-mics {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (summary, configure) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=configure(command))
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except MiCSError as error:
+        print(f"mics: {error}", file=sys.stderr)
+        return 2
+
+
+def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    parser.add_argument("checkpoint", type=Path, help="a sharded checkpoint (a folder), or a full file")
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="what to write: NAME.safetensors (weights), NAME.ckpt (everything), or NAME (Hugging Face folder)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    return _consolidate
+
+
+def _consolidate(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lightning_mics.checkpoint import consolidate
+
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=None)
+        written = consolidate(
+            options.checkpoint,
+            options.out,
+            force=options.force,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
+    print(f"Wrote {written} ({format_bytes(size)}). {_next_step(written)}")
+
+
+def _next_step(written: Path) -> str:
+    if written.is_dir():
+        return f"Load it with AutoModel.from_pretrained({str(written)!r})."
+    if written.suffix == ".safetensors":
+        return f"Load it with safetensors.torch.load_file({str(written)!r})."
+    return f"Resume it on one device with Trainer.fit(..., ckpt_path={str(written)!r})."
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
+    "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Settings are checked once, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mics import MiCSConfig, MiCSConfigError
+from lightning_mics.errors import CheckpointError, MiCSError, SelfCheckError
+
+
+def test_defaults_shard_over_a_node_and_reduce_in_float32() -> None:
+    config = MiCSConfig()
+    assert (config.shard_size, config.hierarchical, config.wrap) == ("node", "auto", "auto")
+    assert (config.param_dtype, config.reduce_dtype, config.verify) == (None, torch.float32, True)
+
+
+def test_a_config_is_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MiCSConfig().shard_size = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        MiCSConfig(2)  # type: ignore[misc]
+    assert hash(MiCSConfig(shard_size=2)) == hash(MiCSConfig(shard_size=2))
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_have_several_spellings(spelling: object) -> None:
+    assert MiCSConfig(param_dtype=spelling).param_dtype is torch.bfloat16  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "works"),
+    [
+        ("shard_size", 0, "Try shard_size="),
+        ("shard_size", -1, "Try shard_size="),
+        ("shard_size", 2.0, "Try shard_size="),
+        ("shard_size", True, "Try shard_size="),
+        ("shard_size", None, "Try shard_size="),
+        ("shard_size", "rack", "'node' or 'world'"),
+        ("node_size", 0, "Try node_size="),
+        ("node_size", "8", "Try node_size="),
+        ("hierarchical", "yes", "'auto', True, False"),
+        ("hierarchical", 1, "'auto', True, False"),
+        ("reshard_after_forward", None, "True or False"),
+        ("activation_checkpointing", "yes", "True or False"),
+        ("cpu_offload", 1, "True or False"),
+        ("verify", "no", "True or False"),
+        ("cast_forward_inputs", "all", "'units'"),
+        ("param_dtype", "int8", "'bfloat16'"),
+        ("param_dtype", torch.int64, "'bfloat16'"),
+        ("reduce_dtype", "float", "'float32'"),
+        ("output_dtype", 7, "'float32'"),
+        ("wrap", 3, "a module class"),
+        ("wrap", [], "a module class"),
+        ("wrap", [nn.Linear, 3], "a module class"),
+        ("wrap", int, "a module class"),
+    ],
+)
+def test_a_wrong_value_names_the_setting_and_what_works(setting: str, value: object, works: str) -> None:
+    with pytest.raises(MiCSConfigError) as caught:
+        MiCSConfig(**{setting: value})  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert f"{setting}={value!r}" in message
+    assert works in message
+
+
+@pytest.mark.parametrize("wrap", ["auto", "Block", nn.Linear, [nn.Linear, "Block"], ("Block",), lambda module: True])
+def test_every_kind_of_wrap_is_taken(wrap: object) -> None:
+    assert MiCSConfig(wrap=wrap).wrap is wrap  # type: ignore[arg-type]
+
+
+def test_from_dict_suggests_the_nearest_name() -> None:
+    assert MiCSConfig.from_dict({"shard_size": 4, "verify": False}) == MiCSConfig(shard_size=4, verify=False)
+    with pytest.raises(MiCSConfigError, match="Unknown MiCS setting 'shardsize'. Did you mean 'shard_size'"):
+        MiCSConfig.from_dict({"shardsize": 4})
+    with pytest.raises(MiCSConfigError, match="Known settings: shard_size, "):
+        MiCSConfig.from_dict({"zzz": 4})
+
+
+def test_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mics.yaml"
+    path.write_text("shard_size: 4\nparam_dtype: bf16\nwrap: [Block]\n")
+    assert MiCSConfig.from_yaml(path) == MiCSConfig(shard_size=4, param_dtype=torch.bfloat16, wrap=["Block"])
+    path.write_text("")
+    assert MiCSConfig.from_yaml(path) == MiCSConfig()
+    path.write_text("- 4\n")
+    with pytest.raises(MiCSConfigError, match="'shard_size: 8', not a list"):
+        MiCSConfig.from_yaml(path)
+
+
+def test_from_env_loses_to_explicit_arguments() -> None:
+    environ = {"MICS_SHARD_SIZE": "4", "MICS_HIERARCHICAL": "false", "MICS_PARAM_DTYPE": "bf16", "OTHER": "1"}
+    found = MiCSConfig.from_env(environ)
+    assert found == MiCSConfig(shard_size=4, hierarchical=False, param_dtype="bfloat16")
+    assert MiCSConfig.from_env(environ, shard_size=2).shard_size == 2
+    with pytest.raises(MiCSConfigError, match="shard_size=0"):
+        MiCSConfig.from_env({"MICS_SHARD_SIZE": "0"})
+
+
+def test_replace_checks_anew() -> None:
+    assert MiCSConfig().replace(shard_size=2).shard_size == 2
+    with pytest.raises(MiCSConfigError, match="shard_size=0"):
+        MiCSConfig().replace(shard_size=0)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    assert issubclass(MiCSConfigError, MiCSError) and issubclass(MiCSConfigError, ValueError)
+    assert issubclass(CheckpointError, MiCSError) and issubclass(CheckpointError, ValueError)
+    assert issubclass(SelfCheckError, MiCSError) and issubclass(SelfCheckError, RuntimeError)
