@@ -20,6 +20,14 @@ Unit = tuple[nn.Module, ...]
 # A unit by size holds at least this share of the model, and at least this many elements.
 _SIZE_SHARE = 8
 _MIN_UNIT_NUMEL = 2**16
+_CONTAINERS = (
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+)
 
 
 def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Module] = ()) -> list[Unit]:
@@ -255,6 +263,9 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _is_atomic(module: nn.Module) -> bool:
-    """PyTorch's own composite modules read their children's weights directly; units inside them would not be seen."""
-    is_container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    """PyTorch's own composite modules read their children's weights directly; units inside them would not be seen.
+
+    Those that only stack layers do not.
+    """
+    is_container = isinstance(module, _CONTAINERS)
     return type(module).__module__.startswith("torch.nn.modules") and not is_container and any(module.children())

@@ -75,7 +75,7 @@ def test_every_kind_of_wrap_is_taken(wrap: object) -> None:
 
 def test_from_dict_suggests_the_nearest_name() -> None:
     assert MiCSConfig.from_dict({"shard_size": 4, "verify": False}) == MiCSConfig(shard_size=4, verify=False)
-    with pytest.raises(MiCSConfigError, match="Unknown MiCS setting 'shardsize'. Did you mean 'shard_size'"):
+    with pytest.raises(MiCSConfigError, match=r"Unknown MiCS setting 'shardsize'\. Did you mean 'shard_size'"):
         MiCSConfig.from_dict({"shardsize": 4})
     with pytest.raises(MiCSConfigError, match="Known settings: shard_size, "):
         MiCSConfig.from_dict({"zzz": 4})

@@ -10,7 +10,18 @@ from lightning_mics import ClusterTopology, CommLedger, Hop, Traffic
 from lightning_mics.metrics import format_bytes, partition_share, replication_share
 from lightning_mics.topology import Group, GroupLayout
 
-LAYOUTS = [(4, 2, 2), (4, 2, 4), (8, 2, 4), (8, 4, 8), (8, 2, 8), (8, 4, 2), (8, 4, 1), (16, 4, 8), (8, 8, 8), (4, 1, 4)]
+LAYOUTS = [
+    (4, 2, 2),
+    (4, 2, 4),
+    (8, 2, 4),
+    (8, 4, 8),
+    (8, 2, 8),
+    (8, 4, 2),
+    (8, 4, 1),
+    (16, 4, 8),
+    (8, 8, 8),
+    (4, 1, 4),
+]
 
 
 def layout_of(world_size: int, node_size: int, shard_size: int) -> GroupLayout:

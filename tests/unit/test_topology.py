@@ -174,7 +174,7 @@ def test_host_names_tell_the_cluster() -> None:
     assert ClusterTopology.from_hostnames(["a"] * 4) == ClusterTopology(world_size=4, node_size=4)
     with pytest.raises(MiCSConfigError, match=r"different numbers of ranks \(a: 4, b: 2\).*for example 3 on each of 2"):
         ClusterTopology.from_hostnames(["a", "a", "a", "a", "b", "b"])
-    with pytest.raises(MiCSConfigError, match="not numbered node by node: rank 1 is on 'b'.*distribution=block"):
+    with pytest.raises(MiCSConfigError, match=r"not numbered node by node: rank 1 is on 'b'.*distribution=block"):
         ClusterTopology.from_hostnames(["a", "b", "a", "b"])
 
 
