@@ -20,6 +20,7 @@ __all__ = [
     "all_gather_single",
     "batched",
     "current_backward_id",
+    "forget_dtensor_meshes",
     "is_premul_sum",
     "queue_backward_callback",
     "reduce_scatter_single",
@@ -48,6 +49,13 @@ def is_premul_sum(op: object) -> bool:
 def current_backward_id() -> int:
     """Returns a number that names the backward pass in progress."""
     return torch._C._current_graph_task_id()
+
+
+def forget_dtensor_meshes() -> None:
+    """Drops DTensor's cached shardings, whose meshes name process groups that may have been destroyed since."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:
