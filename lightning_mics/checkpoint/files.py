@@ -73,29 +73,19 @@ def recover(path: str | os.PathLike[str]) -> None:
     Called before every save and load. Leftovers of saves that are still running are left alone.
     """
     path = Path(path)
-    for aside in _siblings(path.parent, path.name, _REPLACED):
-        if path.exists():
-            delete(aside)
-        else:
-            os.rename(aside, path)
-    for leftover in _siblings(path.parent, path.name, _INCOMPLETE):
+    for aside in path.parent.glob(".*"):
+        if aside.name.startswith(f".{path.name}{_REPLACED}"):
+            delete(aside) if path.exists() else os.rename(aside, path)
+    for leftover in path.parent.glob(f".*{_INCOMPLETE}*"):
         if _is_abandoned(leftover):
             delete(leftover)
-    for leftover in _siblings(path.parent, "*", _INCOMPLETE):
-        if _is_abandoned(leftover) and leftover.name.endswith(f"-{_owner()}") is False:
-            delete(leftover)
-
-
-def _siblings(folder: Path, name: str, mark: str) -> list[Path]:
-    pattern = f".{name}{mark}*" if name == "*" else None
-    if pattern is not None:
-        return sorted(folder.glob(pattern))
-    return sorted(entry for entry in folder.glob(".*") if entry.name.startswith(f".{name}{mark}"))
 
 
 def _is_abandoned(leftover: Path) -> bool:
     """Returns whether the process that writes ``leftover`` is gone, as far as this host can tell."""
     host, _, pid = leftover.name.rpartition(_INCOMPLETE)[2].rpartition("-")
+    if not pid.isdigit():
+        return False
     if host != socket.gethostname():
         return time.time() - _newest_change(leftover) > _STALE_SECONDS
     if int(pid) == os.getpid():

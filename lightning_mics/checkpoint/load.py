@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -100,8 +101,8 @@ def _load_sharded(
         ranks.together(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, model, optimizer))  # type: ignore[misc]
     try:
         read(path, targets.flat)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{path} cannot be read: {ranks.describe_error(error)}") from error
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor) and f"{model_key}.{name}" in targets.flat:
             weights[name] = targets.flat[f"{model_key}.{name}"]
@@ -247,9 +248,10 @@ def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is damaged, no such file, or holds objects that ``weights_only`` forbids.
     """
-    is_zip = zipfile.is_zipfile(path)
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint. Use another one.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower():
             raise CheckpointError(

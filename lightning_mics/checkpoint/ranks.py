@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mics.errors import CheckpointError
 
@@ -27,6 +28,13 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def describe_error(error: BaseException) -> str:
+    """Returns an error in one line; of DCP's collected errors, the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
 def together(step: Callable[[], T]) -> list[T]:
     """Runs ``step`` on every rank. Collective over the world.
 
@@ -39,10 +47,8 @@ def together(step: Callable[[], T]) -> list[T]:
     error, result = None, None
     try:
         result = step()
-    except CheckpointError as own:
-        error = str(own)
-    except Exception as other:
-        error = f"{type(other).__name__}: {other}"
+    except (Exception, CheckpointException) as problem:
+        error = describe_error(problem)
     outcomes: list[Any] = [(error, result)]
     if is_distributed():
         outcomes = [None] * world_size()

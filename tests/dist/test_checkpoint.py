@@ -1,0 +1,378 @@
+"""Checkpoints of bare loops: what is written, what survives a crash, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning_tools import Net, cross_entropy, make_optimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import (
+    CheckpointError,
+    MiCSConfig,
+    consolidate,
+    load_checkpoint,
+    mics_shard,
+    save_checkpoint,
+)
+from lightning_mics.checkpoint import files, optimizer_state
+from lightning_mics.testing import Failure, WorkerPool, full_state_dict
+
+PLAIN = MiCSConfig(shard_size=2, node_size=2)
+
+
+def trained(seed: int, steps: int = 2, config: MiCSConfig = PLAIN, optimizer: str = "adamw") -> tuple[Any, Any]:
+    """Returns a sharded model and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    model = mics_shard(Net(), config)
+    inner = make_optimizer(optimizer, model.parameters())
+    for _ in range(steps):
+        tokens = torch.arange(10).view(2, 5) + dist.get_rank()
+        cross_entropy(model(tokens % 19), tokens % 19).backward()
+        inner.step()
+        inner.zero_grad()
+    return model, inner
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns all tensors of a model and its optimizer, whole, by name."""
+    tensors = full_state_dict(model)
+    for name, state in optimizer_state(model, optimizer)["state"].items():
+        for key, value in state.items():
+            tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    return tensors
+
+
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def save_new(path: str, seed: int, sharded: bool = True) -> dict[str, Tensor]:
+    model, optimizer = trained(seed)
+    save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+    return everything(model, optimizer)
+
+
+def load_anew(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model, optimizer = trained(seed=50, steps=0)
+    meta = load_checkpoint(path, model, optimizer)
+    return everything(model, optimizer), meta
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_round_trip(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    path = str(tmp_path / "saved")
+    saved = pool.run(save_new, path, 1, sharded, world_size=4)[0]
+    for loaded, meta in pool.run(load_anew, path, world_size=4):
+        assert equal(loaded, saved)
+        assert meta["seed"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+
+
+def save_large(path: str) -> int:
+    torch.manual_seed(0)
+    model = mics_shard(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), PLAIN)
+    save_checkpoint(path, model)
+    return sum(param.numel() * param.element_size() for param in model.parameters())
+
+
+def test_each_shard_is_written_once_and_replicas_share_the_writing(pool: WorkerPool, tmp_path: Path) -> None:
+    model_bytes = pool.run(save_large, str(tmp_path / "saved"), world_size=4)[0]
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "saved").glob("*.distcp")}
+    assert len(sizes) == 4
+    overhead = 16 * 2 * 4096  # each tensor is a small archive of its own
+    assert model_bytes < sum(sizes.values()) < model_bytes + overhead
+    assert max(sizes.values()) < 2 * min(sizes.values())
+
+
+class Branches(nn.Module):
+    """Has tied, frozen, uneven and never used parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.uneven = nn.Linear(5, 7)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cross_entropy(self.net(tokens), tokens) + self.uneven(tokens[:, :5].float()).square().mean()
+
+
+def step_branches(config: MiCSConfig, optimizer: str, path: str, save: bool) -> dict[str, Tensor]:
+    torch.manual_seed(8 if save else 9)
+    model = mics_shard(Branches(), config)
+    decayed = [param for name, param in model.named_parameters() if "weight" in name]
+    others = [param for name, param in model.named_parameters() if "weight" not in name]
+    kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    settings: dict[str, Any] = {"momentum": 0.9} if optimizer == "momentum" else {}
+    inner = kind([{"params": decayed, "lr": 0.01}, {"params": others, "lr": 0.02}], **settings)
+    if save:
+        model(torch.arange(10).view(2, 5)).backward()
+        inner.step()
+        save_checkpoint(path, model, inner)
+    else:
+        load_checkpoint(path, model, inner)
+        assert [group["lr"] for group in inner.param_groups] == [0.01, 0.02]
+    states = optimizer_state(model, inner)["state"]
+    assert not any(name.startswith(("unused", "frozen")) for name in states)
+    return everything(model, inner)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+def test_tied_frozen_uneven_and_unused_parameters(pool: WorkerPool, tmp_path: Path, optimizer: str) -> None:
+    path = str(tmp_path / "saved")
+    saved = pool.run(step_branches, PLAIN, optimizer, path, True, world_size=4)[0]
+    for world_size, shard_size in ((4, 4), (2, 1), (1, 1)):
+        config = MiCSConfig(shard_size=shard_size)
+        for loaded in pool.run(step_branches, config, optimizer, path, False, world_size=world_size):
+            assert equal(loaded, saved)
+
+
+def save_before_the_first_step(path: str) -> tuple[int, int]:
+    model, optimizer = trained(seed=1, steps=0)
+    save_checkpoint(path, model, optimizer)
+    model, optimizer = trained(seed=2, steps=0)
+    load_checkpoint(path, model, optimizer)
+    return len(optimizer.state), len(optimizer.param_groups[0]["params"])
+
+
+def test_an_optimizer_without_states(pool: WorkerPool, tmp_path: Path) -> None:
+    for num_states, _ in pool.run(save_before_the_first_step, str(tmp_path / "saved"), world_size=2):
+        assert num_states == 0
+
+
+# Crashes.
+
+
+# What touches the disk or other ranks during a save.
+_WATCHED: tuple[tuple[Any, str], ...] = (
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+    (torch, "save"),
+    (files, "_exchange"),
+    (files, "describe"),
+    (files, "delete"),
+    (files, "write_manifest"),
+    (dist, "all_gather_object"),
+)
+
+
+def watch_moments(monkey: Callable[[str], None]) -> None:
+    """Calls ``monkey`` before and after everything that touches the disk or other ranks."""
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            monkey(f"before {name}")
+            result = original(*args, **kwargs)
+            monkey(f"after {name}")
+            return result
+
+        setattr(owner, name, watched)
+
+    for owner, name in _WATCHED:
+        watch(owner, name)
+
+
+def save_and_count(path: str, seed: int, sharded: bool) -> int:
+    model, optimizer = trained(seed)
+    moments: list[str] = []
+    originals = [getattr(owner, name) for owner, name in _WATCHED]
+    watch_moments(moments.append)
+    try:
+        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+    finally:
+        for (owner, name), original in zip(_WATCHED, originals, strict=True):
+            setattr(owner, name, original)
+    return len(moments)
+
+
+def save_and_die(path: str, seed: int, sharded: bool, moment: int, victims: tuple[int, ...], exchange: bool) -> None:
+    model, optimizer = trained(seed)
+    if not exchange:
+        files._exchange = lambda first, second: False
+    passed = 0
+
+    def monkey(name: str) -> None:
+        nonlocal passed
+        passed += 1
+        if passed == moment and dist.get_rank() in victims:
+            os._exit(1)
+
+    watch_moments(monkey)
+    try:
+        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+    finally:
+        os._exit(2)  # the watched functions must not outlive the test
+
+
+@pytest.mark.parametrize(
+    ("sharded", "exchange"), [(True, True), (True, False), (False, True)], ids=["sharded", "two renames", "full"]
+)
+def test_a_crash_at_any_moment_keeps_a_whole_checkpoint(
+    pool: WorkerPool, tmp_path: Path, sharded: bool, exchange: bool
+) -> None:
+    path = tmp_path / "last.ckpt"
+    contents = {1: pool.run(save_new, str(path), 1, sharded, world_size=2)[0]}
+    num_moments = max(pool.run(save_and_count, str(tmp_path / "other.ckpt"), 7, sharded, world_size=2))
+    contents[2] = pool.run(save_new, str(tmp_path / "other.ckpt"), 2, sharded, world_size=2)[0]
+    count = 20 if (sharded and exchange) else 8
+    survived = set()
+    for index in range(count):
+        moment = 1 + index * num_moments // count
+        victims = ((0,), (1,), (0, 1))[index % 3]
+        pool.attempt(save_and_die, str(path), 2, sharded, moment, victims, exchange, world_size=2)
+        for loaded, meta in pool.run(load_anew, str(path), world_size=2):
+            survived.add(meta["seed"])
+            assert equal(loaded, contents[meta["seed"]]), f"moment {moment}"
+        if 2 in survived:
+            pool.run(save_new, str(path), 1, sharded, world_size=2)
+    assert 1 in survived
+    pool.run(save_new, str(path), 1, sharded, world_size=2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "other.ckpt"]
+
+
+def fail_to_write(path: str, rank: int) -> None:
+    model, optimizer = trained(3)
+    if dist.get_rank() == rank:
+
+        def full_disk(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        os.fsync, original = full_disk, os.fsync
+        try:
+            save_checkpoint(path, model, optimizer)
+        finally:
+            os.fsync = original
+    save_checkpoint(path, model, optimizer)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_while_writing_raises_on_every_rank(pool: WorkerPool, tmp_path: Path, rank: int) -> None:
+    path = tmp_path / "last.ckpt"
+    saved = pool.run(save_new, str(path), 1, world_size=2)[0]
+    for failure in pool.attempt(fail_to_write, str(path), rank, world_size=2):
+        assert failure.kind == "CheckpointError"
+        assert "No space left on device" in failure.message
+        assert "last.ckpt" in failure.message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+    assert equal(pool.run(load_anew, str(path), world_size=2)[0][0], saved)
+
+
+# What is refused.
+
+
+def truncate(path: Path) -> None:
+    file = sorted(path.glob("*.distcp"))[0]
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip_a_bit(path: Path) -> None:
+    file = sorted(path.glob("*.distcp"))[-1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def drop_a_shard(path: Path) -> None:
+    sorted(path.glob("*.distcp"))[0].unlink()
+
+
+def drop_the_index(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def drop_the_rest(path: Path) -> None:
+    (path / "meta.pt").unlink()
+
+
+def spoil_the_manifest(path: Path) -> None:
+    (path / "mics.json").write_text("{")
+
+
+def come_from_the_future(path: Path) -> None:
+    content = json.loads((path / "mics.json").read_text())
+    (path / "mics.json").write_text(json.dumps({**content, "format": 99}))
+
+
+def become_a_text_file(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    path.write_text("not a checkpoint")
+
+
+def vanish(path: Path) -> None:
+    become_a_text_file(path)
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, ("__0_0.distcp", "damaged", "bytes")),
+        (flip_a_bit, (".distcp", "checksum")),
+        (drop_a_shard, ("__0_0.distcp", "missing")),
+        (drop_the_index, (".metadata", "half-written")),
+        (drop_the_rest, ("meta.pt", "missing")),
+        (spoil_the_manifest, ("mics.json", "damaged")),
+        (come_from_the_future, ("newer", "Update")),
+        (become_a_text_file, ("not a PyTorch checkpoint",)),
+        (vanish, ("There is no checkpoint", "good.ckpt")),
+    ],
+)
+def test_damaged_checkpoints_are_refused_on_every_rank(
+    pool: WorkerPool, tmp_path: Path, damage: Callable[[Path], None], words: tuple[str, ...]
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    pool.run(save_new, str(tmp_path / "good.ckpt"), 1, world_size=2)
+    pool.run(save_new, str(path), 1, world_size=2)
+    damage(path)
+    for failure in pool.attempt(load_anew, str(path), world_size=2):
+        assert isinstance(failure, Failure) and failure.kind == "CheckpointError", failure
+        for word in words:
+            assert word in failure.message
+    with pytest.raises(CheckpointError):
+        consolidate(path, tmp_path / "whole.ckpt")
+
+
+def load_into_another_model(path: str) -> None:
+    model = mics_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), PLAIN)
+    load_checkpoint(path, model)
+
+
+def load_with_other_groups(path: str) -> None:
+    model, _ = trained(1, steps=0)
+    params = list(model.parameters())
+    load_checkpoint(path, model, torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}]))
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_checkpoints_that_do_not_fit_are_refused(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    path = str(tmp_path / "saved.ckpt")
+    pool.run(save_new, path, 1, sharded, world_size=2)
+    for failure in pool.attempt(load_into_another_model, path, world_size=2):
+        assert failure.kind == "CheckpointError"
+        assert "0.bias" in failure.message and "blocks.0.down.bias" in failure.message
+    for failure in pool.attempt(load_with_other_groups, path, world_size=2):
+        assert failure.kind == "CheckpointError"
+        assert "1 parameter group(s)" in failure.message and "has 2" in failure.message
+
+
+def test_saving_does_not_destroy_a_foreign_folder(pool: WorkerPool, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    for failure in pool.attempt(save_new, str(tmp_path / "thesis"), 1, world_size=2):
+        assert failure.kind == "CheckpointError" and "other files" in failure.message
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
