@@ -45,7 +45,7 @@ from lightning_mics.mesh import (
 )
 from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.topology import ClusterTopology
-from lightning_mics.units import Unit, plan_units
+from lightning_mics.units import Unit, backward_order, plan_units
 from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
 
 
@@ -192,7 +192,7 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
         _apply_fully_shard(unit, config, mesh, is_root=unit == (model,))
     tend_root_forward(model)
     # ``fully_shard`` leaves one state for a group of modules; its first module stands for it.
-    leaders = [(model,), *units[::-1]]
+    leaders = [(model,), *backward_order(model, units)[::-1]]
     unit_names = ["(root)" if unit == (model,) else " + ".join(names[m] for m in unit) for unit in leaders]
     sync = _connect(leaders, unit_names, config, mesh, ledger)
     attach_sync(model, sync)

@@ -45,13 +45,23 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Modul
     Raises:
         MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
     """
-    chosen = list(dict.fromkeys([*_choose(model, wrap), *entries]))
-    depth = {module: name.count(".") + 1 if name else 0 for name, module in model.named_modules()}
-    innermost_first = sorted(chosen, key=lambda module: -depth[module])
-    units = _tied_units(model, innermost_first)
-    tied = {module for unit in units for module in unit}
-    units += [(module,) for module in innermost_first if module not in tied]
-    return _split_dtypes(model, units)
+    chosen = dict.fromkeys([*_choose(model, wrap), *entries])
+    units = _merge_tied(model, [{module} for module in chosen])
+    return _innermost_first(_split_dtypes(model, units))
+
+
+def backward_order(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
+    """Returns units in the order in which a backward pass finishes them, if the forward pass runs in model order."""
+    position: dict[nn.Module, int] = {}
+
+    def visit(module: nn.Module) -> None:
+        for child in reversed(list(module.children())):
+            if child not in position:
+                visit(child)
+        position[module] = len(position)
+
+    visit(model)
+    return sorted(units, key=lambda unit: max(position[module] for module in unit))
 
 
 def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
@@ -136,34 +146,55 @@ def _by_size(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _tied_units(model: nn.Module, units: Sequence[nn.Module]) -> list[Unit]:
-    """Groups of modules that share a parameter across the borders of units.
+def _merge_tied(model: nn.Module, units: list[set[nn.Module]]) -> list[Unit]:
+    """Makes one unit of modules that share a parameter across the borders of units.
 
     FSDP2 (torch >= 2.13) refuses a parameter that two units can see; one unit with all modules that own it is right.
+    A module that leaves its unit for a common one may take along a parameter that it shares with others, so the search
+    starts anew after each.
     """
-    units_of = _units_of(model, units)
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
-        for param in dict.fromkeys(module.parameters(recurse=False)):
-            owners.setdefault(param, []).append(module)
-    groups: list[set[nn.Module]] = []
-    for modules in owners.values():
-        if len(set().union(*(units_of[module] for module in modules))) < 2:
-            continue
-        merged = set(modules)
-        for group in [group for group in groups if group & merged]:
-            merged |= group
-            groups.remove(group)
-        groups.append(merged)
-    order = {module: index for index, module in enumerate(model.modules())}
-    result: list[Unit] = []
-    for group in groups:
-        if model in group:
+        for param in module.parameters(recurse=False):
+            owners.setdefault(param, set()).add(module)
+    while (crossing := _find_crossing(model, units, owners.values())) is not None:
+        if model in crossing:
             raise MiCSConfigError(
                 "A parameter that the root module owns itself is shared with a module inside a unit. Move it into a "
                 "module of its own, or leave the units that share it to the root with wrap=."
             )
-        result.append(tuple(sorted(group, key=order.__getitem__)))
+        merged = crossing.union(*(unit for unit in units if unit & crossing))
+        units = [merged, *(unit for unit in units if not unit & crossing)]
+    order = {module: index for index, module in enumerate(model.modules())}
+    return [tuple(sorted(_outermost_of(list(unit)), key=order.__getitem__)) for unit in units]
+
+
+def _find_crossing(
+    model: nn.Module, units: list[set[nn.Module]], owners: Iterable[set[nn.Module]]
+) -> set[nn.Module] | None:
+    """Returns modules that own one parameter but belong to different units."""
+    unit_of_root = {module: index for index, unit in enumerate(units) for module in unit}
+    units_of = _units_of(model, unit_of_root)
+    for modules in owners:
+        if len({unit_of_root.get(root) for module in modules for root in units_of[module]}) > 1:
+            return modules
+    return None
+
+
+def _innermost_first(units: list[Unit]) -> list[Unit]:
+    """Orders units so that each comes after those inside of it."""
+    inside = {unit: {sub for module in unit for sub in module.modules()}.difference(unit) for unit in units}
+    waiting, result = list(units), []
+    while waiting:
+        free = next((unit for unit in waiting if all(inside[unit].isdisjoint(other) for other in waiting)), None)
+        if free is None:
+            names = sorted({type(module).__name__ for unit in waiting for module in unit})
+            raise MiCSConfigError(
+                f"Units with shared parameters lie inside each other ({', '.join(names)}). Leave the inner ones out of "
+                "wrap=."
+            )
+        waiting.remove(free)
+        result.append(free)
     return result
 
 

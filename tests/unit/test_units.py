@@ -8,7 +8,7 @@ from models import Block, Regressor, SharedBlock, TiedBlocks, tiny_bert, tiny_gp
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfigError
-from lightning_mics.units import Unit, plan_units
+from lightning_mics.units import Unit, backward_order, plan_units
 
 
 def names_of(model: nn.Module, units: list[Unit]) -> list[tuple[str, ...]]:
@@ -23,11 +23,13 @@ def plan(model: nn.Module, wrap: object = "auto") -> list[tuple[str, ...]]:
 def test_hugging_face_models_split_where_they_say() -> None:
     assert plan(tiny_gpt2(3)) == [("transformer.h.0",), ("transformer.h.1",), ("transformer.h.2",)]
     assert plan(tiny_llama()) == [("model.layers.0",), ("model.layers.1",)]
-    # BERT's list holds its embeddings, too. They share their weight with the decoder.
-    units = plan(tiny_bert())
-    assert ("bert.encoder.layer.0",) in units and ("bert.encoder.layer.1",) in units
-    tied = [unit for unit in units if len(unit) > 1]
-    assert all("bert.embeddings.word_embeddings" in unit for unit in tied)
+    # BERT's list holds its embeddings, whose weight the decoder shares, whose bias the head around it shares.
+    assert plan(tiny_bert()) == [
+        ("bert.embeddings.word_embeddings", "cls.predictions"),
+        ("bert.embeddings",),
+        ("bert.encoder.layer.0",),
+        ("bert.encoder.layer.1",),
+    ]
 
 
 def test_a_model_around_a_hugging_face_model_splits_alike() -> None:
@@ -69,8 +71,8 @@ def test_models_without_blocks_are_split_by_size() -> None:
 )
 def test_wrap_selects(wrap: object, expected: list[tuple[str, ...]] | None) -> None:
     units = plan(Regressor(), wrap)
-    if expected is None:  # innermost first
-        assert units[:3] == [("blocks.0.norm",), ("blocks.1.norm",), ("blocks.2.norm",)] and len(units) == 6
+    if expected is None:
+        assert units[:2] == [("blocks.0.norm",), ("blocks.0",)] and len(units) == 6
     else:
         assert units == expected
 
@@ -109,6 +111,22 @@ def test_ties_inside_the_root_stay_with_the_root() -> None:
 def test_modules_of_two_units_that_share_a_parameter_become_one_unit() -> None:
     assert plan(TiedBlocks())[0] == ("blocks.0.down", "blocks.2.down")
     assert sorted(plan(TiedBlocks())[1:]) == [("blocks.0",), ("blocks.1",), ("blocks.2",)]
+
+
+def test_units_are_listed_innermost_first_and_finish_backward_from_the_end() -> None:
+    model = TiedBlocks()
+    units = plan_units(model)
+    earlier: list[nn.Module] = []
+    for unit in units:
+        assert not any(root in outer.modules() for outer in earlier for root in unit)
+        earlier += unit
+    assert names_of(model, backward_order(model, [(model,), *units])) == [
+        ("blocks.2",),
+        ("blocks.1",),
+        ("blocks.0.down", "blocks.2.down"),
+        ("blocks.0",),
+        ("",),
+    ]
 
 
 def test_a_shared_module_is_one_unit() -> None:
