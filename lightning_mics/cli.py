@@ -54,12 +54,12 @@ def _consolidate(options: argparse.Namespace) -> None:
 
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading", total=None)
+        task = bar.add_task("reading", total=None, visible=False)
         written = consolidate(
             options.checkpoint,
             options.out,
             force=options.force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
     size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
     print(f"Wrote {written} ({format_bytes(size)}). {_next_step(written)}")

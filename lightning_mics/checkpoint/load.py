@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -213,7 +214,12 @@ def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[in
 def read(path: Path, targets: dict[str, Any]) -> None:
     """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not ranks.is_distributed())
+    with warnings.catch_warnings():
+        # A single process is what is wanted here, and DCP remarks on it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(
+            targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not ranks.is_distributed()
+        )
 
 
 def _read_metadata(path: Path) -> Metadata:
