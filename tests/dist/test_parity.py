@@ -42,10 +42,10 @@ def test_every_layout_trains_like_one_process(pool: WorkerPool, world: int, accu
     check(pool, cases())
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert", "frozen", "tied", "shared", "twice"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_every_kind_of_model_trains_like_one_process(pool: WorkerPool, model: str, optimizer: str) -> None:
-    check(pool, [Case(model, 4, shard, 2, 4, optimizer=optimizer) for shard in (1, 2, 4)])
+@pytest.mark.parametrize("model", ["gpt2", "bert", "llama", "frozen", "tied", "shared", "twice"])
+def test_every_kind_of_model_trains_like_one_process(pool: WorkerPool, model: str) -> None:
+    cases = [Case(model, 4, shard, 2, 4) for shard in (1, 2, 4)]
+    check(pool, [*cases, Case(model, 4, 2, 2, 1, optimizer="adamw"), Case(model, 4, 4, 2, 4, optimizer="adamw")])
 
 
 def test_eight_ranks_train_a_tied_model_like_one_process(pool: WorkerPool) -> None:

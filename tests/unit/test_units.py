@@ -43,7 +43,7 @@ def test_a_model_around_a_hugging_face_model_splits_alike() -> None:
 
 
 def test_repeated_blocks_are_units() -> None:
-    assert plan(Regressor()) == [("blocks.0",), ("blocks.1",), ("blocks.2",)]
+    assert plan(Regressor()) == [("blocks.0",), ("blocks.1",)]
     assert plan(nn.Sequential(nn.Linear(2, 2), nn.Sequential(Block(), Block()))) == [("1.0",), ("1.1",)]
 
 
@@ -62,17 +62,17 @@ def test_models_without_blocks_are_split_by_size() -> None:
 @pytest.mark.parametrize(
     ("wrap", "expected"),
     [
-        ("Block", [("blocks.0",), ("blocks.1",), ("blocks.2",)]),
-        (Block, [("blocks.0",), ("blocks.1",), ("blocks.2",)]),
+        ("Block", [("blocks.0",), ("blocks.1",)]),
+        (Block, [("blocks.0",), ("blocks.1",)]),
         (["Block", nn.LayerNorm], None),
-        (lambda module: isinstance(module, Block), [("blocks.0",), ("blocks.1",), ("blocks.2",)]),
+        (lambda module: isinstance(module, Block), [("blocks.0",), ("blocks.1",)]),
     ],
     ids=["name", "class", "list", "function"],
 )
 def test_wrap_selects(wrap: object, expected: list[tuple[str, ...]] | None) -> None:
     units = plan(Regressor(), wrap)
     if expected is None:
-        assert units[:2] == [("blocks.0.norm",), ("blocks.0",)] and len(units) == 6
+        assert units[:2] == [("blocks.0.norm",), ("blocks.0",)] and len(units) == 4
     else:
         assert units == expected
 
@@ -109,8 +109,8 @@ def test_ties_inside_the_root_stay_with_the_root() -> None:
 
 
 def test_modules_of_two_units_that_share_a_parameter_become_one_unit() -> None:
-    assert plan(TiedBlocks())[0] == ("blocks.0.down", "blocks.2.down")
-    assert sorted(plan(TiedBlocks())[1:]) == [("blocks.0",), ("blocks.1",), ("blocks.2",)]
+    assert plan(TiedBlocks())[0] == ("blocks.0.down", "blocks.1.down")
+    assert sorted(plan(TiedBlocks())[1:]) == [("blocks.0",), ("blocks.1",)]
 
 
 def test_units_are_listed_innermost_first_and_finish_backward_from_the_end() -> None:
@@ -121,9 +121,8 @@ def test_units_are_listed_innermost_first_and_finish_backward_from_the_end() -> 
         assert not any(root in outer.modules() for outer in earlier for root in unit)
         earlier += unit
     assert names_of(model, backward_order(model, [(model,), *units])) == [
-        ("blocks.2",),
         ("blocks.1",),
-        ("blocks.0.down", "blocks.2.down"),
+        ("blocks.0.down", "blocks.1.down"),
         ("blocks.0",),
         ("",),
     ]
@@ -176,7 +175,7 @@ def test_a_second_dtype_gets_units_of_its_own() -> None:
 def test_frozen_parameters_of_another_dtype_need_no_unit() -> None:
     model = Regressor()
     model.blocks[0].norm.double().requires_grad_(False)
-    assert plan(model) == [("blocks.0",), ("blocks.1",), ("blocks.2",)]
+    assert plan(model) == [("blocks.0",), ("blocks.1",)]
 
 
 def test_one_module_with_two_dtypes_is_refused() -> None:
