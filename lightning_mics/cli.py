@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_mics import __version__
-from lightning_mics.errors import MiCSError
+from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import format_bytes
 
 
@@ -33,6 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MiCSError as error:
         print(f"mics: {error}", file=sys.stderr)
         return 2
+
+
+def _configure_demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of the first run (default: 120)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and text (default: 0)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave checkpoints and logs in this new folder")
+    return _demo
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.steps < 1:
+        raise MiCSConfigError(f"--steps {options.steps} must be at least 1. Try --steps 120.")
+    try:
+        from lightning_mics.demo.screen import run_demo
+    except ModuleNotFoundError as error:
+        raise MiCSError(f"The demo needs {error.name}. Install it with: pip install 'lightning-mics[demo]'") from error
+    try:
+        run_demo(options.steps, options.seed, options.keep)
+    except KeyboardInterrupt:
+        print("mics: stopped; nothing is left behind.", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
@@ -74,6 +96,7 @@ def _next_step(written: Path) -> str:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
+    "demo": ("train, save and resume a small GPT-2 on this machine, to see MiCS at work", _configure_demo),
     "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
 }
 

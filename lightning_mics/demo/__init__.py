@@ -1,0 +1,3 @@
+"""``mics demo``: MiCS at work on this machine alone."""
+
+from __future__ import annotations

@@ -1,0 +1,83 @@
+"""``mics demo`` as a newcomer runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "lightning_mics.cli", "demo", "--steps", "3"]
+
+
+def leftovers() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("mics-demo-*"))
+
+
+@pytest.mark.slow
+def test_the_screen_from_start_to_end() -> None:
+    before = leftovers()
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=300)
+    screen = done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in screen and "\r" not in screen
+    for word in ("warning", "error", "traceback", "deprecated"):
+        assert word not in screen.lower()
+    assert "partition groups {0,1} {2,3}" in screen and "partition groups {0,1,2,3}" in screen
+    first, last = re.search(r"first and last step\s+│ ([\d.]+) -> ([\d.]+)", screen).groups()
+    assert float(last) < float(first)
+    saved = re.search(r"3 │\s+2, saved │[^│]+│\s+([\d.]+)", screen)[1]
+    loaded = re.search(r"3 │\s+4, loaded │[^│]+│\s+([\d.]+)", screen)[1]
+    assert float(loaded) == pytest.approx(float(saved), rel=1e-5)
+    assert leftovers() == before
+
+
+def test_ctrl_c_ends_the_processes_and_leaves_nothing() -> None:
+    before = leftovers()
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list_events(leftovers() - before):
+        time.sleep(0.1)
+    folder = (leftovers() - before).pop()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing is left behind" in errors and "Traceback" not in errors
+    assert leftovers() == before
+    assert not processes_naming(str(folder))
+
+
+def list_events(folders: set[Path]) -> list[Path]:
+    """Returns the logs of runs that have started their processes."""
+    return [path for folder in folders for path in folder.glob("logs-*/*/*/*/stdout.log")]
+
+
+def processes_naming(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if text in command and entry.parent.name != str(os.getpid()):
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--steps", "0"], "--steps 0 must be at least 1"), (["--keep", "{full}"], "the folder is not empty")],
+)
+def test_bad_arguments_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [argument.format(full=tmp_path) for argument in arguments]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
