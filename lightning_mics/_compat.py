@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ __all__ = [
     "is_premul_sum",
     "queue_backward_callback",
     "reduce_scatter_single",
-    "tend_root_forward",
+    "tend_root",
     "unit_param_groups",
+    "unshard_outside_inference_mode",
     "wrap_post_backward",
 ]
 
@@ -108,6 +111,12 @@ class UnitParam:
         unsharded = self._fsdp_param._unsharded_param
         unsharded.grad = torch.zeros_like(unsharded)
 
+    def drop_unsharded_grad(self) -> None:
+        """Forgets what a failed backward pass left unreduced."""
+        if self.has_run:
+            self._fsdp_param._unsharded_param.grad = None
+            self._fsdp_param.unsharded_accumulated_grad = None
+
     def set_local_grad(self, local: Tensor) -> None:
         """Makes ``local`` (the shard's shape) the gradient of the sharded parameter."""
         self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
@@ -137,6 +146,10 @@ class UnitParamGroup:
         with context.device_handle.stream(context.reduce_scatter_stream):
             yield
 
+    def reshard(self) -> None:
+        """Frees gathered parameters, so that the next forward pass gathers their new values."""
+        self._group.reshard()
+
     def wait_reduce_stream(self) -> None:
         """Makes the current stream wait for the work that :meth:`reduce_stream` launched."""
         context = self._group.comm_ctx
@@ -153,38 +166,91 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     return [UnitParamGroup(group) for group in groups]
 
 
-def tend_root_forward(root: nn.Module) -> None:
-    """Mends two habits of FSDP2 around the root's forward pass.
+def tend_root(root: nn.Module, on_backward: Callable[[], None], on_failure: Callable[[], None]) -> None:
+    """Mends habits of FSDP2 around the root's forward and backward pass.
 
     A registered forward method may call ``forward``, as a ``training_step`` does; FSDP2 would take the end of the inner
-    call for the end of the pass, and free the root too early. And without a backward pass to come the root is freed:
-    otherwise ``parameters()`` would hand gathered tensors to the next optimizer, which would train nothing.
+    call for the end of the pass, and free the root too early. Without a backward pass to come the root is freed, which
+    saves memory. And after an exception in a pass FSDP2 starts afresh, which it only does when told to.
+
+    Args:
+        root: The root FSDP module.
+        on_backward: Called when a backward pass reaches the root, behind FSDP2's own preparations.
+        on_failure: Called before the first forward pass after one that failed, or whose backward pass did.
     """
     assert isinstance(root, FSDPModule)
     state: Any = root._get_fsdp_state()
-    pre_forward, post_forward = state._pre_forward, state._post_forward
-    depth = 0
+    pre_forward, post_forward, pre_backward = state._pre_forward, state._post_forward, state._pre_backward
+    running: list[FrameType] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal depth
-        depth += 1
-        return pre_forward(module, args, kwargs) if depth == 1 else (args, kwargs)
+        while running and not _is_running(running[-1]):
+            running.pop()
+        if not running and _has_failed(state):
+            _start_afresh(root)
+            on_failure()
+        running.append(sys._getframe(1))
+        return pre_forward(module, args, kwargs) if len(running) == 1 else (args, kwargs)
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal depth
-        depth -= 1
-        if depth > 0:
+        running.pop()
+        if running:
             return output
         output = post_forward(module, args, output)
         if not torch.is_grad_enabled():
             root.reshard()
         return output
 
+    def begin_backward(grad: Tensor) -> Tensor:
+        grad = pre_backward(grad)
+        on_backward()
+        return grad
+
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
-    state._pre_forward, state._post_forward = enter, leave
+    state._pre_forward, state._post_forward, state._pre_backward = enter, leave, begin_backward
     state._pre_forward_hook_handle = root.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
     state._post_forward_hook_handle = root.register_forward_hook(leave, prepend=False)
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Returns whether a frame is on this thread's stack; one that an exception ended is not."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
+
+
+def _has_failed(state: Any) -> bool:
+    """Returns whether an exception ended a pass: outside of passes nothing of theirs is left."""
+    context = state._state_ctx
+    is_left = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+    return bool(state._is_root and is_left and current_backward_id() == -1)
+
+
+def _start_afresh(root: nn.Module) -> None:
+    reset: Callable[[], None] | None = getattr(root, "reset_iter_state", None)
+    if reset is None:  # torch < 2.13
+        raise RuntimeError("A forward or backward pass failed; only torch >= 2.13 can train on after that.")
+    reset()
+
+
+def unshard_outside_inference_mode(group: UnitParamGroup) -> None:
+    """Makes gathered parameters normal tensors, also if the first forward pass runs under ``inference_mode``.
+
+    FSDP2 keeps them for its whole life, and training could not write into inference tensors.
+    """
+    inner = group._group
+    wait_for_unshard = inner.wait_for_unshard
+
+    def wait() -> None:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                wait_for_unshard()
+        else:
+            wait_for_unshard()
+
+    inner.wait_for_unshard = wait
 
 
 def wrap_post_backward(group: UnitParamGroup, around: Callable[[Callable[[], None]], None]) -> None:

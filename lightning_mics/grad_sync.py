@@ -35,7 +35,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_mics._compat import (
     UnitParam,
     UnitParamGroup,
-    current_backward_id,
     queue_backward_callback,
     wrap_post_backward,
 )
@@ -75,6 +74,7 @@ class UnitGradients:
         self._reduce_dtype = reduce_dtype
         self._accumulator: Tensor | None = None
         self._accumulated: list[UnitParam] = []
+        self._written: list[tuple[int, ...] | None] = []
         self._work: dist.Work | None = None
         self._in_flight: Tensor | None = None
 
@@ -103,7 +103,7 @@ class UnitGradients:
             reduce_scatter()
 
     def _keeps_accumulator(self, params: list[UnitParam], deferring: bool) -> bool:
-        if params[0].sharded.grad is None or params != self._accumulated:
+        if params != self._accumulated or self._grad_states(params) != self._written:  # cleared, or changed by the user
             self._accumulator = None
         if self._accumulator is not None:
             return True
@@ -157,6 +157,16 @@ class UnitGradients:
                 self._accumulator.copy_(self._in_flight)
         self._work = self._in_flight = None
 
+    def abandon(self) -> None:
+        """Forgets a pass that an exception ended. What its hop two brings is not wanted any more."""
+        if self._work is not None:
+            self._work.wait()
+        for param in self.group.params:
+            param.drop_unsharded_grad()
+        self._work = self._in_flight = self._accumulator = None
+        self.launched = self.needs_relaunch = False
+        self.num_reductions = 0
+
     def finish(self, used_anywhere: list[bool]) -> None:
         """Ends the window: parameters that no rank used get no gradient, as on one process."""
         for index, param in enumerate(self.group.params):
@@ -203,6 +213,14 @@ class UnitGradients:
             local = _local(param.sharded.grad)
             if local.data_ptr() != place.data_ptr():
                 local.copy_(place)
+        self._written = self._grad_states(params)
+
+    def _grad_states(self, params: list[UnitParam]) -> list[tuple[int, ...] | None]:
+        """Returns what changes when anybody else writes a gradient: its place and versions."""
+        grads = [param.sharded.grad for param in params]
+        return [
+            None if grad is None else (_local(grad).data_ptr(), grad._version, _local(grad)._version) for grad in grads
+        ]
 
 
 class ReplicationSync:
@@ -234,7 +252,7 @@ class ReplicationSync:
         self._ledger = ledger
         self._overlap = overlap
         self._self_check = self_check
-        self._backward_id: int | None = None
+        self._pass: weakref.ref[Callable[[], None]] | None = None
         self._ready: set[UnitGradients] = set()
         self._next = 0
         self._order_hash = 0
@@ -254,7 +272,7 @@ class ReplicationSync:
 
     def _around(self, unit: UnitGradients) -> Callable[[Callable[[], None]], None]:
         def around(reduce_scatter: Callable[[], None]) -> None:
-            self._begin_backward()
+            self.begin_backward()
             if not unit.group.reduces_gradients:
                 raise MiCSError(
                     "Gradient synchronisation was switched off with set_requires_gradient_sync(False), which keeps "
@@ -281,15 +299,32 @@ class ReplicationSync:
             message_bytes = unit.launch(self._mesh.replication_group)
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 
-    def _begin_backward(self) -> None:
-        """Recognises a new backward pass, also where the one before died of an exception."""
-        backward_id = current_backward_id()
-        if backward_id == self._backward_id:
-            return
-        self._backward_id = backward_id
-        self._forget_launches()
+    def begin_backward(self) -> None:
+        """Recognises a new backward pass; one nested in another (reentrant checkpointing) belongs to it.
+
+        Autograd drops the callback with the pass, also where an exception ends it.
+        """
+        if self._pass is not None:
+            if self._pass() is not None:
+                return
+            self.abandon()
+
+        def end_of_backward() -> None:
+            self._end_of_backward()
+
+        self._pass = weakref.ref(end_of_backward)
         self.pending = True
-        queue_backward_callback(self._end_of_backward)
+        queue_backward_callback(end_of_backward)
+
+    def abandon(self) -> None:
+        """Forgets a pass that an exception ended on all ranks; its gradients are the user's to keep or clear."""
+        for unit in self.units:
+            unit.abandon()
+        self._pass = None
+        self._ready.clear()
+        self._next = self._order_hash = self.num_microsteps = 0
+        if self._self_check is not None:
+            self._self_check.restart()
 
     def _forget_launches(self) -> None:
         for unit in self.units:
@@ -299,7 +334,7 @@ class ReplicationSync:
         self._next = 0
 
     def _end_of_backward(self) -> None:
-        self._backward_id = None
+        self._pass = None
         self.num_microsteps += 1
         if self.deferring:
             self.units[0].group.wait_reduce_stream()
@@ -365,22 +400,38 @@ class ReplicationSync:
                     "use shard_size=1."
                 )
 
-    def owns_unsynced(self, params: set[int]) -> bool:
-        """Returns whether any of the parameters (by ``id``) has a gradient that replicas did not exchange."""
-        return any(
-            id(param.sharded) in params and param.sharded.grad is not None
-            for unit in self.units
-            for param in unit.group.params
-        )
+    def prepare_step(self, params: set[int]) -> None:
+        """Readies the model for an optimizer step on some parameters (by ``id``).
+
+        Raises:
+            UnsyncedGradientsError: If one of them has a gradient that replicas did not exchange.
+        """
+        owned = [param for unit in self.units for param in unit.group.params if id(param.sharded) in params]
+        if not owned:
+            return
+        if self.pending and self.has_replicas and any(param.sharded.grad is not None for param in owned):
+            raise UnsyncedGradientsError(
+                "optimizer.step() was called in the middle of an accumulation window: every microstep since the last "
+                "step ran inside defer_replication_sync(). Run the last microstep outside of it, or call "
+                "lightning_mics.sync_gradients(model) before the step."
+            )
+        self.reshard()
+
+    def reshard(self) -> None:
+        """Frees parameters that a forward pass without a backward pass left gathered, and that a step makes stale."""
+        for unit in self.units:
+            unit.group.reshard()
 
 
-# A module is gone when its user drops it; its books go with it.
-_SYNCS: weakref.WeakKeyDictionary[nn.Module, ReplicationSync] = weakref.WeakKeyDictionary()
+# The module owns its books; they refer to its parameters, and must not keep it alive when its user drops it.
+_ATTRIBUTE = "_mics_replication_sync"
+_ALIVE: weakref.WeakSet[ReplicationSync] = weakref.WeakSet()
 
 
 def attach_sync(model: nn.Module, sync: ReplicationSync) -> None:
     """Makes ``sync`` the owner of hop two for ``model``."""
-    _SYNCS[model] = sync
+    model.__dict__[_ATTRIBUTE] = sync
+    _ALIVE.add(sync)
     _install_step_guard()
 
 
@@ -390,7 +441,7 @@ def syncs_of(model: nn.Module) -> list[ReplicationSync]:
     Raises:
         MiCSError: If there is none.
     """
-    found = [_SYNCS[module] for module in model.modules() if module in _SYNCS]
+    found = [module.__dict__[_ATTRIBUTE] for module in model.modules() if _ATTRIBUTE in module.__dict__]
     if not found:
         raise MiCSError(f"{type(model).__name__} is not sharded by MiCS. Call mics_shard(model, config) first.")
     return found
@@ -439,43 +490,46 @@ def sync_gradients(model: nn.Module) -> None:
             sync.synchronize()
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees what forward passes without backward passes left gathered; ``parameters()`` are shards afterwards.
+
+    Raises:
+        MiCSError: If the model is not sharded by MiCS.
+    """
+    for sync in syncs_of(model):
+        sync.reshard()
+
+
 _guard_installed = False
 
 
 def _install_step_guard() -> None:
     global _guard_installed
     if not _guard_installed:
-        register_optimizer_step_pre_hook(_refuse_unsynced_step)
+        register_optimizer_step_pre_hook(_before_step)
         _guard_installed = True
 
 
-def _refuse_unsynced_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Stops an optimizer step that would let replicas drift apart in silence.
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stops an optimizer step that would let replicas drift apart in silence, and keeps parameters fresh.
 
     With a closure, the backward pass runs inside the step, so the question is asked after it.
     """
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        _check_synced(optimizer)
+        _prepare_step(optimizer)
         return None
 
     @functools.wraps(closure)
     def checked_closure() -> Any:
         result = closure()
-        _check_synced(optimizer)
+        _prepare_step(optimizer)
         return result
 
     return args[:1], {**kwargs, "closure": checked_closure}
 
 
-def _check_synced(optimizer: torch.optim.Optimizer) -> None:
-    waiting = [sync for sync in _SYNCS.values() if sync.pending and sync.has_replicas]
-    if not waiting:
-        return
+def _prepare_step(optimizer: torch.optim.Optimizer) -> None:
     params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    if any(sync.owns_unsynced(params) for sync in waiting):
-        raise UnsyncedGradientsError(
-            "optimizer.step() was called in the middle of an accumulation window: every microstep since the last step "
-            "ran inside defer_replication_sync(). Run the last microstep outside of it, or call "
-            "lightning_mics.sync_gradients(model) before the step."
-        )
+    for sync in list(_ALIVE):
+        sync.prepare_step(params)

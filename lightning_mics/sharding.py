@@ -22,7 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_mics._compat import AllGather, ReduceScatter, tend_root_forward, unit_param_groups
+from lightning_mics._compat import (
+    AllGather,
+    ReduceScatter,
+    tend_root,
+    unit_param_groups,
+    unshard_outside_inference_mode,
+)
 from lightning_mics.collectives import (
     FlatAllGather,
     FlatReduceScatter,
@@ -32,7 +38,7 @@ from lightning_mics.collectives import (
 )
 from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.errors import MiCSConfigError, MiCSError
-from lightning_mics.grad_sync import ReplicationSync, attach_sync
+from lightning_mics.grad_sync import ReplicationSync, attach_sync, reshard
 from lightning_mics.materialize import has_meta_tensors, materialize
 from lightning_mics.mesh import (
     MiCSMesh,
@@ -139,7 +145,9 @@ def mics_shard(
     units = plan_units(model, config.wrap, entries)
     layout = (topology or detect_topology()).layout(config.shard_size)
     resolve_hierarchical(config, layout)
-    require_agreement("settings", (repr(config), layout))
+    # A function's repr holds its address; what it selects is compared instead.
+    require_agreement("settings", (repr(config.replace(wrap="auto")), layout))
+    require_agreement("the units that wrap= selects", _unit_names(model, units))
     require_agreement("the model's parameters", _structure(model))
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
@@ -179,6 +187,11 @@ def check_model(model: nn.Module) -> None:
             raise MiCSConfigError(f"Parameter {name} is a scalar, which FSDP2 cannot shard. Give it the shape (1,).")
 
 
+def _unit_names(model: nn.Module, units: list[Unit]) -> list[str]:
+    names = {module: name or "(root)" for name, module in model.named_modules()}
+    return [" + ".join(names[module] for module in unit) for unit in units]
+
+
 def _structure(model: nn.Module) -> list[str]:
     return [f"{n} {tuple(p.shape)} {p.dtype} grad={p.requires_grad}" for n, p in model.named_parameters()]
 
@@ -186,15 +199,14 @@ def _structure(model: nn.Module) -> list[str]:
 def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMesh) -> nn.Module:
     device = communication_device(mesh.device_mesh.device_type)
     ledger = CommLedger(mesh.layout)
-    names = {module: name for name, module in model.named_modules()}
     for unit in [*units, (model,)]:
         _prepare_states(model, unit, units, config, device)
         _apply_fully_shard(unit, config, mesh, is_root=unit == (model,))
-    tend_root_forward(model)
     # ``fully_shard`` leaves one state for a group of modules; its first module stands for it.
     leaders = [(model,), *backward_order(model, units)[::-1]]
-    unit_names = ["(root)" if unit == (model,) else " + ".join(names[m] for m in unit) for unit in leaders]
+    unit_names = _unit_names(model, leaders)
     sync = _connect(leaders, unit_names, config, mesh, ledger)
+    tend_root(model, on_backward=sync.begin_backward, on_failure=sync.abandon)
     attach_sync(model, sync)
     _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
     return model
@@ -257,6 +269,8 @@ def _connect(
     groups = []
     for unit, name in zip(leaders, names, strict=True):
         groups += [(name, group) for group in unit_param_groups(unit[0])]
+    for _, group in groups:
+        unshard_outside_inference_mode(group)
     sync = ReplicationSync(
         mesh,
         groups,
@@ -343,6 +357,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     Returns:
         The norm before clipping, a plain scalar tensor, equal on all ranks.
     """
+    reshard(model)
     return clip_parameters_(list(model.parameters()), max_norm, norm_type)
 
 

@@ -99,6 +99,11 @@ class SelfCheck:
         self._start = self._calls()
         self._problems: list[str] = []
 
+    def restart(self) -> None:
+        """Starts counting anew, after a pass that failed."""
+        self._start = self._calls()
+        self._problems = []
+
     def after_microstep(self, sync: ReplicationSync) -> None:
         """Checks that gradients are sharded; called after each microstep, before the window's end."""
         for unit in sync.units:
