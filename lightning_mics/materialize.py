@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -21,33 +21,47 @@ def materialize(model: nn.Module, modules: Iterable[nn.Module], device: torch.de
     """Gives the own parameters and buffers of ``modules`` memory and their initial values.
 
     A Hugging Face model initialises its modules with ``_init_weights``, any other module with ``reset_parameters``.
-    Values are checked: what nobody initialised is an error, not noise.
+    As in a constructor, a module's turn comes after its children's: some set values in them. Values are checked: what
+    nobody initialised is an error, not noise.
 
     Args:
         model: The root, which may know how to initialise its modules.
-        modules: Modules with tensors on the meta device, and others, which are left alone.
+        modules: Modules with tensors on the meta device, children before parents, and others, which are left alone.
         device: Where the tensors go.
 
     Raises:
         MiCSConfigError: If a module does not initialise one of its tensors.
     """
     initializers = _huggingface_initializers(model)
+    fresh: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
     for module in modules:
-        if not has_meta_tensors(module):
+        if module in fresh or not (has_meta_tensors(module) or _is_frame_of(module, fresh)):
             continue
-        fresh = _to_empty(module, device)
         with torch.no_grad():
-            for tensor in fresh.values():
-                _mark_uninitialized(tensor)
+            tensors = _to_empty(module, device)
+            for tensor in tensors.values():
+                tensor.copy_(_mark_like(tensor))
+            fresh[module] = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
             _initialize(module, initializers.get(module))
-        for name, tensor in fresh.items():
-            current = dict(_own_tensors(module))[name]
-            if current is tensor and _is_marked(tensor):
-                raise MiCSConfigError(
-                    f"{type(module).__name__}.{name} was built on the meta device and nothing initialises it. Give "
-                    f"{type(module).__name__} a reset_parameters() method that sets it, or build the module on a real "
-                    "device."
-                )
+    for module, marked in fresh.items():
+        _check_initialized(module, marked)
+
+
+def _is_frame_of(module: nn.Module, fresh: Container[nn.Module]) -> bool:
+    """Returns whether a module owns no tensor, and everything inside of it that does is fresh."""
+    owners = [inner for inner in module.modules() if _own_tensors(inner)]
+    return bool(owners) and all(inner in fresh for inner in owners)
+
+
+def _check_initialized(module: nn.Module, marked: dict[str, tuple[Tensor, int]]) -> None:
+    own = dict(_own_tensors(module))
+    for name, (tensor, version) in marked.items():
+        if own.get(name) is tensor and _is_untouched(tensor, version):
+            raise MiCSConfigError(
+                f"{type(module).__name__}.{name} was built on the meta device and nothing initialises it. Give "
+                f"{type(module).__name__} a reset_parameters() method that sets it, or build the module on a real "
+                "device."
+            )
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -70,19 +84,20 @@ def _to_empty(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return fresh
 
 
-def _mark_uninitialized(tensor: Tensor) -> None:
-    if tensor.is_floating_point():
-        tensor.fill_(math.nan)
-    elif tensor.dtype != torch.bool:
-        tensor.fill_(torch.iinfo(tensor.dtype).min)
+def _mark_like(tensor: Tensor) -> Tensor:
+    """Returns values that no initialisation leaves behind: NaN, the least integer, or for bytes and flags a pattern."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.full_like(tensor, math.nan)
+    if tensor.dtype in (torch.bool, torch.uint8):
+        return (torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape) % 3 == 0).to(tensor.dtype)
+    return torch.full_like(tensor, torch.iinfo(tensor.dtype).min)
 
 
-def _is_marked(tensor: Tensor) -> bool:
-    if tensor.is_floating_point():
+def _is_untouched(tensor: Tensor, version: int) -> bool:
+    if tensor.is_floating_point() or tensor.is_complex():
         return bool(tensor.isnan().any())
-    if tensor.dtype == torch.bool or tensor.dtype == torch.uint8:
-        return False
-    return bool((tensor == torch.iinfo(tensor.dtype).min).any())
+    # Small integer tensors may rightly hold what marks them; writing bumps the version, except through ``.data``.
+    return tensor._version == version and torch.equal(tensor, _mark_like(tensor))
 
 
 def _huggingface_initializers(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -91,7 +106,7 @@ def _huggingface_initializers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for outer in model.modules():
         if hasattr(outer, "_init_weights") and hasattr(outer, "_no_split_modules"):
             for module in outer.modules():
-                result.setdefault(module, outer)
+                result[module] = outer  # the innermost model wins
     return result
 
 

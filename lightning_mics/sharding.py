@@ -239,10 +239,11 @@ def _prepare_states(model: nn.Module, unit: Unit, units: list[Unit], config: MiC
 
 
 def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Module]:
-    yield root
+    """Yields ``root`` and the modules inside of it, children first, but nothing inside ``nested``."""
     for child in root.children():
         if child not in nested:
             yield from _modules_outside(child, nested)
+    yield root
 
 
 def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_root: bool) -> None:
