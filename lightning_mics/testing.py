@@ -95,7 +95,8 @@ class WorkerPool:
 
     Workers start when they are first needed and stay. Each run gets process groups of its own (a ``FileStore``, no
     ports), seed 0, and the environment variables, default dtype and working directory that the workers began with;
-    ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` are those of a launch on one machine.
+    ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` are those of a launch on one machine. Workers end
+    with their parent, however it ends; only a parent that is killed leaves the pool's temporary folder behind.
 
     Args:
         size: The largest world.
@@ -185,7 +186,7 @@ class WorkerPool:
 
     def _started(self, world_size: int) -> list[_Worker]:
         for rank in range(world_size):
-            if rank in self._workers and not self._workers[rank].process.is_alive():
+            if rank in self._workers and self._workers[rank].has_died():
                 self._end([rank])
             if rank not in self._workers:
                 self._workers[rank] = _Worker(self._context, self._folder, rank)
@@ -268,6 +269,11 @@ class _Worker:
         except (EOFError, OSError):
             raise RuntimeError(f"{self.process.name} did not start; its standard error says why.") from None
 
+    def has_died(self) -> bool:
+        # Between tasks a worker has nothing to say, so only the end of its pipe can be there to read. The process
+        # object learns of a death later, from the fork server.
+        return self._started and self.pipe.poll()
+
     def send(self, task: _Task) -> None:
         self._log.write_text("")
         with suppress(OSError):  # a worker that has died is found by receive()
@@ -315,7 +321,7 @@ def _serve(pipe: Connection, log: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     environ, folder = dict(os.environ), os.getcwd()
     tasks: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_feed, args=(pipe, tasks, Path(log).parent), daemon=True).start()
+    threading.Thread(target=_feed, args=(pipe, tasks), daemon=True).start()
     gc.freeze()  # collections after each run then skip the imported modules, and leave their pages shared
     pipe.send_bytes(b"started")
     while True:
@@ -326,13 +332,13 @@ def _serve(pipe: Connection, log: str) -> None:
         gc.collect()
 
 
-def _feed(pipe: Connection, tasks: SimpleQueue[bytes], folder: Path) -> None:
+def _feed(pipe: Connection, tasks: SimpleQueue[bytes]) -> None:
     """Hands on tasks; ends the worker at once, also in the middle of a collective, when the parent is gone."""
+    # The pool's folder stays then: without it the FileStore of another worker would wait, holding the GIL.
     try:
         while True:
             tasks.put(pipe.recv_bytes())
     except (EOFError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
 
