@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -367,9 +369,33 @@ def clip_parameters_(
 ) -> Tensor:
     """Does the work of :func:`clip_grad_norm_` for some parameters."""
     grads = [param.grad for param in params if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, norm_type)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = _total_norm(grads, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"The total norm of the gradients is {norm.item()}, so it cannot be clipped.")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
+
+
+def _total_norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """Returns the norm of all gradients together, from one number a rank.
+
+    Not left to DTensor: the largest magnitude of an empty shard is no number to it, and it would send offloaded norms
+    through the host.
+    """
+    locals_by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for grad in grads:
+        mesh, local = (grad.device_mesh, grad._local_tensor) if isinstance(grad, DTensor) else (None, grad)
+        locals_by_mesh.setdefault(mesh, []).append(local)
+    is_max = math.isinf(norm_type)
+    parts = []
+    for mesh, locals_ in locals_by_mesh.items():
+        norm = torch.nn.utils.get_total_norm([local for local in locals_ if local.numel()], norm_type).double()
+        part = norm if is_max else norm**norm_type
+        if mesh is not None:
+            part = part.to(communication_device(mesh.device_type))
+            dist.all_reduce(part, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=mesh.get_group())
+        parts.append(part)
+    if not parts:
+        return torch.zeros(())
+    together = torch.stack([part.to(parts[0].device) for part in parts])
+    return (together.max() if is_max else together.sum() ** (1 / norm_type)).float()
