@@ -392,7 +392,8 @@ class ReplicationSync:
     def _check_order(self, slots: list[int]) -> None:
         for replica, group in enumerate(self._mesh.layout.partition_groups):
             slot = slots[8 * replica : 8 * replica + 8]
-            if any(high + low != 255 for high, low in zip(slot[:4], slot[4:], strict=True)):
+            # Nothing came from ranks that the fake backend only pretends to have.
+            if any(slot) and any(high + low != 255 for high, low in zip(slot[:4], slot[4:], strict=True)):
                 raise SelfCheckError(
                     f"Ranks {list(group)} of one partition group ran the units of the model in different order, so "
                     "gathered parameters or gradients may belong to different units. Let every rank of a partition "
