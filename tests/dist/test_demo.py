@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -41,7 +42,9 @@ def test_the_screen_from_start_to_end() -> None:
 
 def test_ctrl_c_ends_the_processes_and_leaves_nothing() -> None:
     before = leftovers()
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores Ctrl-C, and would hand that down.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list_events(leftovers() - before):
         time.sleep(0.1)
