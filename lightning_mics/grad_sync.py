@@ -71,6 +71,7 @@ class UnitGradients:
         self.launched = False
         self.needs_relaunch = False
         self._born = [False] * len(group.params)
+        self._wanted = [False] * len(group.params)
         self._reduce_dtype = reduce_dtype
         self._accumulator: Tensor | None = None
         self._accumulated: list[UnitParam] = []
@@ -83,9 +84,16 @@ class UnitGradients:
         """Parameters that want gradients at the moment."""
         return [param for param in self.group.params if param.sharded.requires_grad]
 
+    @property
+    def participants(self) -> list[UnitParam]:
+        """Parameters that wanted gradients at any time in the window, the same ones in all replicas."""
+        wanted = zip(self.group.params, self._wanted, strict=True)
+        return [param for param, before in wanted if before or param.sharded.requires_grad]
+
     def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
         """Runs hop one for this unit, noting what was used and giving zeros to what was not."""
         for index, param in enumerate(self.group.params):
+            self._wanted[index] |= param.sharded.requires_grad
             if not param.sharded.requires_grad or not param.has_run:
                 continue
             if param.sharded.grad is None:
@@ -135,9 +143,11 @@ class UnitGradients:
 
     def launch(self, replication_group: dist.ProcessGroup) -> int:
         """Starts hop two; returns the bytes of its message."""
-        params = self.trainable
+        params = self.participants
         self._fill_missing(params)
         with self.group.reduce_stream():
+            if params != self._accumulated:
+                self._accumulator = None
             flat = self._accumulator if self._accumulator is not None else self._flat(params)
             dtype = self._reduce_dtype or flat.dtype
             self._in_flight = flat.to(device=self.group.device, dtype=dtype)
@@ -149,7 +159,7 @@ class UnitGradients:
         """Waits for hop two and puts the result into the gradients."""
         if self._work is None or self._in_flight is None:
             return
-        params = self.trainable
+        params = self.participants
         with self.group.reduce_stream():
             self._work.wait()
             self._write_back(params, self._in_flight)
@@ -174,13 +184,14 @@ class UnitGradients:
                 param.sharded.grad = None
         self.used = [False] * len(self.used)
         self._born = [False] * len(self._born)
+        self._wanted = [False] * len(self._wanted)
         self._accumulator = None
 
     def _fill_missing(self, params: list[UnitParam]) -> None:
-        for param in params:
-            if param.sharded.grad is None:
+        for index, param in enumerate(self.group.params):
+            if param in params and param.sharded.grad is None:
                 param.set_local_grad(torch.zeros_like(_local(param.sharded)))
-                self._born[self.group.params.index(param)] = True
+                self._born[index], self.used[index] = True, False
 
     def _places(self, params: list[UnitParam], flat: Tensor) -> Iterator[Tensor]:
         offset = 0
@@ -295,7 +306,7 @@ class ReplicationSync:
             self._next += 1
 
     def _launch(self, unit: UnitGradients) -> None:
-        if unit.trainable:
+        if unit.participants:
             message_bytes = unit.launch(self._mesh.replication_group)
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 

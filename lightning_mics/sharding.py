@@ -163,7 +163,7 @@ def check_model(model: nn.Module) -> None:
     """Checks that a model can be sharded.
 
     Raises:
-        MiCSConfigError: If it has no parameters, scalar parameters, or is wrapped already.
+        MiCSConfigError: If it has no parameters, scalar or empty parameters, or is wrapped already.
     """
     for name, module in model.named_modules():
         for kind, label in (
@@ -187,6 +187,8 @@ def check_model(model: nn.Module) -> None:
             raise MiCSConfigError(f"Parameter {name} is a DTensor already. Pass the plain model.")
         if param.dim() == 0:
             raise MiCSConfigError(f"Parameter {name} is a scalar, which FSDP2 cannot shard. Give it the shape (1,).")
+        if param.numel() == 0:
+            raise MiCSConfigError(f"Parameter {name} has no elements, so it cannot be sharded. Leave it out.")
 
 
 def _unit_names(model: nn.Module, units: list[Unit]) -> list[str]:

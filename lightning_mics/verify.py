@@ -152,7 +152,7 @@ class SelfCheck:
                     f"unit {unit.name!r} ran {narrow} partition reduce-scatters in {sync.num_microsteps} "
                     f"microstep(s), not {expected}"
                 )
-            most = (1 + unit.needs_relaunch) if layout.num_replicas > 1 and unit.trainable else 0
+            most = (1 + unit.needs_relaunch) if layout.num_replicas > 1 and unit.participants else 0
             if wide != most:
                 self._problems.append(f"unit {unit.name!r} ran {wide} replication all-reduces in a window, not {most}")
 

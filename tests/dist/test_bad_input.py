@@ -135,6 +135,12 @@ def scalar() -> nn.Module:
     return model
 
 
+def hollow() -> nn.Module:
+    model = build("uneven")
+    model.extra = nn.Parameter(torch.empty(0, 3))
+    return model
+
+
 MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (ddp, ["wrapped already", "the root uses DistributedDataParallel", "Pass the plain model"]),
     (fsdp1, ["wrapped already", "the root uses FSDP1's FullyShardedDataParallel", "Pass the plain model"]),
@@ -143,6 +149,7 @@ MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (inner_ddp, ["wrapped already", "blocks.0 uses DistributedDataParallel", "Pass the plain model"]),
     (mics_twice, ["wrapped already by mics_shard", "Pass the plain model"]),
     (empty, ["Empty has no parameters", "Create its layers before sharding"]),
+    (hollow, ["extra has no elements", "Leave it out"]),
     (scalar, ["temperature is a scalar", "shape (1,)"]),
 ]
 

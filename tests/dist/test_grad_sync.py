@@ -194,6 +194,16 @@ def clear_to_zero_mid_window(run: Run) -> None:
     clear_mid_window(run, False)
 
 
+def clear_and_close_a_window(run: Run) -> None:
+    run.window(0)
+    run.microstep(7, last=False)
+    run.optimizer.zero_grad()
+    if run.is_sharded:
+        sync_gradients(run.model)
+    run.update()  # without gradients, not even momentum moves a weight
+    run.window(2)
+
+
 def clear_to_zero_between_windows(run: Run) -> None:
     for step in range(3):
         run.microstep(2 * step, last=False)
@@ -234,6 +244,16 @@ def requires_grad_changes_between_windows(run: Run) -> None:
     run.window(4)
     run.model.requires_grad_(True)
     run.window(6)
+
+
+def requires_grad_changes_inside_a_window(run: Run) -> None:
+    for step in range(2):
+        run.microstep(2 * step, last=False)
+        run.model.blocks[0].up.weight.requires_grad_(False)
+        run.model.blocks[1].requires_grad_(step == 0)
+        run.microstep(2 * step + 1, last=True)
+        run.model.requires_grad_(True)
+        run.update()
 
 
 class FailsInBackward(torch.autograd.Function):
@@ -324,10 +344,12 @@ def gradient_of_the_input(run: Run) -> None:
 SCENARIOS = [
     clear_to_none_mid_window,
     clear_to_zero_mid_window,
+    clear_and_close_a_window,
     clear_to_zero_between_windows,
     second_backward_in_one_window,
     several_forwards_before_one_backward,
     requires_grad_changes_between_windows,
+    requires_grad_changes_inside_a_window,
     failures_before_the_first_window,
     failures_between_windows,
     evaluations_without_gradients,
