@@ -236,7 +236,7 @@ def exit_of(pid: int) -> Iterator[Callable[[], None]]:
     descriptor = os.pidfd_open(pid)
 
     def wait() -> None:
-        assert select.select([descriptor], [], [], 20.0)[0], f"process {pid} goes on"
+        assert select.select([descriptor], [], [], 50.0)[0], f"process {pid} goes on"
 
     try:
         yield wait
