@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from io import TextIOWrapper
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -316,6 +317,8 @@ def _serve(pipe: Connection, log: str) -> None:
     os.setsid()  # out of reach of Ctrl-C; the parent ends the worker and its children as one group
     for descriptor in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        cast(TextIOWrapper, stream).reconfigure(line_buffering=True)  # a worker that hangs flushes no more
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, chain=True)  # write all stacks, then die as SIGUSR1 does by default
     os.environ["OMP_NUM_THREADS"] = "1"
