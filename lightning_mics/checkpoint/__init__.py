@@ -8,14 +8,13 @@ sizes and checksums.
 from __future__ import annotations
 
 from lightning_mics.checkpoint.consolidate import consolidate
-from lightning_mics.checkpoint.files import inspect, recover, remove
+from lightning_mics.checkpoint.files import recover, remove
 from lightning_mics.checkpoint.load import load_checkpoint, load_into
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
 from lightning_mics.checkpoint.state import model_state, optimizer_state
 
 __all__ = [
     "consolidate",
-    "inspect",
     "load_checkpoint",
     "load_into",
     "model_state",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_mics.checkpoint import files
-from lightning_mics.checkpoint.load import read, read_file, read_metadata
+from lightning_mics.checkpoint.load import read, read_file
 from lightning_mics.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -39,7 +39,7 @@ def consolidate(
         source: A sharded checkpoint, or a full file.
         destination: What to write.
         force: Whether to replace what is there.
-        progress: Told the bytes read so far and in all.
+        progress: Told the bytes checked and read so far, and how many there will be.
 
     Returns:
         The file or folder that was written.
@@ -57,9 +57,7 @@ def consolidate(
         )
     if source.parent.is_dir():
         files.recover(source)
-    kind = files.inspect(source)
-    if kind == "sharded":
-        files.check_content(source, 0, 1)
+    kind = files.find_kind(source)
     wants_all = destination.suffix in _FILE_ENDINGS
     content = _read_full(source) if kind == "full" else _read_sharded(source, wants_all, progress)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -83,25 +81,32 @@ def _write(content: dict[str, Any], target: Path, ending: str) -> None:
 
 
 def _read_full(source: Path) -> dict[str, Any]:
+    files.check_content(source, "full")
     return read_file(source, weights_only=False)
 
 
 def _read_sharded(source: Path, wants_all: bool, progress: Progress | None) -> dict[str, Any]:
-    metadata = read_metadata(source)
+    metadata = files.read_metadata(source)
     meta = read_file(source / files.META, weights_only=False)
     wanted = [
         name for name in metadata.state_dict_metadata if wants_all or not _is_optimizer(_top(metadata, name), metadata)
     ]
+    total, done = files.total_bytes(source) + sum(_nbytes(metadata, name) for name in wanted), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    files.check_content(source, "sharded", progress=advance)
     nested: dict[str, Any] = {}
-    total, done = sum(_nbytes(metadata, name) for name in wanted), 0
     for batch in _batches(metadata, wanted):
         flat = {name: _empty(metadata, name) for name in batch}
         read(source, flat)
         for name, value in flat.items():
             _put(nested, _path(metadata, name), value)
-        done += sum(_nbytes(metadata, name) for name in batch)
-        if progress is not None:
-            progress(done, total)
+        advance(sum(_nbytes(metadata, name) for name in batch))
     return {**meta, **_as_lightning(_lists(nested))}
 
 

@@ -1,8 +1,9 @@
 """Files of a checkpoint: written aside and renamed when whole, checked before they are read.
 
-While a checkpoint ``NAME`` is written, its data lie in a hidden sibling ``.NAME.incomplete-HOST-PID``. Only the last
+While a checkpoint ``NAME`` is written, its data lie in a hidden sibling ``.NAME.mics-incomplete-OWNER``. Only the last
 step, a rename, gives it its name; an earlier checkpoint of that name is exchanged for it in the same step where the
-file system can, and otherwise set aside as ``.NAME.replaced-HOST-PID`` for the instant between two renames.
+file system can, and otherwise set aside as ``.NAME.mics-replaced-OWNER`` for the instant between two renames. The owner
+is the process that writes, so that others can tell a save that is running from one that crashed.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ import ctypes
 import errno
 import json
 import os
+import pickle
+import re
 import shutil
 import socket
 import time
+import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_mics.errors import CheckpointError
 
 MANIFEST, META, INDEX = "mics.json", "meta.pt", ".metadata"
 _FORMAT = 1
-_INCOMPLETE, _REPLACED = ".incomplete-", ".replaced-"
+_INCOMPLETE, _REPLACED = ".mics-incomplete-", ".mics-replaced-"
 _STALE_SECONDS = 3600.0
+_BLOCK_BYTES = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 Kind = Literal["sharded", "full"]
@@ -36,24 +45,46 @@ def temporary_name(path: Path) -> Path:
 
 
 def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+    return f"{_place()}-{os.getpid()}-{_birth(os.getpid())}"
+
+
+def _place() -> str:
+    """Names this host and, as containers share host names, the namespace in which its process ids count."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}-{namespace}"
+
+
+def _birth(pid: int) -> str:
+    """Returns when a process started, in the kernel's ticks; process ids are reused. Empty if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
 
 
 def commit(temporary: Path, path: Path) -> None:
     """Gives a whole checkpoint its name; one that had it is deleted afterwards."""
-    if path.is_dir() or (temporary.is_dir() and path.exists()):
-        if _exchange(temporary, path):
-            sync_folder(path.parent)
-            delete(temporary)
-            return
-        aside = path.parent / f".{path.name}{_REPLACED}{_owner()}"
-        os.rename(path, aside)
-        os.rename(temporary, path)
+    if not (path.is_dir() or (temporary.is_dir() and path.exists())):
+        os.replace(temporary, path)
         sync_folder(path.parent)
-        delete(aside)
         return
-    os.replace(temporary, path)
+    if _exchange(temporary, path):
+        sync_folder(path.parent)
+        delete(temporary)
+        return
+    aside = path.parent / f".{path.name}{_REPLACED}{_owner()}"
+    os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
     sync_folder(path.parent)
+    delete(aside)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -70,46 +101,45 @@ def _exchange(first: Path, second: Path) -> bool:
 def recover(path: str | os.PathLike[str]) -> None:
     """Finishes or undoes what a crash interrupted at ``path``, and deletes leftovers beside it.
 
-    Called before every save and load. Leftovers of saves that are still running are left alone.
+    Called before every save and load. Leftovers of saves that are still running are left alone, and so is everything
+    in a folder that cannot be changed.
     """
     path = Path(path)
-    for aside in path.parent.glob(".*"):
+    for aside in path.parent.glob(f".*{_REPLACED}*"):
         if aside.name.startswith(f".{path.name}{_REPLACED}"):
-            delete(aside) if path.exists() else os.rename(aside, path)
+            with suppress(PermissionError):
+                delete(aside) if path.exists() else os.rename(aside, path)
     for leftover in path.parent.glob(f".*{_INCOMPLETE}*"):
         if _is_abandoned(leftover):
             delete(leftover)
 
 
 def _is_abandoned(leftover: Path) -> bool:
-    """Returns whether the process that writes ``leftover`` is gone, as far as this host can tell."""
-    host, _, pid = leftover.name.rpartition(_INCOMPLETE)[2].rpartition("-")
-    if not pid.isdigit():
+    """Returns whether nobody writes ``leftover`` any more: its process is gone or, elsewhere, nothing has happened."""
+    owner = re.fullmatch(r"(.+)-(\d+)-(\d*)", leftover.name.rpartition(_INCOMPLETE)[2])
+    if owner is None:
         return False
-    if host != socket.gethostname():
-        return time.time() - _newest_change(leftover) > _STALE_SECONDS
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    place, pid, birth = owner.groups()
+    if place == _place() and birth:
+        # A process saves one checkpoint at a time: its own leftover is of a save that failed.
+        return _birth(int(pid)) != birth or int(pid) == os.getpid()
+    return time.time() - _newest_change(leftover) > _STALE_SECONDS
 
 
 def _newest_change(path: Path) -> float:
-    entries = [path, *path.iterdir()] if path.is_dir() else [path]
-    return max(entry.stat().st_mtime for entry in entries)
+    try:
+        return max(entry.stat().st_mtime for entry in [path, *path.glob("*")])
+    except FileNotFoundError:  # somebody is deleting it
+        return time.time()
 
 
 def delete(path: Path) -> None:
-    """Deletes a file or a folder."""
+    """Deletes a file or a folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -147,7 +177,7 @@ def describe(files: Iterable[Path]) -> dict[str, dict[str, int]]:
 def _crc32(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(_BLOCK_BYTES):
             value = zlib.crc32(block, value)
     return value
 
@@ -161,14 +191,12 @@ def write_manifest(folder: Path, files: dict[str, dict[str, int]], world_size: i
     sync_folder(folder)
 
 
-def inspect(path: str | os.PathLike[str]) -> Kind:
-    """Tells a sharded checkpoint from a full one, and checks that nothing of it is missing.
+def find_kind(path: Path) -> Kind:
+    """Tells a sharded checkpoint from a full one by a glance.
 
     Raises:
-        CheckpointError: If ``path`` is missing, half of a checkpoint, or none; the message names the file and what to
-            do.
+        CheckpointError: If ``path`` is missing, or a folder that lacks what every checkpoint has.
     """
-    path = Path(path)
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}.{_others(path)}")
     if path.is_file():
@@ -180,36 +208,96 @@ def inspect(path: str | os.PathLike[str]) -> Kind:
         )
     if not (path / META).is_file():
         raise CheckpointError(f"{path} is incomplete: {META} is missing.{_others(path)}")
-    for name, expected in manifest_files(path).items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(
-                f"{path} is incomplete: {name} is missing. If you copied the checkpoint, copy it again; on several "
-                f"nodes, keep it on storage that all of them share.{_others(path)}"
-            )
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(
-                f"{file} is damaged: it has {file.stat().st_size} bytes instead of {expected['bytes']}. Copy it again "
-                f"from where it is whole.{_others(path)}"
-            )
     return "sharded"
 
 
-def check_content(path: Path, rank: int, world_size: int) -> None:
-    """Compares this rank's part of the files with their checksums.
+def check_content(
+    path: Path, kind: Kind, rank: int = 0, world_size: int = 1, progress: Callable[[int], None] = lambda size: None
+) -> None:
+    """Compares this rank's part of a checkpoint with its checksums.
+
+    Args:
+        path: The checkpoint.
+        kind: Its kind.
+        rank: Which of the parts to check.
+        world_size: Number of parts.
+        progress: Told the size of what was checked, in bytes.
 
     Raises:
-        CheckpointError: Naming a file whose content changed.
+        CheckpointError: Naming a file that is missing or whose content changed.
     """
-    for index, (name, expected) in enumerate(sorted(manifest_files(path).items())):
-        if index % world_size == rank and _crc32(path / name) != expected["crc32"]:
+    part = slice(rank, None, world_size)
+    if kind == "full":
+        _check_records(path, part)
+        return
+    for name, expected in sorted(_expected_files(path).items())[part]:
+        _check_size(path, name, expected)
+        if "crc32" in expected and _crc32(path / name) != expected["crc32"]:
             raise CheckpointError(
                 f"{path / name} is damaged: its content does not match its checksum. Copy it again from where it is "
                 f"whole.{_others(path)}"
             )
+        progress(expected["bytes"])
 
 
-def manifest_files(folder: Path) -> dict[str, Any]:
+def _check_records(path: Path, part: slice) -> None:
+    """Compares records of a file that ``torch.save`` wrote with the checksums that it left there."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.{_others(path)}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch writes 0 where it was told to skip checksums (torch.serialization.set_crc32_options).
+            for record in [record for record in archive.infolist() if record.CRC][part]:
+                with archive.open(record) as content:
+                    while content.read(_BLOCK_BYTES):
+                        pass
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}).{_others(path)}") from error
+
+
+def _check_size(folder: Path, name: str, expected: dict[str, int]) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is incomplete: {name} is missing. If you copied the checkpoint, copy it again; on several "
+            f"nodes, keep it on storage that all of them share.{_others(folder)}"
+        )
+    size = file.stat().st_size
+    if size < expected["bytes"] or ("crc32" in expected and size != expected["bytes"]):
+        raise CheckpointError(
+            f"{file} is damaged: it has {size} bytes instead of {expected['bytes']}. Copy it again from where it is "
+            f"whole.{_others(folder)}"
+        )
+
+
+def _expected_files(folder: Path) -> dict[str, dict[str, int]]:
+    """Returns what a sharded checkpoint consists of; without a manifest, how far its index reaches into each file."""
+    if listed := manifest_files(folder):
+        return listed
+    reaches: dict[str, int] = {}
+    for place in read_metadata(folder).storage_data.values():
+        reaches[place.relative_path] = max(reaches.get(place.relative_path, 0), place.offset + place.length)
+    return {name: {"bytes": reach} for name, reach in reaches.items()}
+
+
+def total_bytes(folder: Path) -> int:
+    """Returns the size of a sharded checkpoint."""
+    return sum(expected["bytes"] for expected in _expected_files(folder).values())
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Reads the index of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        return dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, IndexError, ImportError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged ({error}).{_others(folder)}") from error
+
+
+def manifest_files(folder: Path) -> dict[str, dict[str, int]]:
     """Returns the files that the manifest lists; none for a checkpoint that another program wrote.
 
     Raises:
@@ -220,12 +308,13 @@ def manifest_files(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-        files: dict[str, Any] = content["files"]
+        version: int = content["format"]
+        listed: dict[str, dict[str, int]] = content["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from error
-    if content["format"] > _FORMAT:
+    if version > _FORMAT:
         raise CheckpointError(f"{folder} was written by a newer lightning-mics. Update the package to read it.")
-    return files
+    return listed
 
 
 def _others(path: Path) -> str:

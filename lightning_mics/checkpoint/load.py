@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -79,10 +78,10 @@ def load_into(
     """
     path = Path(path)
     ranks.on_first_rank(lambda: files.recover(path) if path.parent.is_dir() else None)
-    kind = ranks.together(lambda: files.inspect(path))[0]
+    kind = ranks.together(lambda: files.find_kind(path))[0]
+    ranks.together(lambda: files.check_content(path, kind, ranks.rank(), ranks.world_size()))
     if kind == "full":
         return _load_full(path, model, optimizers or {}, model_key, strict, weights_only)
-    ranks.together(lambda: files.check_content(path, ranks.rank(), ranks.world_size()))
     return _load_sharded(path, model, optimizers or {}, model_key, strict, weights_only)
 
 
@@ -214,28 +213,14 @@ def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[in
 def read(path: Path, targets: dict[str, Any]) -> None:
     """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        # A single process is what is wanted here, and DCP remarks on it.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    with ranks.quiet_if_alone():
         dcp.load(
             targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not ranks.is_distributed()
         )
 
 
 def _read_metadata(path: Path) -> Metadata:
-    return ranks.together(lambda: read_metadata(path))[ranks.rank()]
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Reads the index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path / files.INDEX} is damaged ({error}). Use another checkpoint.") from error
+    return ranks.together(lambda: files.read_metadata(path))[ranks.rank()]
 
 
 def _read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:

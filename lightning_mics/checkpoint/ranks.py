@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,6 +28,14 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+@contextmanager
+def quiet_if_alone() -> Iterator[None]:
+    """Silences DCP's remark that it runs in a single process, which is what is wanted here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def describe_error(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
@@ -54,7 +55,7 @@ def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict
 
     Args:
         path: The folder.
-        state: Nested dictionaries of tensors; DTensors are written by shard.
+        state: Nested dictionaries of tensors; DTensors are written by shard. Of everything else rank 0's counts.
         meta: The rest; rank 0's counts.
 
     Raises:
@@ -66,8 +67,8 @@ def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict
         ranks.together(lambda: _write_shards(temporary, state))
         ranks.on_first_rank(lambda: _write_meta(temporary, meta))
         described = ranks.together(lambda: files.describe(_own_files(temporary)))
-        merged = {name: facts for part in described for name, facts in part.items()}
-        ranks.on_first_rank(lambda: _finish(temporary, path, merged))
+        listed = {name: facts for part in described for name, facts in part.items()}
+        ranks.on_first_rank(lambda: _finish(temporary, path, listed))
     except CheckpointError as error:
         _give_up(temporary, path, error)
 
@@ -115,8 +116,20 @@ def _begin(path: Path, *, folder: bool) -> Path:
 
 
 def _write_shards(temporary: Path, state: dict[str, Any]) -> None:
+    # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
+    mine = state if ranks.rank() == 0 else _sharded_entries(state)
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
-    dcp.save(state, storage_writer=writer, no_dist=not ranks.is_distributed())
+    with ranks.quiet_if_alone():
+        dcp.save(mine, storage_writer=writer, no_dist=not ranks.is_distributed())
+
+
+def _sharded_entries(state: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _sharded_entries(value) if isinstance(value, dict) else value for key, value in state.items()}
+    return {key: value for key, value in nested.items() if isinstance(value, dict) or _is_sharded(value)}
+
+
+def _is_sharded(value: Any) -> bool:
+    return isinstance(value, DTensor) or (isinstance(value, list) and any(map(_is_sharded, value)))
 
 
 def _write_meta(temporary: Path, meta: dict[str, Any]) -> None:
@@ -130,14 +143,19 @@ def _own_files(temporary: Path) -> Sequence[Path]:
     return [*shards, temporary / files.INDEX, temporary / files.META] if ranks.rank() == 0 else shards
 
 
-def _finish(temporary: Path, path: Path, described: dict[str, dict[str, int]]) -> None:
-    files.write_manifest(temporary, described, ranks.world_size())
+def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]]) -> None:
+    unseen = [name for name in listed if not (temporary / name).is_file()]
+    if unseen:
+        raise CheckpointError(
+            f"rank 0 does not see {unseen[0]}, which another rank has written. All ranks must save to one folder: give "
+            "an absolute path on storage that all nodes share"
+        )
+    files.write_manifest(temporary, listed, ranks.world_size())
     files.commit(temporary, path)
 
 
 def _give_up(temporary: Path, path: Path, error: CheckpointError) -> None:
-    if ranks.rank() == 0:
-        files.delete(temporary)
+    files.delete(temporary)  # on every rank: without shared storage each node has one
     raise CheckpointError(
         f"Saving {path} failed, and nothing was changed there: {error}. Check the disk's space and permissions."
     ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,71 @@ def test_damaged_checkpoints_are_refused_on_every_rank(
             assert word in failure.message
     with pytest.raises(CheckpointError):
         consolidate(path, tmp_path / "whole.ckpt")
+
+
+def truncate_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit_in_a_tensor(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    content[largest.header_offset + 200] ^= 1  # behind the record's header and padding
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [truncate_file, flip_a_bit_in_a_tensor])
+def test_damaged_files_are_refused_on_every_rank(
+    pool: WorkerPool, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    pool.run(save_new, str(path), 1, False, world_size=2)
+    damage(path)
+    for failure in pool.attempt(load_anew, str(path), world_size=2):
+        assert isinstance(failure, Failure) and failure.kind == "CheckpointError", failure
+        assert "saved.ckpt" in failure.message and "damaged" in failure.message
+    with pytest.raises(CheckpointError, match="damaged"):
+        consolidate(path, tmp_path / "whole.safetensors")
+
+
+def test_a_truncated_shard_is_found_without_a_manifest(pool: WorkerPool, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    pool.run(save_new, str(path), 1, world_size=2)
+    (path / "mics.json").unlink()  # as if another program had written it
+    assert pool.run(load_anew, str(path), world_size=2)[0][1]["seed"] == 1
+    truncate(path)
+    for failure in pool.attempt(load_anew, str(path), world_size=2):
+        assert failure.kind == "CheckpointError" and "__0_0.distcp is damaged" in failure.message
+
+
+def save_with_own_buffer(path: str) -> None:
+    model, _ = trained(1)
+    model.register_buffer("seen", torch.full((2,), dist.get_rank()))
+    save_checkpoint(path, model)
+
+
+def test_of_buffers_that_differ_rank_0_counts(pool: WorkerPool, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    pool.run(save_with_own_buffer, str(path), world_size=4)
+    whole = torch.load(consolidate(path, tmp_path / "whole.ckpt"), weights_only=True)
+    assert whole["state_dict"]["seen"].tolist() == [0, 0]
+
+
+def test_leftovers_of_running_saves_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    mine = files.temporary_name(path).name
+    prefix, _, birth = mine.rpartition(f"-{os.getpid()}-")
+    running = tmp_path / f"{prefix}-{os.getppid()}-{files._birth(os.getppid())}"
+    reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}"
+    dead = tmp_path / f"{prefix}-{2**22 + 1}-5"
+    for leftover in (running, reused, dead):
+        leftover.mkdir()
+        (leftover / "__0_0.distcp").write_text("half")
+        os.utime(leftover / "__0_0.distcp", (0, 0))
+        os.utime(leftover, (0, 0))
+    files.recover(path)
+    assert list(tmp_path.iterdir()) == [running]
 
 
 def load_into_another_model(path: str) -> None:
