@@ -8,6 +8,7 @@ from __future__ import annotations
 from data import byte_loader
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
 from torch.utils.data import DataLoader
 from trainer_gpt2 import GPT2
 
@@ -15,9 +16,11 @@ from trainer_gpt2 import GPT2
 class StandardLibrary(LightningDataModule):
     """Bytes of Python's standard library."""
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return byte_loader()
 
 
 if __name__ == "__main__":
-    LightningCLI(GPT2, StandardLibrary, save_config_callback=None, seed_everything_default=0)
+    trainer = LightningCLI(GPT2, StandardLibrary, save_config_callback=None, seed_everything_default=0).trainer
+    if trainer.is_global_zero and "loss" in trainer.callback_metrics:
+        print(f"final loss {trainer.callback_metrics['loss']:.3f}")

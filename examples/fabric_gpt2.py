@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from data import VOCABULARY, byte_loader
+from data import LENGTH, VOCABULARY, byte_loader
 from lightning.fabric import Fabric
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,8 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--shard-size", type=int, default=2)
-    parser.add_argument("--node-size", type=int)
+    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--shard-size", type=int, default=2, help="ranks that share one replica of the model")
+    parser.add_argument("--node-size", type=int, help="ranks on a node, if not --devices")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--checkpoint", default="runs/fabric.ckpt")
@@ -30,15 +31,21 @@ def main() -> None:
 
     strategy = MiCSStrategy(shard_size=options.shard_size, node_size=options.node_size)
     fabric = Fabric(
-        accelerator=options.accelerator, strategy=strategy, devices=options.devices, precision=options.precision
+        accelerator=options.accelerator,
+        strategy=strategy,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        precision=options.precision,
     )
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
 
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=128, n_layer=4, n_head=4)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what it is anyway; unset, transformers remarks on it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer = fabric.setup(model, optimizer)
     loader = fabric.setup_dataloaders(byte_loader())
 

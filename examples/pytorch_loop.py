@@ -1,6 +1,6 @@
 """Trains a model of PyTorch's own layers in a bare loop; no framework.
 
-torchrun --nproc-per-node 4 examples/pytorch_loop.py --node-size 2
+torchrun --standalone --nproc-per-node 4 examples/pytorch_loop.py --node-size 2
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from data import VOCABULARY, ByteWindows
+from data import LENGTH, VOCABULARY, TokenWindows, stdlib_text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -29,7 +29,7 @@ ACCUMULATE = 4
 class LanguageModel(nn.Module):
     """A causal transformer over bytes."""
 
-    def __init__(self, width: int = 128, layers: int = 4, length: int = 64) -> None:
+    def __init__(self, width: int = 128, layers: int = 4, length: int = LENGTH) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
@@ -66,8 +66,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     model = mics_shard(LanguageModel(), MiCSConfig(shard_size=options.shard_size, node_size=options.node_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    windows = ByteWindows()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    windows = TokenWindows(stdlib_text(500_000))
     loader = iter(DataLoader(windows, batch_size=8, sampler=DistributedSampler(windows), drop_last=True))
 
     for step in range(1, options.steps + 1):

@@ -6,7 +6,8 @@ On this machine's CPU, four processes standing for two nodes of two ranks:
 
 On two nodes of eight GPUs, see examples/launch/. Later, go on with another shard size:
 
-    python examples/trainer_gpt2.py --accelerator cpu --devices 4 --shard-size 4 --steps 60 --resume runs/gpt2/last.ckpt
+    python examples/trainer_gpt2.py --accelerator cpu --devices 4 --shard-size 4 --steps 60 \
+        --ckpt-path runs/gpt2/last.ckpt
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 
 import lightning.pytorch as pl
 import torch
-from data import VOCABULARY, byte_loader
+from data import LENGTH, VOCABULARY, byte_loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -30,7 +31,7 @@ class GPT2(pl.LightningModule):
         super().__init__()
         config = GPT2Config(
             vocab_size=VOCABULARY,
-            n_positions=64,
+            n_positions=LENGTH,
             n_embd=width,
             n_layer=layers,
             n_head=4,
@@ -46,7 +47,7 @@ class GPT2(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--folder", default="runs/gpt2")
-    parser.add_argument("--resume", metavar="CKPT")
+    parser.add_argument("--ckpt-path", help="a checkpoint to go on from, of any shard size")
     options = parser.parse_args()
 
     pl.seed_everything(0, verbose=False)
@@ -76,7 +77,7 @@ def main() -> None:
         logger=False,
         callbacks=[MiCSMonitor(), ModelCheckpoint(options.folder, save_last=True, save_top_k=0)],
     )
-    trainer.fit(GPT2(), byte_loader(), ckpt_path=options.resume)
+    trainer.fit(GPT2(), byte_loader(), ckpt_path=options.ckpt_path)
     if trainer.is_global_zero:
         print(trainer.strategy.layout)
         print(trainer.strategy.ledger)

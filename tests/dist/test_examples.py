@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -11,16 +12,28 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+GUESS = math.log(256)  # the loss of a uniform guess among bytes
 CPU = ["--accelerator", "cpu", "--devices", "2"]
 
 
-def run(folder: Path, *command: object) -> str:
-    """Runs a command in an empty folder; returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+def run(folder: Path, *command: object, expected_remark: str | None = None) -> str:
+    """Runs a command in an empty folder; returns what it printed, which must hold no remark but an expected one."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as if the environment were activated
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    screen = done.stdout + done.stderr
+    assert done.returncode == 0, screen[-6000:]
+    # Python and Lightning begin a warning with the file and the line; others say what it is.
+    remarks = re.findall(r".*\.py:\d+: .*|.*(?:[Ww]arning|WARN|deprecated|unrecognized).*", screen)
+    remarks = [remark for remark in remarks if expected_remark is None or expected_remark not in remark]
+    assert not remarks, "\n".join(remarks)
     return done.stdout
 
 
@@ -33,16 +46,17 @@ def test_trainer_gpt2_and_its_resumption(tmp_path: Path) -> None:
     first = run(tmp_path, sys.executable, script, *CPU, "--node-size", 1, "--steps", 4)
     assert (tmp_path / "runs" / "gpt2" / "last.ckpt").is_dir()
     assert "1 replica(s) x 2 shard(s)" in first
-    resumed = [*CPU, "--shard-size", 1, "--steps", 8, "--resume", "runs/gpt2/last.ckpt", "--folder", "runs/more"]
-    second = run(tmp_path, sys.executable, script, *resumed)
-    assert losses(second)[-1] < losses(first)[-1] < 5.6  # a uniform guess among 256 bytes has 5.55
+    resumed = [*CPU, "--shard-size", 1, "--steps", 8, "--ckpt-path", "runs/gpt2/last.ckpt"]
+    # Lightning says so wherever a run ends in the middle of an epoch.
+    second = run(tmp_path, sys.executable, script, *resumed, expected_remark="your dataloader is not resumable")
+    assert losses(second)[-1] < losses(first)[-1] < GUESS
 
 
 @pytest.mark.slow
 def test_trainer_bert_is_better_than_chance(tmp_path: Path) -> None:
-    screen = run(tmp_path, sys.executable, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 15)
+    screen = run(tmp_path, sys.executable, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 20)
     accuracy = float(re.search(r"accuracy on held-out files ([\d.]+)", screen)[1])
-    assert accuracy > 0.4
+    assert accuracy > 0.5  # chance is 0.25
 
 
 def test_fabric_gpt2(tmp_path: Path) -> None:
@@ -53,8 +67,9 @@ def test_fabric_gpt2(tmp_path: Path) -> None:
 
 
 def test_pytorch_loop(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    screen = run(tmp_path, *torchrun, EXAMPLES / "pytorch_loop.py", "--steps", 10)
+    # Port 0 lets torchrun choose a free one, which only a single node can do.
+    torchrun = ["env", "NODES=1", "GPUS=4", "HEAD=localhost", "PORT=0", EXAMPLES / "launch" / "torchrun.sh"]
+    screen = run(tmp_path, *torchrun, EXAMPLES / "pytorch_loop.py", "--node-size", 2, "--steps", 10)
     first, last = losses(screen)
     assert last < first
     assert (tmp_path / "runs" / "loop").is_dir()
@@ -62,8 +77,9 @@ def test_pytorch_loop(tmp_path: Path) -> None:
 
 def test_lightning_cli(tmp_path: Path) -> None:
     config = EXAMPLES / "cli_gpt2.yaml"
-    small = ["--trainer.devices", "2", "--trainer.max_steps", "2", "--trainer.strategy.init_args.node_size", "1"]
-    run(tmp_path, sys.executable, EXAMPLES / "cli_gpt2.py", "fit", "--config", config, *small)
+    small = ["--trainer.devices", "2", "--trainer.max_steps", "4", "--trainer.strategy.init_args.node_size", "1"]
+    screen = run(tmp_path, sys.executable, EXAMPLES / "cli_gpt2.py", "fit", "--config", config, *small)
+    assert losses(screen)[-1] < GUESS
 
 
 def test_launch_scripts_are_valid_bash_and_name_what_they_miss() -> None:
