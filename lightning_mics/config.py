@@ -145,11 +145,18 @@ class MiCSConfig:
         return cls.from_dict(values)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **explicit: Any) -> MiCSConfig:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        **explicit: Any,
+    ) -> MiCSConfig:
         """Reads ``MICS_SHARD_SIZE``, ``MICS_HIERARCHICAL`` and so on; explicit arguments always win.
 
         Args:
             environ: The variables to read; ``os.environ`` by default.
+            defaults: Settings that hold where neither a variable nor an argument says otherwise.
             **explicit: Settings that override the variables.
 
         Raises:
@@ -162,11 +169,17 @@ class MiCSConfig:
             for name in known
             if _ENV_PREFIX + name.upper() in environ
         }
-        return cls.from_dict({**found, **explicit})
+        return cls.from_dict({**(defaults or {}), **found, **explicit})
 
     def replace(self, **changes: Any) -> MiCSConfig:
         """Returns a copy with some settings changed, checked anew."""
         return dataclasses.replace(self, **changes)
+
+
+def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:
+    """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return (config or MiCSConfig()).replace(**given)
 
 
 def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torch.dtype | None:

@@ -72,16 +72,20 @@ class MiCSGradScaler(torch.amp.GradScaler):
         return {overflow.device: overflow}
 
 
-def use_sharded_scaler(plugin: Any) -> None:
-    """Replaces the scaler of a Lightning precision plugin, if it has one, by one that all ranks share."""
+def use_sharded_scaler(plugin: Any, device: Any = None) -> None:
+    """Replaces the scaler of a precision plugin or an Accelerator, if it has one, by one that all ranks share.
+
+    Args:
+        plugin: What holds a ``scaler``.
+        device: Where it scales; by default ``plugin.device``.
+    """
     scaler = getattr(plugin, "scaler", None)
     if scaler is not None and not isinstance(scaler, MiCSGradScaler):
-        replacement = MiCSGradScaler(
-            device=plugin.device,
+        plugin.scaler = MiCSGradScaler(
+            device=torch.device(device or plugin.device).type,
             init_scale=scaler.get_scale(),
             growth_factor=scaler.get_growth_factor(),
             backoff_factor=scaler.get_backoff_factor(),
             growth_interval=scaler.get_growth_interval(),
             enabled=scaler.is_enabled(),
         )
-        plugin.scaler = replacement

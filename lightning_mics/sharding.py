@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_mics._compat import (
     AllGather,
@@ -318,6 +320,50 @@ def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[All
     )
 
 
+class ShardedParams:
+    """Remembers which shard replaced which parameter, so that optimizers built before can be pointed to the shards."""
+
+    def __init__(self) -> None:
+        # Parameters that nobody holds any more are forgotten, and their memory with them.
+        self._shards: MutableMapping[Tensor, nn.Parameter] = WeakIdKeyDictionary()
+
+    @contextmanager
+    def remember(self, model: nn.Module) -> Iterator[None]:
+        """Notes what becomes of the parameters of ``model``, which is sharded inside this context."""
+        before = dict(model.named_parameters())
+        yield
+        for name, shard in model.named_parameters():
+            self._shards[before[name]] = shard
+
+    def rebind(self, optimizer: Optimizer) -> None:
+        """Points an optimizer to the shards of its parameters.
+
+        Raises:
+            MiCSConfigError: If it has taken steps on the parameters as they were.
+        """
+        for group in optimizer.param_groups:
+            if optimizer.state and any(param in self._shards for param in group["params"]):
+                _refuse_used(optimizer)
+            group["params"] = [self._shards.get(param, param) for param in group["params"]]
+
+    def check(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Checks that an optimizer can be pointed to the shards of ``model``.
+
+        Raises:
+            MiCSConfigError: If it has taken steps.
+        """
+        params = set(model.parameters())
+        if optimizer.state and any(param in params for group in optimizer.param_groups for param in group["params"]):
+            _refuse_used(optimizer)
+
+
+def _refuse_used(optimizer: Optimizer) -> None:
+    raise MiCSConfigError(
+        f"{type(optimizer).__name__} has taken steps already, and its states belong to the whole model. Shard the "
+        "model first, then create the optimizer and load its checkpoint."
+    )
+
+
 def shard_with_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], shard: Callable[[], object]) -> None:
     """Shards a model whose optimizers exist already, and points them to the shards.
 
@@ -329,24 +375,17 @@ def shard_with_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], sha
     Raises:
         MiCSConfigError: If an optimizer has states already, or parameters that are not the model's.
     """
-    names = {param: name for name, param in model.named_parameters()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params, sharded = set(model.parameters()), ShardedParams()
     for optimizer in optimizers:
-        if optimizer.state:
-            raise MiCSConfigError(
-                f"{type(optimizer).__name__} has taken steps already, and its states belong to the whole model. Shard "
-                "the model first, then create the optimizer and load its checkpoint."
-            )
-    for group in groups:
-        if any(param not in names for param in group["params"]):
+        sharded.check(optimizer, model)
+        if any(param not in params for group in optimizer.param_groups for param in group["params"]):
             raise MiCSConfigError(
                 "An optimizer holds parameters that the model does not have. Create it from model.parameters()."
             )
-    named_groups = [[names[param] for param in group["params"]] for group in groups]
-    shard()
-    sharded = dict(model.named_parameters())
-    for group, group_names in zip(groups, named_groups, strict=True):
-        group["params"] = [sharded[name] for name in group_names]
+    with sharded.remember(model):
+        shard()
+    for optimizer in optimizers:
+        sharded.rebind(optimizer)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:

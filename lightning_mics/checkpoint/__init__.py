@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from lightning_mics.checkpoint.consolidate import consolidate
 from lightning_mics.checkpoint.files import recover, remove
-from lightning_mics.checkpoint.load import load_checkpoint, load_into
+from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
-from lightning_mics.checkpoint.state import model_state, optimizer_state
+from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state
 
 __all__ = [
     "consolidate",
+    "fill_weights",
+    "huggingface_metadata",
     "load_checkpoint",
     "load_into",
     "model_state",

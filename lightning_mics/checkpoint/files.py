@@ -169,9 +169,11 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def describe(files: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Returns size in bytes and CRC-32 of files, by name."""
-    return {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files}
+def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Returns size in bytes and CRC-32 of files, by their names in ``folder``."""
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
+    }
 
 
 def _crc32(path: Path) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def load_checkpoint(
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    return load_into(path, model, {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)})
+    meta = load_into(path, model, {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)})
+    meta.pop("mics", None)
+    return meta
 
 
 def load_into(
@@ -56,7 +59,7 @@ def load_into(
     model: nn.Module,
     optimizers: Mapping[str, Optimizer] | None = None,
     *,
-    model_key: str = "state_dict",
+    model_key: str | None = "state_dict",
     strict: bool = True,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
@@ -66,8 +69,9 @@ def load_into(
         path: A sharded checkpoint (ours, or one of Lightning's ``ModelParallelStrategy``), or a full file.
         model: A sharded or plain model; filled in place.
         optimizers: Optimizers by their names in the checkpoint.
-        model_key: The model's name in the checkpoint.
-        strict: Whether names of parameters must match exactly.
+        model_key: The model's name in the checkpoint; ``None`` leaves its weights as they are.
+        strict: Whether names of parameters must match. A prefix that all names on one side have is no difference: in
+            a checkpoint of a LightningModule, a model that it holds as ``self.model`` is called ``model.``.
         weights_only: As in ``torch.load``, for the part that is not tensors.
 
     Returns:
@@ -89,14 +93,15 @@ def _load_sharded(
     path: Path,
     model: nn.Module,
     optimizers: Mapping[str, Optimizer],
-    model_key: str,
+    model_key: str | None,
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
     metadata, meta = _read_metadata(path), _read_meta(path, weights_only)
-    weights = model_state(model)
+    weights = {} if model_key is None else model_state(model)
     targets = _Targets(path, metadata)
-    ranks.together(lambda: targets.add_weights(weights, model_key, strict))
+    if model_key is not None:
+        ranks.together(lambda: targets.add_weights(weights, model_key, strict))
     for key, optimizer in optimizers.items():
         ranks.together(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, model, optimizer))  # type: ignore[misc]
     try:
@@ -104,8 +109,9 @@ def _load_sharded(
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {ranks.describe_error(error)}") from error
     for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor) and f"{model_key}.{name}" in targets.flat:
-            weights[name] = targets.flat[f"{model_key}.{name}"]
+        saved_name = f"{model_key}.{targets.names.to_saved(name)}"
+        if not isinstance(tensor, Tensor) and saved_name in targets.flat:
+            weights[name] = targets.flat[saved_name]
     _set_extra_state(model, weights)
     for key, optimizer in optimizers.items():
         states, groups = targets.optimizer_parts(key)
@@ -121,11 +127,44 @@ def _set_extra_state(model: nn.Module, weights: dict[str, Any]) -> None:
             model.get_submodule(module_name).set_extra_state(value)
 
 
+@dataclass(frozen=True)
+class _Names:
+    """Names of one model, in a checkpoint and here, that differ by a prefix on one side."""
+
+    saved_prefix: str = ""
+    own_prefix: str = ""
+
+    @classmethod
+    def match(cls, own: Collection[str], saved: Collection[str]) -> _Names:
+        """Finds the prefix; none where names agree already, or where no prefix makes them."""
+        if not own or not saved or not set(own).isdisjoint(saved):
+            return cls()
+        for prefix in _prefixes(own, saved):
+            if all(prefix + name in saved for name in own):
+                return cls(saved_prefix=prefix)
+        for prefix in _prefixes(saved, own):
+            if all(prefix + name in own for name in saved):
+                return cls(own_prefix=prefix)
+        return cls()
+
+    def to_saved(self, own: str) -> str:
+        return self.saved_prefix + own.removeprefix(self.own_prefix)
+
+    def to_own(self, saved: str) -> str:
+        return self.own_prefix + saved.removeprefix(self.saved_prefix)
+
+
+def _prefixes(short: Collection[str], long: Collection[str]) -> set[str]:
+    first = next(iter(short))
+    return {name.removesuffix(first) for name in long if name.endswith(f".{first}")}
+
+
 class _Targets:
     """What to read from a sharded checkpoint, and where to put it: tensors by DCP's flat names."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         self.flat: dict[str, Any] = {}
+        self.names = _Names()
         self._path = path
         self._entries = metadata.state_dict_metadata
         self._paths: dict[str, tuple[Any, ...]] = dict(metadata.planner_data or {})
@@ -135,10 +174,12 @@ class _Targets:
         if not saved:
             tops = sorted({str(path[0]) for path in self._paths.values()})
             raise CheckpointError(f"{self._path} holds no {key!r}, only {', '.join(tops)}. Use those names.")
+        self.names = _Names.match(weights.keys(), saved)
+        wanted = {self.names.to_saved(name): target for name, target in weights.items()}
         if strict:
-            check_names(self._path, weights.keys() - saved, saved - weights.keys())
-        for name in weights.keys() & saved:
-            target, entry = weights[name], self._entries[f"{key}.{name}"]
+            check_names(self._path, wanted.keys() - saved, saved - wanted.keys())
+        for name in wanted.keys() & saved:
+            target, entry = wanted[name], self._entries[f"{key}.{name}"]
             if isinstance(target, Tensor) and isinstance(entry, TensorStorageMetadata):
                 check_shape(self._path, name, entry.size, target.shape)
             self.flat[f"{key}.{name}"] = target
@@ -155,8 +196,10 @@ class _Targets:
         for flat_name in mine:
             _, part, owner, *_ = self._paths[flat_name]
             entry = self._entries[flat_name]
-            if part == "state" and owner not in params:
-                continue
+            if part == "state":
+                owner = self.names.to_own(owner)
+                if owner not in params:
+                    continue
             if isinstance(entry, TensorStorageMetadata):
                 like = params[owner] if part == "state" else torch.empty(())
                 self.flat[flat_name] = empty_like(like, entry.size, entry.properties.dtype)
@@ -172,7 +215,7 @@ class _Targets:
             if path[:1] != (key,):
                 continue
             if path[1] == "state":
-                place = states.setdefault(path[2], {})
+                place = states.setdefault(self.names.to_own(path[2]), {})
                 for step in path[3:-1]:
                     place = place.setdefault(step, {})
                 place[path[-1]] = value
@@ -260,7 +303,7 @@ def _load_full(
     path: Path,
     model: nn.Module,
     optimizers: Mapping[str, Optimizer],
-    model_key: str,
+    model_key: str | None,
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
@@ -268,9 +311,10 @@ def _load_full(
 
     def step() -> None:
         checkpoint.update(read_file(path, weights_only))
-        if model_key not in checkpoint:
-            raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
-        _fill_weights(path, model, checkpoint.pop(model_key), strict)
+        if model_key is not None:
+            if model_key not in checkpoint:
+                raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
+            fill_weights(path, model, checkpoint.pop(model_key), strict)
         for index, (key, optimizer) in enumerate(optimizers.items()):
             saved = checkpoint.get("optimizer_states", {})[index : index + 1] if key not in checkpoint else None
             state = checkpoint.pop(key) if saved is None else (saved[0] if saved else None)
@@ -283,8 +327,21 @@ def _load_full(
 
 
 @torch.no_grad()
-def _fill_weights(path: Path, model: nn.Module, saved: dict[str, Any], strict: bool) -> None:
+def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
+    """Copies whole tensors into a sharded or plain model; communicates nothing.
+
+    Args:
+        path: Where they come from, for messages.
+        model: The model.
+        saved: Tensors by name, the same on every rank.
+        strict: Whether names must match; see :func:`load_into`.
+
+    Raises:
+        CheckpointError: If names or shapes do not fit.
+    """
     weights = model_state(model)
+    names = _Names.match(weights.keys(), saved.keys())
+    saved = {names.to_own(name): value for name, value in saved.items()}
     if strict:
         check_names(path, weights.keys() - saved.keys(), saved.keys() - weights.keys())
     for name in weights.keys() & saved.keys():

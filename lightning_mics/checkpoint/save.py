@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
-from lightning_mics.checkpoint.state import model_state, optimizer_state
+from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state
 from lightning_mics.errors import CheckpointError
 
 
@@ -41,14 +42,20 @@ def save_checkpoint(
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     weights = model_state(model, full=not sharded)
     states = [optimizer_state(model, optimizer, full=not sharded) for optimizer in listed]
+    meta = {**(meta or {}), "mics": huggingface_metadata(model)}
     if sharded:
         named = {f"optimizer_{index}": state for index, state in enumerate(states)}
-        save_sharded(path, {"state_dict": weights, **named}, meta or {})
+        save_sharded(path, {"state_dict": weights, **named}, meta)
     else:
-        save_full(path, {**(meta or {}), "state_dict": weights, "optimizer_states": states})
+        save_full(path, {**meta, "state_dict": weights, "optimizer_states": states})
 
 
-def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict[str, Any]) -> None:
+def save_sharded(
+    path: str | os.PathLike[str],
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    add_files: Callable[[Path], object] | None = None,
+) -> None:
     """Writes a folder of shards. Collective over the world.
 
     Each shard is written once, by one of the replicas that hold it.
@@ -57,6 +64,7 @@ def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict
         path: The folder.
         state: Nested dictionaries of tensors; DTensors are written by shard. Of everything else rank 0's counts.
         meta: The rest; rank 0's counts.
+        add_files: Writes more files into the folder that it is given, on every rank, before ``state`` is written.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
@@ -64,9 +72,11 @@ def save_sharded(path: str | os.PathLike[str], state: dict[str, Any], meta: dict
     path = Path(path)
     temporary = _begin(path, folder=True)
     try:
+        if add_files is not None:
+            ranks.together(lambda: add_files(temporary) and None)
         ranks.together(lambda: _write_shards(temporary, state))
         ranks.on_first_rank(lambda: _write_meta(temporary, meta))
-        described = ranks.together(lambda: files.describe(_own_files(temporary)))
+        described = ranks.together(lambda: files.describe(temporary, _own_files(temporary)))
         listed = {name: facts for part in described for name, facts in part.items()}
         ranks.on_first_rank(lambda: _finish(temporary, path, listed))
     except CheckpointError as error:
@@ -134,13 +144,17 @@ def _is_sharded(value: Any) -> bool:
 
 def _write_meta(temporary: Path, meta: dict[str, Any]) -> None:
     torch.save(meta, temporary / files.META)
-    files.sync_file(temporary / files.META)
 
 
 def _own_files(temporary: Path) -> Sequence[Path]:
-    """Returns the files that this rank has written."""
+    """Returns the shards that this rank has written; rank 0 answers for all other files as well."""
     shards = sorted(temporary.glob(f"__{ranks.rank()}_*"))
-    return [*shards, temporary / files.INDEX, temporary / files.META] if ranks.rank() == 0 else shards
+    if ranks.rank() != 0:
+        return shards
+    others = [file for file in temporary.rglob("*") if file.is_file() and not re.match(r"__\d+_", file.name)]
+    for file in others:
+        files.sync_file(file)
+    return [*shards, *sorted(others)]
 
 
 def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]]) -> None:

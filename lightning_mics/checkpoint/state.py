@@ -25,6 +25,15 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
 
 
+def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
+    """Returns what a checkpoint must remember for ``from_pretrained``: the configuration and the name prefix."""
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
+            return {"hf_config": config.to_json_string(), "hf_prefix": f"{name}." if name else ""}
+    return {}
+
+
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Returns the names of an optimizer's parameters in the order of its groups.
 

@@ -13,17 +13,10 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
 )
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import nn
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.mesh import resolve_hierarchical
 from lightning_mics.topology import ClusterTopology, GroupLayout
-
-
-def build_config(config: MiCSConfig | None, settings: dict[str, Any]) -> MiCSConfig:
-    """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    return (config or MiCSConfig()).replace(**given)
 
 
 def plan_layout(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> GroupLayout:
@@ -72,12 +65,3 @@ def broadcast(value: Any, src: int = 0) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src)
     return values[0]
-
-
-def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
-    """Returns what a checkpoint must remember for ``from_pretrained``: the configuration and the name prefix."""
-    for name, module in model.named_modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
-            return {"hf_config": config.to_json_string(), "hf_prefix": f"{name}." if name else ""}
-    return {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.config import MiCSConfig, Wrap
+from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.metrics import CommLedger
@@ -86,7 +86,7 @@ class MiCSStrategy(ParallelStrategy):
             "cpu_offload": cpu_offload,
             "verify": verify,
         }
-        self.config = common.build_config(config, settings)
+        self.config = build_config(config, settings)
         super().__init__()
         self._num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint
@@ -240,7 +240,7 @@ class MiCSStrategy(ParallelStrategy):
             for name, value in state.items()
             if name != key and name not in optimizers
         }
-        meta["mics"] = common.huggingface_metadata(module)
+        meta["mics"] = checkpoints.huggingface_metadata(module)
         path = self.broadcast(str(path))
         if full:
             checkpoints.save_full(path, {**tensors, **meta})

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.config import MiCSConfig, Wrap
+from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.metrics import CommLedger
@@ -102,7 +102,7 @@ class MiCSStrategy(ParallelStrategy):
             "cpu_offload": cpu_offload,
             "verify": verify,
         }
-        self.config = common.build_config(config, settings)
+        self.config = build_config(config, settings)
         super().__init__()
         self.num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint
@@ -298,7 +298,7 @@ class MiCSStrategy(ParallelStrategy):
             raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
         assert self.model is not None
         path = self.broadcast(str(filepath))
-        checkpoint["mics"] = common.huggingface_metadata(self.model)
+        checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
         if not self._save_distributed_checkpoint:
             checkpoints.save_full(path, checkpoint)
             return
@@ -310,13 +310,15 @@ class MiCSStrategy(ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint of any shard size, sharded or full, into the model and its optimizers."""
         assert self.lightning_module is not None and self.model is not None
-        return checkpoints.load_into(
+        checkpoint = checkpoints.load_into(
             self.broadcast(str(checkpoint_path)),
             self.model,
             {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
         )
+        # What another loop than the Trainer's wrote lacks these, and the Trainer insists on them.
+        return {"pytorch-lightning_version": pl.__version__, "lr_schedulers": [], **checkpoint}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Does nothing: :meth:`load_checkpoint` filled the shards."""

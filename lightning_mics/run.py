@@ -1,0 +1,178 @@
+"""Runs a script that only knows Accelerate or the transformers Trainer under MiCS.
+
+::
+
+    accelerate launch --config_file mics.yaml -m lightning_mics.run [--report FILE] script.py ARGS
+    accelerate launch --config_file mics.yaml -m lightning_mics.run -m package.module ARGS
+
+The script's ``Accelerator`` becomes a :class:`~lightning_mics.accelerate.MiCSAccelerator`, and the ``Trainer`` of
+transformers a :class:`~lightning_mics.transformers.MiCSTrainer`, before the script imports them. Two-hop
+synchronisation follows the script's own accumulation: ``accelerator.accumulate`` and ``gradient_accumulation_steps``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import accelerate
+import accelerate.accelerator
+from accelerate.state import PartialState
+from torch import nn
+
+from lightning_mics.accelerate import MiCSAccelerator
+from lightning_mics.accelerate.plugin import take_over_launch
+from lightning_mics.errors import MiCSError
+from lightning_mics.metrics import CommLedger, Hop
+from lightning_mics.sharding import is_sharded
+
+_TRAINER = "transformers.trainer"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the script that the command line names.
+
+    Args:
+        arguments: The words after ``lightning_mics.run``; those of the process by default.
+    """
+    options = _parse(arguments)
+    take_over_launch()
+    _let_state_see_cpu_ranks()
+    accelerate.Accelerator = accelerate.accelerator.Accelerator = _RunAccelerator
+    sys.meta_path.insert(0, _TrainerFinder())
+    sys.argv = [options.script, *options.arguments]
+    try:
+        if options.module:
+            runpy.run_module(options.script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(options.script).resolve().parent)
+            runpy.run_path(options.script, run_name="__main__")
+    except MiCSError as error:
+        _say(f"error: {error}", everywhere=_rank() == 0)
+        raise
+    _report(options.report)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightning_mics.run", description="Runs an Accelerate or transformers script under MiCS."
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the counts of communication as JSON")
+    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file, or a module's name with -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's arguments")
+    options = parser.parse_args(arguments)
+    if not options.module and not Path(options.script).is_file():
+        parser.error(f"there is no script {options.script}")
+    return options
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(message: str, everywhere: bool = False) -> None:
+    if everywhere or _rank() == 0:
+        print(f"lightning-mics: {message}", flush=True)
+
+
+class _RunAccelerator(MiCSAccelerator):
+    """Says what was found, once."""
+
+    said = False
+    ledgers: ClassVar[list[CommLedger]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not _RunAccelerator.said:
+            _RunAccelerator.said = True
+            config = self.mics_plugin.config
+            if self.layout is None or config is None:
+                _say("there is one process only, so the script runs as it is")
+            else:
+                _say(f"the script runs under MiCS (shard_size={self.layout.shard_size}), on\n{self.layout}")
+
+    def _shard(self, model: nn.Module, optimizers: Any = ()) -> None:
+        was_sharded = is_sharded(model)
+        super()._shard(model, optimizers)
+        if is_sharded(model) and not was_sharded:
+            self.ledgers.append(self.ledger(model))
+
+
+def _let_state_see_cpu_ranks() -> None:
+    """Makes ``PartialState()`` heed ``ACCELERATE_USE_CPU``, as ``Accelerator()`` does."""
+    initialize = PartialState.__init__
+
+    def __init__(self: Any, cpu: bool = False, **kwargs: Any) -> None:
+        initialize(self, cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", **kwargs)
+
+    PartialState.__init__ = __init__
+
+
+class _TrainerFinder(importlib.abc.MetaPathFinder):
+    """Puts our Trainer into ``transformers.trainer`` when that is first imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _TrainerLoader(spec.loader)
+        return spec
+
+
+class _TrainerLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        self._loader.exec_module(module)
+        from lightning_mics.transformers import MiCSTrainerMixin
+
+        original = module.Trainer
+        patched = type(
+            "Trainer", (MiCSTrainerMixin, original), {"__module__": _TRAINER, "accelerator_class": _RunAccelerator}
+        )
+        module.Trainer = patched  # type: ignore[attr-defined]
+
+
+def _report(path: Path | None) -> None:
+    """Prints what was communicated, and writes it where asked."""
+    ledgers = _RunAccelerator.ledgers
+    if _rank() != 0 or not ledgers:
+        return
+    _say("what was communicated (this node's share):")
+    for ledger in ledgers:
+        print(ledger)
+        narrow, wide = ledger.total(Hop.PARTITION_REDUCE).calls, ledger.total(Hop.REPLICATION_REDUCE).calls
+        if wide:
+            print(f"a unit ran {narrow / wide:g} partition reduce-scatter(s) for each all-reduce between replicas")
+    if path is not None:
+        counts = [
+            {unit: {hop.name: ledger.total(hop, unit).__dict__ for hop in Hop} for unit in ledger.units()}
+            for ledger in ledgers
+        ]
+        path.write_text(json.dumps(counts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
