@@ -76,7 +76,7 @@ class MiCSConfig:
     def __post_init__(self) -> None:
         self._check_shard_size()
         if self.node_size is not None:
-            _check_positive_int("node_size", self.node_size, 8)
+            _check_positive_int("node_size", self.node_size, 1)
         if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":
             raise MiCSConfigError(f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.")
         if self.cast_forward_inputs != "units":
@@ -99,7 +99,7 @@ class MiCSConfig:
                     "'node' or 'world'."
                 )
             return
-        _check_positive_int("shard_size", self.shard_size, 8)
+        _check_positive_int("shard_size", self.shard_size, "node")
 
     def _check_wrap(self) -> None:
         entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
@@ -171,6 +171,23 @@ class MiCSConfig:
         }
         return cls.from_dict({**(defaults or {}), **found, **explicit})
 
+    @classmethod
+    def from_deepspeed(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> MiCSConfig:
+        """Reads the settings from a DeepSpeed configuration.
+
+        Settings that live in the training script here (batch sizes, precision, optimizer and so on) are left out;
+        :func:`lightning_mics.deepspeed.convert_deepspeed` has them all, with a report on every field.
+
+        Args:
+            source: Path of the JSON file, or its content as a mapping.
+
+        Raises:
+            MiCSConfigError: If the file cannot be read, or a value in it is wrong.
+        """
+        from lightning_mics.deepspeed import convert_deepspeed
+
+        return convert_deepspeed(source).config
+
     def replace(self, **changes: Any) -> MiCSConfig:
         """Returns a copy with some settings changed, checked anew."""
         return dataclasses.replace(self, **changes)
@@ -178,6 +195,8 @@ class MiCSConfig:
 
 def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:
     """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
+    if config is not None and not isinstance(config, MiCSConfig):
+        raise MiCSConfigError(f"config={config!r} is not a MiCSConfig. Try config=MiCSConfig(shard_size='node').")
     given = {name: value for name, value in settings.items() if value is not None}
     return (config or MiCSConfig()).replace(**given)
 

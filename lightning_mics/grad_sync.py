@@ -527,6 +527,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 
     With a closure, the backward pass runs inside the step, so the question is asked after it.
     """
+    if isinstance(optimizer, torch.optim.LBFGS) and any(
+        isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"]
+    ):
+        raise MiCSError("LBFGS needs the whole gradient as one vector, which no rank has. Use another optimizer.")
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _prepare_step(optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,6 +154,7 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
         MiCSConfigError: If the settings do not fit the layout.
     """
     hierarchical = resolve_hierarchical(config, layout)
+    _destroy_groups_at_exit()
     world = dist.group.WORLD
     key = (layout, device_type, hierarchical)
     cached = _MESHES.get(key)
@@ -165,6 +168,12 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     mesh = MiCSMesh(layout, device_mesh, intra, inter)
     _MESHES[key] = (world, mesh)
     return mesh
+
+
+@functools.cache
+def _destroy_groups_at_exit() -> None:
+    """Ends gloo's threads before Python: one that still holds a tensor then would abort the process."""
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
 # Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether

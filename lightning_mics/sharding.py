@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +57,7 @@ from lightning_mics.mesh import (
 )
 from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.topology import ClusterTopology
-from lightning_mics.units import Unit, backward_order, plan_units
+from lightning_mics.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
 
 
@@ -147,6 +149,8 @@ def mics_shard(
     known.layout(config.shard_size)
     check_model(model)
     units = plan_units(model, config.wrap, entries)
+    if config.param_dtype is not None:
+        units = separate_batch_norms(model, units)
     layout = (topology or detect_topology()).layout(config.shard_size)
     resolve_hierarchical(config, layout)
     # A function's repr holds its address; what it selects is compared instead.
@@ -178,6 +182,10 @@ def check_model(model: nn.Module) -> None:
                 raise MiCSConfigError(
                     f"The model is wrapped already{by_us}: {name or 'the root'!s} uses {label}. Pass the plain model."
                 )
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise MiCSConfigError(
+                f"{name or 'The model'} has sparse gradients, which cannot be reduce-scattered. Use sparse=False."
+            )
     params = list(model.named_parameters())
     if not params:
         raise MiCSConfigError(
@@ -185,6 +193,15 @@ def check_model(model: nn.Module) -> None:
             "sharding (in Lightning: in __init__ or configure_model)."
         )
     for name, param in params:
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            raise MiCSConfigError(
+                f"Parameter {name} of a lazy module has no shape yet. Run one batch through the model first."
+            )
+        if param.is_complex():
+            raise MiCSConfigError(
+                f"Parameter {name} is complex, which FSDP2 cannot reduce. Hold its real and imaginary parts as a real "
+                "parameter, which torch.view_as_complex reads."
+            )
         if isinstance(param, DTensor):
             raise MiCSConfigError(f"Parameter {name} is a DTensor already. Pass the plain model.")
         if param.dim() == 0:
@@ -211,11 +228,29 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
     # ``fully_shard`` leaves one state for a group of modules; its first module stands for it.
     leaders = [(model,), *backward_order(model, units)[::-1]]
     unit_names = _unit_names(model, leaders)
+    if config.param_dtype is not None and config.cast_forward_inputs == "units":
+        _cast_inputs_of_norms([module for module in _modules_outside(model, {m for unit in units for m in unit})])
+    # The hazard it tells of, changing a returned view in place, ends in an error; and nothing need be done about it.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view")
     sync = _connect(leaders, unit_names, config, mesh, ledger)
     tend_root(model, on_backward=sync.begin_backward, on_failure=sync.abandon)
     attach_sync(model, sync)
     _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
     return model
+
+
+def _cast_inputs_of_norms(modules: list[nn.Module]) -> None:
+    """Casts what reaches a norm of the root: on CPUs autocast, which looks after the root's inputs, passes it over."""
+
+    def cast(norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.device.type == "cpu" and first.dtype != norm.weight.dtype:
+            return first.to(norm.weight.dtype), *args[1:]
+        return args
+
+    for module in modules:
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and module.weight is not None:
+            module.register_forward_pre_hook(cast)
 
 
 def _checkpoint_activations(units: list[Unit]) -> None:
@@ -253,11 +288,14 @@ def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Mod
 
 
 def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_root: bool) -> None:
+    # Batch norms mix weights with running statistics, which keep their dtype; they take inputs of any.
+    keeps_dtype = not is_root and all(is_batch_norm(module) for module in unit)
     policy = MixedPrecisionPolicy(
-        param_dtype=as_dtype(config.param_dtype),
+        param_dtype=None if keeps_dtype else as_dtype(config.param_dtype),
         reduce_dtype=as_dtype(config.reduce_dtype),
         output_dtype=as_dtype(config.output_dtype) if is_root else None,
-        cast_forward_inputs=config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs)),
+        cast_forward_inputs=not keeps_dtype
+        and (config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs))),
     )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
     fully_shard(

@@ -19,11 +19,11 @@ ShardSize = int | Literal["node", "world"]
 Group = tuple[int, ...]
 
 
-def _check_positive_int(name: str, value: object, example: int) -> int:
+def _check_positive_int(name: str, value: object, example: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MiCSConfigError(f"{name}={value!r} is not a whole number. Try {name}={example}.")
+        raise MiCSConfigError(f"{name}={value!r} is not a whole number. Try {name}={example!r}.")
     if value < 1:
-        raise MiCSConfigError(f"{name}={value} must be at least 1. Try {name}={example}.")
+        raise MiCSConfigError(f"{name}={value} must be at least 1. Try {name}={example!r}.")
     return value
 
 

@@ -50,6 +50,34 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Modul
     return _innermost_first(_split_dtypes(model, units))
 
 
+def separate_batch_norms(model: nn.Module, units: list[Unit]) -> list[Unit]:
+    """Gives the batch norms inside each unit, and those of the root, a unit of their own.
+
+    Args:
+        model: The model.
+        units: Its units, innermost first, without the root.
+
+    Returns:
+        The units, innermost first. What holds only batch norms is told by :func:`is_batch_norm`.
+    """
+    units_of = _units_of(model, {module for unit in units for module in unit})
+    result: list[Unit] = []
+    for unit in [*units, (model,)]:
+        norms = [
+            module
+            for module in model.modules()
+            if is_batch_norm(module) and module not in unit and not units_of[module].isdisjoint(unit)
+        ]
+        result += [tuple(norms)] if norms else []
+        result += [unit] if unit != (model,) else []
+    return result
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a batch norm with weights."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and _has_parameters(module)
+
+
 def backward_order(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
     """Returns units in the order in which a backward pass finishes them, if the forward pass runs in model order."""
     position: dict[nn.Module, int] = {}
@@ -68,9 +96,7 @@ def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     if isinstance(wrap, str) and wrap == "auto":
         return _huggingface_blocks(model) or _repeated_blocks(model) or _by_size(model)
     if callable(wrap) and not isinstance(wrap, type):
-        chosen = [module for module in _inner_modules(model) if wrap(module)]
-        if not chosen:
-            raise MiCSConfigError("wrap= selected no module: the function returned False for every module.")
+        chosen = _selected(model, wrap)
     else:
         entries = [wrap] if isinstance(wrap, str | type) else list(wrap)
         chosen = [module for entry in entries for module in _instances(model, entry)]
@@ -84,7 +110,7 @@ def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
 
 def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]) -> list[nn.Module]:
     if callable(entry) and not isinstance(entry, type):
-        return [module for module in _inner_modules(model) if entry(module)]
+        return _selected(model, entry)
     if isinstance(entry, str):
         found = [m for m in _inner_modules(model) if entry in {cls.__name__ for cls in type(m).__mro__}]
         name = entry
@@ -97,6 +123,16 @@ def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]
         hint = f"Did you mean {near[0]!r}?" if near else f"It contains: {', '.join(names[:12])}."
         raise MiCSConfigError(f"wrap={name!r}: the model contains no module of that class. {hint} Or use wrap='auto'.")
     return found
+
+
+def _selected(model: nn.Module, is_unit: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    chosen = [module for module in _inner_modules(model) if is_unit(module)]
+    if not chosen:
+        raise MiCSConfigError(
+            "wrap= selected no module: the function returned False for every module. Let it return True for some, or "
+            "use wrap='auto'."
+        )
+    return chosen
 
 
 def _huggingface_blocks(model: nn.Module) -> list[nn.Module]:
@@ -137,7 +173,8 @@ def _by_size(model: nn.Module) -> list[nn.Module]:
         """Returns the elements under ``module`` that no unit holds yet."""
         own = sum(param.numel() for param in module.parameters(recurse=_is_atomic(module)))
         rest = own + (0 if _is_atomic(module) else sum(visit(child) for child in module.children()))
-        if rest >= least and module is not model and _has_forward(module):
+        # Models without blocks read an embedding's weight, too, where they tie the output layer to it.
+        if rest >= least and module is not model and _has_forward(module) and not isinstance(module, nn.Embedding):
             found.append(module)
             return 0
         return rest

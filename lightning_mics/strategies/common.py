@@ -13,9 +13,13 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
 )
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.mesh import resolve_hierarchical
+from lightning_mics.precision import check_precision
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 
@@ -40,6 +44,36 @@ def init_process_group(environment: Any, device: torch.device, backend: str | No
     device_id = device if device.type != "cpu" else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
     return backend
+
+
+def check_precision_plugin(plugin: Any) -> None:
+    """Checks that a precision plugin is one that MiCS can shard.
+
+    Raises:
+        MiCSConfigError: If it is not.
+    """
+    check_precision(str(plugin.precision))
+    if type(plugin).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel")):
+        raise MiCSConfigError(
+            f"{type(plugin).__name__} belongs to another strategy. Use precision={plugin.precision!r} instead."
+        )
+
+
+def check_sync_batchnorm(device: torch.device) -> None:
+    """Checks that ``sync_batchnorm=True`` can work.
+
+    Raises:
+        MiCSConfigError: If it cannot: PyTorch synchronises batch norms on GPUs only.
+    """
+    if device.type == "cpu":
+        raise MiCSConfigError("sync_batchnorm=True needs GPUs: PyTorch has no SyncBatchNorm for CPUs. Use False there.")
+
+
+def gather_in_steps(module: nn.Module) -> None:
+    """Makes the steps of a LightningModule gather parameters, as ``forward`` does; Lightning calls them directly."""
+    for name in ("training_step", "validation_step", "test_step", "predict_step"):
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
 
 
 def set_rank(rank: int) -> None:

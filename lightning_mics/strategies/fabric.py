@@ -25,7 +25,7 @@ from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.metrics import CommLedger
-from lightning_mics.precision import apply_precision, check_precision, use_sharded_scaler
+from lightning_mics.precision import apply_precision, use_sharded_scaler
 from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of, shard_with_optimizers
 from lightning_mics.strategies import common
 from lightning_mics.topology import GroupLayout, ShardSize
@@ -146,7 +146,7 @@ class MiCSStrategy(ParallelStrategy):
     @precision.setter
     def precision(self, plugin: Precision | None) -> None:
         if plugin is not None:
-            check_precision(str(plugin.precision))
+            common.check_precision_plugin(plugin)
             use_sharded_scaler(plugin)
         self._precision = plugin
 
@@ -171,7 +171,9 @@ class MiCSStrategy(ParallelStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shards a module in place."""
         config = apply_precision(self.config, str(self.precision.precision))
-        return mics_shard(module, config, topology=self.layout.topology, device_type=self.root_device.type)
+        mics_shard(module, config, topology=self.layout.topology, device_type=self.root_device.type)
+        common.gather_in_steps(module)
+        return module
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -23,7 +23,6 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -32,13 +31,11 @@ from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.metrics import CommLedger
-from lightning_mics.precision import apply_precision, check_precision, use_sharded_scaler
+from lightning_mics.precision import apply_precision, use_sharded_scaler
 from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
 from lightning_mics.strategies import common
 from lightning_mics.topology import GroupLayout, ShardSize
 from lightning_mics.units import callable_parts
-
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class MiCSStrategy(ParallelStrategy):
@@ -166,9 +163,20 @@ class MiCSStrategy(ParallelStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None:
-            check_precision(str(plugin.precision))
+            common.check_precision_plugin(plugin)
             use_sharded_scaler(plugin)
         self._precision_plugin = plugin
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Unused: MiCS writes checkpoints itself."""
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise MiCSConfigError(
+            f"{type(io).__name__} is a CheckpointIO, and MiCSStrategy writes checkpoints itself. Leave the plugin out."
+        )
 
     def set_world_ranks(self) -> None:
         """Takes over the cluster environment's ranks; the first moment at which the whole cluster is known."""
@@ -211,6 +219,9 @@ class MiCSStrategy(ParallelStrategy):
             self._check_same_layout(module)
             return
         self.precision_plugin.convert_module(module)
+        if self._layer_sync is not None:
+            common.check_sync_batchnorm(self.root_device)
+            self._layer_sync.apply(module)
         config = apply_precision(self.config, str(self.precision_plugin.precision))
         mics_shard(
             module,
@@ -219,10 +230,7 @@ class MiCSStrategy(ParallelStrategy):
             device_type=self.root_device.type,
             entries=[] if module.automatic_optimization else _manual_entries(module),
         )
-        # FSDP2 gathers for ``forward`` only; Lightning calls the steps directly.
-        for name in _STEPS:
-            register_fsdp_forward_method(module, name)
-        _silence_root_view_warning(module)
+        common.gather_in_steps(module)
         module._device_mesh = runtime_of(module).mesh.device_mesh
 
     def _check_same_layout(self, module: pl.LightningModule) -> None:
@@ -364,11 +372,6 @@ def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:
             "a submodule that is called in training_step."
         )
     return callable_parts(module)
-
-
-def _silence_root_view_warning(module: pl.LightningModule) -> None:
-    """FSDP2 warns that in-place changes of a returned view lose the backward gather; the root is never freed before."""
-    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \({type(module).__name__}\) returned a view")
 
 
 if "mics" not in StrategyRegistry:

@@ -25,11 +25,15 @@ def shard_with(settings: dict[str, Any]) -> None:
     mics_shard(build("uneven"), MiCSConfig(**settings))
 
 
+def lambda_that_selects_nothing(module: nn.Module) -> bool:
+    return False
+
+
 NODES_OF_2 = {"node_size": 2}
 SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"shard_size": 0}, ["shard_size=0", "at least 1", "Try shard_size="]),
-    ({"shard_size": -3}, ["shard_size=-3", "at least 1", "Try shard_size="]),
-    ({"shard_size": 2.5}, ["shard_size=2.5", "not a whole number", "Try shard_size="]),
+    ({"shard_size": 0}, ["shard_size=0", "at least 1", "Try shard_size='node'"]),
+    ({"shard_size": -3}, ["shard_size=-3", "at least 1", "Try shard_size='node'"]),
+    ({"shard_size": 2.5}, ["shard_size=2.5", "not a whole number", "Try shard_size='node'"]),
     ({"shard_size": "two"}, ["shard_size='two'", "'node' or 'world'"]),
     ({"shard_size": 8, **NODES_OF_2}, ["shard_size=8", "a world of 4 ranks (2 x 2)", "1, 2, 4, 'node' or 'world'"]),
     ({"shard_size": 3, **NODES_OF_2}, ["shard_size=3", "does not divide", "4 ranks (2 x 2)", "1, 2, 4,"]),
@@ -41,6 +45,7 @@ SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"shard_size": 4, "hierarchical": True, "node_size": 4}, ["hierarchical=True", "Use hierarchical='auto'."]),
     ({"wrap": "Blok", **NODES_OF_2}, ["wrap='Blok'", "Did you mean 'Block'?", "wrap='auto'"]),
     ({"wrap": nn.Conv2d, **NODES_OF_2}, ["wrap='Conv2d'", "It contains: ", "wrap='auto'"]),
+    ({"wrap": [lambda_that_selects_nothing], **NODES_OF_2}, ["selected no module", "wrap='auto'"]),
     ({"param_dtype": "int8"}, ["param_dtype='int8'", "'bfloat16'"]),
 ]
 
@@ -141,6 +146,20 @@ def hollow() -> nn.Module:
     return model
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+
+
+def spectral() -> nn.Module:
+    model = build("uneven")
+    model.filter = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    return model
+
+
+def sparse() -> nn.Module:
+    return nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 1))
+
+
 MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (ddp, ["wrapped already", "the root uses DistributedDataParallel", "Pass the plain model"]),
     (fsdp1, ["wrapped already", "the root uses FSDP1's FullyShardedDataParallel", "Pass the plain model"]),
@@ -151,6 +170,9 @@ MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (empty, ["Empty has no parameters", "Create its layers before sharding"]),
     (hollow, ["extra has no elements", "Leave it out"]),
     (scalar, ["temperature is a scalar", "shape (1,)"]),
+    (lazy, ["0.weight of a lazy module", "one batch"]),
+    (spectral, ["filter is complex", "torch.view_as_complex"]),
+    (sparse, ["0 has sparse gradients", "sparse=False"]),
 ]
 
 

@@ -126,6 +126,22 @@ def test_mixed_precision_gathers_half_the_bytes(pool: WorkerPool) -> None:
     assert 2 * half == full
 
 
+class Stepping(Net):
+    def training_step(self, tokens: Tensor) -> Tensor:
+        return cross_entropy(self.head(self.embedding(tokens)), tokens)
+
+
+def call_a_step() -> bool:
+    fabric, net = make_fabric(), Stepping()
+    model, optimizer = fabric.setup(net, make_optimizer("sgd", net.parameters()))
+    fabric.backward(model.training_step(torch.zeros(1, 2, dtype=torch.long)))
+    return all(param.grad is not None for param in (net.head.weight, net.embedding.weight))
+
+
+def test_steps_can_be_called_on_the_model(pool: WorkerPool) -> None:
+    assert pool.run(call_a_step, world_size=2) == [True, True]
+
+
 def set_up_a_used_optimizer() -> None:
     fabric, net = make_fabric(), reference()
     optimizer = make_optimizer("adamw", net.parameters())

@@ -659,3 +659,14 @@ def test_norms_are_those_of_one_process(pool: WorkerPool) -> None:
     for pairs in pool.run(norms, world_size=4):
         for actual, expected in pairs:
             assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def step_by_lbfgs() -> None:
+    model = mics_shard(build("uneven"), MiCSConfig(shard_size=2))
+    regression_loss(model, microbatch("uneven", 0, 2)).backward()
+    torch.optim.LBFGS(model.parameters()).step(lambda: torch.zeros(()))
+
+
+def test_lbfgs_is_refused(pool: WorkerPool) -> None:
+    for failure in pool.attempt(step_by_lbfgs, world_size=2):
+        assert failure.kind == "MiCSError" and "Use another optimizer" in failure.message

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_tools import (
     BATCH,
     LanguageModel,
@@ -232,6 +233,40 @@ def test_mixed_precision_gathers_exactly_half_the_bytes(pool: WorkerPool) -> Non
         assert progress < 1
 
 
+class Normed(pl.LightningModule):
+    """A norm meets the batch itself, and a batch norm is in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(2)]
+        self.net = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 6), *blocks, nn.BatchNorm1d(6), nn.Linear(6, 1))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.net(batch[0].float()).float().square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def fit_with_norms(precision: str, **settings: Any) -> tuple[list[float], set[torch.dtype]]:
+    torch.manual_seed(0)
+    ours = Normed()
+    trainer = make_trainer(strategy=MiCSStrategy(shard_size=2), precision=precision, **settings)
+    trainer.fit(ours, loader(4, trainer.world_size))
+    return ours.losses, {buffer.dtype for name, buffer in ours.named_buffers() if "running" in name}
+
+
+def test_norms_train_in_mixed_precision(pool: WorkerPool) -> None:
+    full, _ = pool.run(fit_with_norms, "32-true", world_size=2)[0]
+    for precision in ("bf16-mixed", "16-mixed"):
+        losses, dtypes = pool.run(fit_with_norms, precision, world_size=2)[0]
+        assert losses == pytest.approx(full, rel=0.05)
+        assert dtypes == {torch.float32}
+
+
 class OverflowOnce(LanguageModel):
     """Makes the gradient of one rank overflow in the first step."""
 
@@ -325,6 +360,22 @@ def choose_shard_size(shard_size: Any, **settings: Any) -> None:
     make_trainer(strategy=MiCSStrategy(shard_size=shard_size, **settings))
 
 
+def foreign_precision() -> Any:
+    return pl.plugins.precision.FSDPPrecision("bf16-mixed")
+
+
+def use_a_plugin(make_plugin: Any) -> None:
+    make_trainer(strategy=MiCSStrategy(shard_size=2), plugins=[*make_trainer_plugins(), make_plugin()])
+
+
+def synchronise_batch_norms() -> None:
+    make_trainer(strategy=MiCSStrategy(shard_size=2), sync_batchnorm=True).fit(Normed(), loader(2, 2))
+
+
+def configure_by_dict() -> None:
+    MiCSStrategy(config={"shard_size": 2})
+
+
 def change_shard_size() -> None:
     ours = module()
     make_trainer(strategy=MiCSStrategy(shard_size=2)).validate(ours, loader(2, 2), verbose=False)
@@ -342,6 +393,10 @@ def change_shard_size() -> None:
         (choose_shard_size, (-2,), ("shard_size=-2", "at least 1")),
         (choose_shard_size, (4,), ("shard_size=4", "1, 2")),
         (choose_shard_size, ("nodes",), ("'nodes'", "'node'")),
+        (use_a_plugin, (AsyncCheckpointIO,), ("AsyncCheckpointIO", "Leave the plugin out")),
+        (use_a_plugin, (foreign_precision,), ("FSDPPrecision", "precision='bf16-mixed'")),
+        (synchronise_batch_norms, (), ("sync_batchnorm=True", "Use False")),
+        (configure_by_dict, (), ("config={'shard_size': 2}", "MiCSConfig(")),
         (change_shard_size, (), ("shard_size=2", "shard_size=1", "ckpt_path=")),
     ],
 )
