@@ -414,8 +414,10 @@ def _refuse_other_engines(options: dict[str, Any]) -> None:
                 f"{name} asks for another sharding engine beside MiCS. Leave it out, or use accelerate.Accelerator."
             )
     for handler in options.get("kwargs_handlers") or ():
-        hook = getattr(handler, "comm_hook", DDPCommunicationHookType.NO)
-        if isinstance(handler, DistributedDataParallelKwargs) and hook != DDPCommunicationHookType.NO:
+        if not isinstance(handler, DistributedDataParallelKwargs):
+            continue
+        hook = DDPCommunicationHookType(handler.comm_hook)
+        if hook != DDPCommunicationHookType.NO:
             raise MiCSConfigError(
                 f"DistributedDataParallelKwargs(comm_hook={hook.value!r}) compresses the all-reduce of DDP, which MiCS "
                 "does not use. Leave it out; reduce_dtype='bfloat16' halves the bytes of gradients."

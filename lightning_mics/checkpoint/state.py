@@ -22,7 +22,14 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         full: Whether to return whole tensors in host memory, on rank 0 only (the others get none); collective then.
             Otherwise each rank gets its shards, which share memory with the model.
     """
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
+    return {name: _compact(value) for name, value in state.items()} if full else state
+
+
+def _compact(value: Any) -> Any:
+    """Gathered from uneven shards, a tensor is a view of padded memory, which safetensors refuse."""
+    is_view = isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes
+    return value.clone() if is_view else value
 
 
 def huggingface_metadata(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""What tests of the Accelerate adapters share."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
+
+
+def make_accelerator(gradient_accumulation_steps: int = 1, settings: dict[str, Any] | None = None) -> MiCSAccelerator:
+    """Returns a fresh accelerator in a pool worker, as in a process of its own."""
+    forget_accelerate()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return MiCSAccelerator(
+        mics_plugin=MiCSPlugin(**(settings or {})), gradient_accumulation_steps=gradient_accumulation_steps
+    )
+
+
+def forget_accelerate() -> None:
+    """Drops what Accelerate keeps for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def loader_of(rows: Tensor, batch_size: int) -> DataLoader[Tensor]:
+    """Accelerate gives process ``r`` of ``n`` the batches ``r``, ``r + n`` and so on."""
+    return DataLoader(rows, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def lora(model: nn.Module) -> Any:
+    """Adds LoRA adapters to a GPT-2, with values that are not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.0))
+    for name, param in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.1)
+    return adapted
+
+
+def seeded(seed: int) -> None:
+    torch.manual_seed(seed)

@@ -1,0 +1,184 @@
+"""The transformers Trainer under MiCS against one process that sees the global batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate_tools import forget_accelerate, lora
+from models import VOCABULARY, build, microbatch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from lightning_mics import Hop
+from lightning_mics.accelerate import MiCSPlugin
+from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences
+from lightning_mics.transformers import MiCSTrainer
+
+ROWS, STEPS, WORLD = 2, 4, 4
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    def __init__(self, num_rows: int) -> None:
+        self.rows = microbatch("gpt2", 0, num_rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": (self.rows[index] * 5 + 2) % VOCABULARY}
+
+
+class Norms(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "grad_norm" in logs:
+            self.losses.append(float(logs["loss"]))
+            self.norms.append(float(logs["grad_norm"]))
+
+
+def in_order(trainer_class: Any) -> Any:
+    return type("InOrder", (trainer_class,), {"_get_train_sampler": lambda self, data=None: SequentialSampler(data)})
+
+
+def make_trainer(trainer_class: Any, folder: str, model: nn.Module, rows: int, **settings: Any) -> Any:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    plugin = {"mics_plugin": settings.pop("plugin")} if "plugin" in settings else {}
+    defaults = {
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": 4,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "max_grad_norm": 0.5,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+    }
+    arguments = TrainingArguments(folder, **{**defaults, **settings})
+    # An epoch is six microsteps: its last window is incomplete.
+    data = Rows(6 * WORLD * ROWS)
+    callbacks = [Norms()]
+    return in_order(trainer_class)(
+        model=model, args=arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks, **plugin
+    )
+
+
+def outcome(trainer: Any) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    norms = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Norms))
+    return norms.losses, norms.norms, full_state_dict(trainer.model)
+
+
+def make_model(with_lora: bool, seed: int = 0) -> nn.Module:
+    model = build("gpt2", seed)
+    return lora(model) if with_lora else model
+
+
+def train_alone(folder: str, with_lora: bool) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    forget_accelerate()
+    kept = {name: os.environ.pop(name) for name in LAUNCHED}
+    try:
+        trainer = make_trainer(Trainer, folder, make_model(with_lora), ROWS * WORLD)
+        trainer.train()
+        return outcome(trainer)
+    finally:
+        os.environ.update(kept)
+        forget_accelerate()
+
+
+def compare(folder: str, shard: int, with_lora: bool) -> tuple[float, float, float, set[tuple[int, int]]]:
+    forget_accelerate()
+    plugin = MiCSPlugin(shard_size=shard, node_size=2)
+    model = make_model(with_lora, dist.get_rank())
+    trainer = make_trainer(MiCSTrainer, folder, model, ROWS, plugin=plugin)
+    trainer.train()
+    losses, norms, weights = outcome(trainer)
+    ledger = trainer.accelerator.ledger(trainer.model)
+    calls = {
+        (ledger.total(Hop.PARTITION_REDUCE, unit).calls, ledger.total(Hop.REPLICATION_REDUCE, unit).calls)
+        for unit in ledger.units()
+    }
+    their_losses, their_norms, their_weights = train_alone(folder, with_lora)
+    return (
+        max(map(relative_difference, losses, their_losses)),
+        max(map(relative_difference, norms, their_norms)),
+        max(weight_differences(weights, their_weights).values()),
+        calls - {(0, 0)},
+    )
+
+
+@pytest.mark.parametrize(("shard", "with_lora"), [(2, False), (4, False), (2, True)])
+def test_training_equals_one_process(pool: WorkerPool, tmp_path: Path, shard: int, with_lora: bool) -> None:
+    for loss, norm, weight, calls in pool.run(compare, str(tmp_path), shard, with_lora, world_size=WORLD, timeout=120):
+        assert loss <= 1e-5 and norm <= 1e-5 and weight <= 1e-5
+        # Windows of 4 and 2 microsteps, twice; between replicas one all-reduce each.
+        assert calls == {(12, STEPS if shard < WORLD else 0)}
+
+
+def train_and_save(folder: str, shard: int, with_lora: bool, resume: str | None) -> tuple[dict[str, Tensor], float]:
+    forget_accelerate()
+    trainer = make_trainer(
+        MiCSTrainer,
+        folder,
+        make_model(with_lora, seed=1),
+        ROWS * WORLD // dist.get_world_size(),
+        plugin=MiCSPlugin(shard_size=shard, node_size=2),
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(f"{folder}/final")
+    return full_state_dict(trainer.model), trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_checkpoint_is_resumed_on_another_shard_size(pool: WorkerPool, tmp_path: Path, with_lora: bool) -> None:
+    whole = pool.run(train_and_save, str(tmp_path / "a"), 2, with_lora, None, world_size=4, timeout=120)[0]
+    resume = str(tmp_path / "a" / "checkpoint-2")
+    for world, shard in ((4, 4), (2, 2)):
+        folder = str(tmp_path / f"{world}-{shard}")
+        weights, loss = pool.run(train_and_save, folder, shard, with_lora, resume, world_size=world, timeout=120)[0]
+        assert max(weight_differences(weights, whole[0]).values()) <= 1e-4  # Adam enlarges rounding
+        assert relative_difference(loss, whole[1]) <= 1e-4
+
+
+def test_a_saved_model_opens_with_from_pretrained(pool: WorkerPool, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    weights = pool.run(train_and_save, str(tmp_path), 2, False, None, world_size=4, timeout=120)[0][0]
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "final")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def evaluate_then_train(folder: str) -> tuple[float, float]:
+    forget_accelerate()
+    trainer = make_trainer(MiCSTrainer, folder, build("gpt2", 5), ROWS, plugin=MiCSPlugin(shard_size=2))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    trainer.predict(Rows(8))
+    return before, trainer.evaluate()["eval_loss"]
+
+
+def test_evaluation_may_come_first(pool: WorkerPool, tmp_path: Path) -> None:
+    for before, after in pool.run(evaluate_then_train, str(tmp_path), world_size=4):
+        assert after < before
