@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,9 +96,109 @@ def _next_step(written: Path) -> str:
     return f"Resume it on one device with Trainer.fit(..., ckpt_path={str(written)!r})."
 
 
+def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--check", type=Path, metavar="FILE", help="only check this file and show its groups; write nothing")
+    add("--output", type=Path, default=Path("mics.yaml"), metavar="FILE", help="what to write (default: mics.yaml)")
+    add("--force", action="store_true", help="replace the output if it exists")
+    add("--yes", action="store_true", help="ask nothing: take the default of what is not given")
+    add("--shard-size", type=_int_or_word, metavar="N", help="ranks of a partition group, 'node' (default) or 'world'")
+    add("--num-machines", type=int, metavar="N", help="default: 1")
+    processes = parser.add_mutually_exclusive_group()
+    processes.add_argument("--num-processes", type=int, metavar="N", help="of all machines together")
+    processes.add_argument("--processes-per-machine", type=int, metavar="N", help="default: its accelerators")
+    add("--machine-rank", type=int, default=0, metavar="N", help="which machine the file is for (default: 0)")
+    add("--main-process-ip", metavar="HOST", help="address of machine 0; needed with several machines")
+    add("--main-process-port", type=int, metavar="PORT", help="default: a free one, 29500 with several machines")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: no")
+    add("--cpu", action=switch, help="compute on CPUs")
+    add("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--cpu-offload", action="store_true", help="keep shards and optimizer states in host memory")
+    add("--full-checkpoint", action="store_true", help="save_state also writes the whole weights")
+    add("--no-reshard-after-forward", action="store_true", help="keep gathered units until the backward pass")
+    add("--wrap", metavar="CLASSES", help="module classes that become units, separated by commas (default: automatic)")
+    add("--hierarchical", choices=("auto", "true", "false"), help="two-stage collectives; travels by environment")
+    add("--node-size", type=int, metavar="N", help="ranks of a pretended node; travels by environment")
+    add("--reduce-dtype", metavar="DTYPE", help="dtype of gradient reduction; travels by environment")
+    return functools.partial(_config, parser)
+
+
+def _int_or_word(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from lightning_mics.accelerate.ask import show_check, write_by_flags
+
+    if options.check is not None:
+        given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+        others = ", ".join("--" + name.replace("_", "-") for name in given if name not in ("check", "run"))
+        if others:
+            raise MiCSConfigError(
+                f"--check only reads a file, so {others} would do nothing. Leave out one or the other."
+            )
+        show_check(options.check)
+        return 0
+    try:
+        write_by_flags(options)
+    except KeyboardInterrupt:
+        print("\nmics: stopped; nothing is written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _configure_convert_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    formats = ("mics", "accelerate", "lightning")
+    parser.add_argument("deepspeed_config", type=Path, help="a DeepSpeed configuration (JSON)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks, to check sizes against")
+    parser.add_argument("--num-machines", type=int, metavar="N", help="number of machines, with equally many ranks")
+    parser.add_argument("--main-process-ip", metavar="IP", help="address of machine 0, for --format accelerate")
+    parser.add_argument("--output", type=Path, default=Path("mics.yaml"), help="what to write (default: mics.yaml)")
+    parser.add_argument(
+        "--format",
+        choices=formats,
+        default=formats[0],
+        help="for MiCSConfig.from_yaml, for accelerate launch --config_file, or for LightningCLI (default: mics)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return _convert_config
+
+
+def _convert_config(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from lightning_mics.deepspeed import convert_deepspeed
+    from lightning_mics.deepspeed.screen import print_next_step, print_report
+    from lightning_mics.deepspeed.write import node_size_of, write_for_accelerate, write_text
+
+    node_size = node_size_of(options.world_size, options.num_machines)
+    conversion = convert_deepspeed(options.deepspeed_config, world_size=options.world_size, node_size=node_size)
+    use = f"Read it with MiCSConfig.from_yaml({str(options.output)!r})."
+    if options.format == "accelerate":
+        use = "Start a script with it: " + write_for_accelerate(
+            conversion,
+            options.output,
+            world_size=options.world_size,
+            num_machines=options.num_machines or 1,
+            main_process_ip=options.main_process_ip,
+            force=options.force,
+        )
+    elif options.format == "lightning":
+        write_text(options.output, conversion.lightning_cli_yaml(), force=options.force)
+        use = f"Pass it to a script that uses LightningCLI: fit --config {options.output}"
+    else:
+        write_text(options.output, conversion.to_yaml(), force=options.force)
+    console = Console(highlight=False)
+    print_report(conversion, console)
+    print_next_step(conversion, console)
+    print(f"\nWrote {options.output}. {use}")
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
     "demo": ("train, save and resume a small GPT-2 on this machine, to see MiCS at work", _configure_demo),
     "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
+    "config": ("write or check a file for accelerate launch --config_file", _configure_config),
+    "convert-config": ("turn a DeepSpeed configuration into MiCS settings, with a report", _configure_convert_config),
 }
 
 if __name__ == "__main__":

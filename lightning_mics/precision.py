@@ -80,12 +80,11 @@ def use_sharded_scaler(plugin: Any, device: Any = None) -> None:
         device: Where it scales; by default ``plugin.device``.
     """
     scaler = getattr(plugin, "scaler", None)
-    if scaler is not None and not isinstance(scaler, MiCSGradScaler):
+    if scaler is not None and scaler.is_enabled() and not isinstance(scaler, MiCSGradScaler):
         plugin.scaler = MiCSGradScaler(
             device=torch.device(device or plugin.device).type,
             init_scale=scaler.get_scale(),
             growth_factor=scaler.get_growth_factor(),
             backoff_factor=scaler.get_backoff_factor(),
             growth_interval=scaler.get_growth_interval(),
-            enabled=scaler.is_enabled(),
         )

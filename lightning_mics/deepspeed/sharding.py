@@ -1,0 +1,170 @@
+"""How the model is sharded: stage, partition size, hierarchy, offloading, activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_mics.deepspeed.reader import Reader
+from lightning_mics.deepspeed.tables import AUTO, ZERO
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.topology import ClusterTopology, _check_positive_int, divisors
+
+
+def check_cluster(world_size: int | None, node_size: int | None) -> None:
+    """Checks what is known about the cluster."""
+    if world_size is not None:
+        _check_positive_int("world_size", world_size, 8)
+    if node_size is not None:
+        _check_positive_int("node_size", node_size, 8)
+    if world_size is not None and node_size is not None:
+        ClusterTopology(world_size=world_size, node_size=node_size)
+
+
+def read_sharding(reader: Reader, world_size: int | None, node_size: int | None) -> dict[str, Any]:
+    """Reads over how many ranks the states are sharded, and whether in two stages."""
+    stage = _read_stage(reader)
+    mics = reader.whole(f"{ZERO}.mics_shard_size", least=-1)
+    hpz = reader.whole(f"{ZERO}.zero_hpz_partition_size", least=0)
+    shard_size: int | str
+    if mics is not None and mics > 0:
+        shard_size, origin = mics, "mics_shard_size"
+    elif hpz is not None and hpz > 1:
+        shard_size, origin = hpz, "zero_hpz_partition_size"
+    else:
+        shard_size, origin = ("world", "stage 3") if stage == 3 else ("node", "the default")
+    _check_shard_size(shard_size, world_size, node_size)
+    _note_stage(reader, stage, shard_size, origin)
+    _note_shard_size(reader, shard_size, origin)
+    hierarchical = _read_hierarchical(reader, shard_size, node_size)
+    return {"shard_size": shard_size, "hierarchical": hierarchical}
+
+
+def _read_stage(reader: Reader) -> int:
+    if isinstance(legacy := reader.value(ZERO), bool):
+        return int(legacy)
+    stage = reader.whole(f"{ZERO}.stage", least=0, example=3)
+    if reader.is_auto(f"{ZERO}.stage") or (stage is not None and stage > 3):
+        raise MiCSConfigError(f"{ZERO}.stage={reader.value(f'{ZERO}.stage')!r} is not one of 0, 1, 2, 3. Try 3.")
+    return stage or 0
+
+
+def _check_shard_size(shard_size: int | str, world_size: int | None, node_size: int | None) -> None:
+    if world_size is None or isinstance(shard_size, str):
+        return
+    if node_size is not None:
+        ClusterTopology(world_size=world_size, node_size=node_size).resolve_shard_size(shard_size)
+    elif world_size % shard_size:
+        works = ", ".join(map(str, divisors(world_size)))
+        raise MiCSConfigError(
+            f"shard_size={shard_size} does not divide a world of {world_size} ranks. Values that work: {works}."
+        )
+
+
+def _note_stage(reader: Reader, stage: int, shard_size: int | str, origin: str) -> None:
+    key = ZERO if isinstance(reader.value(ZERO), bool) else f"{ZERO}.stage"
+    if stage == 3 and origin != "stage 3":
+        reader.carried(key, "MiCS shards parameters, gradients and optimizer states, as stage 3 does.")
+    elif stage == 3:
+        reader.changed(
+            key,
+            "shard_size='world', as stage 3 without MiCS shards over all ranks. A node ('node') or a few nodes, if "
+            "the model fits there, keep gathers off the slow network.",
+        )
+    elif origin == "the default":
+        reader.changed(
+            key,
+            f"shard_size='node', the default. Stage {stage} keeps whole parameters on each rank; MiCS shards all "
+            "states, here over a node. shard_size=1 would replicate everything.",
+        )
+    else:
+        reader.changed(
+            key, f"DeepSpeed ignores {origin} in stage {stage}; here shard_size={shard_size} holds, for all states."
+        )
+
+
+def _note_shard_size(reader: Reader, shard_size: int | str, origin: str) -> None:
+    mics, hpz = f"{ZERO}.mics_shard_size", f"{ZERO}.zero_hpz_partition_size"
+    if origin == "mics_shard_size":
+        reader.carried(mics, f"shard_size={shard_size}")
+    elif reader.is_auto(mics):
+        reader.changed(mics, f"'auto' is no number; shard_size={shard_size!r} follows from {origin}.")
+    else:
+        reader.changed(mics, f"MiCS is off in this file; shard_size={shard_size!r} follows from {origin}.")
+    if origin == "zero_hpz_partition_size":
+        reader.changed(
+            hpz,
+            f"shard_size={shard_size}. hpZ gathers parameters for the backward pass from a copy inside {shard_size} "
+            f"ranks, and shards the states over all of them; MiCS shards the states over {shard_size} ranks, too. "
+            "That takes more memory for optimizer states, and keeps the forward gathers inside as well.",
+        )
+    else:
+        state = "Off" if reader.whole(hpz, least=0) in (0, 1) else f"Superseded by {origin}"
+        reader.changed(hpz, f"{state}: shard_size={shard_size!r}.")
+
+
+def _read_hierarchical(reader: Reader, shard_size: int | str, node_size: int | None) -> bool | str:
+    key = f"{ZERO}.mics_hierarchical_params_gather"
+    wanted = reader.switch(key)
+    if wanted is False:
+        reader.carried(key, "hierarchical=False")
+        return False
+    if wanted is None:
+        reader.changed(key, "Left at hierarchical='auto': two stages wherever a partition spans nodes.")
+        return "auto"
+    if node_size is not None and isinstance(shard_size, int) and shard_size > node_size:
+        reader.carried(key, "hierarchical=True, for gathers and for the reduction of gradients.")
+        return True
+    if node_size is not None and isinstance(shard_size, int):
+        note = f"no partition of {shard_size} ranks spans nodes of {node_size}"
+        reader.changed(key, f"hierarchical='auto', as {note}: there True is an error, 'auto' is not.")
+    else:
+        reader.changed(
+            key,
+            "hierarchical='auto': two stages wherever a partition spans nodes, for gathers and for the reduction of "
+            "gradients.",
+        )
+    return "auto"
+
+
+def read_offload(reader: Reader) -> dict[str, Any]:
+    """Reads whether host memory is used."""
+    offloads = False
+    for section in ("offload_optimizer", "offload_param"):
+        key = f"{ZERO}.{section}.device"
+        device = reader.value(key, "none")
+        if device not in (None, "none", "cpu", "nvme", AUTO):
+            raise MiCSConfigError(f"{key}={device!r} is not a device. Values that work: 'none', 'cpu', 'nvme'.")
+        if device == "cpu":
+            offloads = True
+            reader.changed(key, "cpu_offload=True: parameters, gradients and optimizer states, always together.")
+        elif device == "nvme":
+            reader.dropped(
+                key, "No disk offload. Use a larger shard_size, or cpu_offload=True with enough host memory."
+            )
+        elif device == AUTO:
+            reader.left_to_script(key)
+        else:
+            reader.carried(key, "cpu_offload=False, the default, unless the other part is offloaded.")
+    for name in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):
+        on = reader.switch(f"{ZERO}.{name}")
+        offloads = offloads or bool(on)
+        note = "cpu_offload=True: parameters, gradients and optimizer states, always together."
+        reader.changed(f"{ZERO}.{name}", note if on else "Off: cpu_offload stays as it is.")
+    return {"cpu_offload": True} if offloads else {}
+
+
+def read_activations(reader: Reader) -> dict[str, Any]:
+    """Reads whether activations are recomputed; DeepSpeed leaves the rest of it to the model."""
+    section = "activation_checkpointing"
+    switches = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+    on = any([reader.switch(f"{section}.{name}") for name in switches])
+    on = on or bool(reader.whole(f"{section}.number_checkpoints", least=0, example=4))
+    if not on:
+        return {}
+    checkpoints = "activation_checkpointing=True: each unit is a checkpoint. Remove deepspeed.checkpointing calls"
+    reader.changed(f"{section}.number_checkpoints", f"{checkpoints}.")
+    reader.changed(
+        f"{section}.partition_activations",
+        f"{checkpoints}. What a rank keeps is not divided: that needs model parallelism.",
+    )
+    return {"activation_checkpointing": True}
