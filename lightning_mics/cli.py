@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MiCSError as error:
         print(f"mics: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nmics: stopped; nothing is left behind.", file=sys.stderr)
+        return 130
 
 
 def _configure_demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
@@ -50,12 +55,14 @@ def _demo(options: argparse.Namespace) -> int:
         from lightning_mics.demo.screen import run_demo
     except ModuleNotFoundError as error:
         raise MiCSError(f"The demo needs {error.name}. Install it with: pip install 'lightning-mics[demo]'") from error
-    try:
-        run_demo(options.steps, options.seed, options.keep)
-    except KeyboardInterrupt:
-        print("mics: stopped; nothing is left behind.", file=sys.stderr)
-        return 130
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)  # by default these end the program without ending its processes
+    run_demo(options.steps, options.seed, options.keep)
     return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
@@ -90,7 +97,8 @@ def _consolidate(options: argparse.Namespace) -> None:
 
 def _next_step(written: Path) -> str:
     if written.is_dir():
-        return f"Load it with AutoModel.from_pretrained({str(written)!r})."
+        model_class = json.loads((written / "config.json").read_text())["architectures"][0]
+        return f"Load it with {model_class}.from_pretrained({str(written)!r})."
     if written.suffix == ".safetensors":
         return f"Load it with safetensors.torch.load_file({str(written)!r})."
     return f"Resume it on one device with Trainer.fit(..., ckpt_path={str(written)!r})."

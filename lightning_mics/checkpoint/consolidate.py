@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -20,6 +21,7 @@ Progress = Callable[[int, int], None]
 
 _FILE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 _BATCH_BYTES = 256 * 2**20
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 
 
 def consolidate(
@@ -48,27 +50,52 @@ def consolidate(
         CheckpointError: If the source cannot be read or the destination not be written.
     """
     source, destination = Path(source), Path(destination)
-    if destination.exists() and not force:
-        raise CheckpointError(f"{destination} exists already. Choose another name, or replace it with --force.")
-    if destination.suffix not in ("", ".safetensors", *_FILE_ENDINGS):
+    ending = destination.suffix.lower()
+    _check_destination(source, destination, ending, force)
+    if source.parent.is_dir():
+        files.recover(source)
+    kind = files.find_kind(source)
+    content = _read_full(source) if kind == "full" else _read_sharded(source, ending, progress)
+    _weights(content)
+    temporary = files.temporary_name(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _write(content, temporary, ending)
+        files.commit(temporary, destination)
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{destination} cannot be written ({error}). Check the path, permissions and space."
+        ) from error
+    finally:
+        files.delete(temporary)
+    return destination
+
+
+def _check_destination(source: Path, destination: Path, ending: str, force: bool) -> None:
+    """Checks that writing ``destination`` is possible and destroys nothing but what ``force`` allows."""
+    if ending not in ("", ".safetensors", *_FILE_ENDINGS):
         raise CheckpointError(
             f"{destination} has an unknown ending. Use .safetensors (weights), .ckpt (everything), or no ending for a "
             "Hugging Face folder."
         )
-    if source.parent.is_dir():
-        files.recover(source)
-    kind = files.find_kind(source)
-    wants_all = destination.suffix in _FILE_ENDINGS
-    content = _read_full(source) if kind == "full" else _read_sharded(source, wants_all, progress)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = files.temporary_name(destination)
-    try:
-        _write(content, temporary, destination.suffix)
-        files.commit(temporary, destination)
-    except BaseException:
-        files.delete(temporary)
-        raise
-    return destination
+    if source.exists() and source.resolve().is_relative_to(destination.resolve()):
+        raise CheckpointError(f"{destination} holds the checkpoint that it is to be made of. Choose another name.")
+    if not destination.exists():
+        return
+    others = _other_files(destination)
+    if others:
+        raise CheckpointError(f"{destination} is a folder with other files in it ({others[0]}). Choose another name.")
+    if not force:
+        raise CheckpointError(f"{destination} exists already. Choose another name, or replace it with --force.")
+
+
+def _other_files(destination: Path) -> list[str]:
+    """Returns what lies in a folder and is neither ours nor of an earlier model there."""
+    if not destination.is_dir() or (destination / files.INDEX).is_file():
+        return []
+    return sorted(entry.name for entry in destination.iterdir() if entry.name not in _MODEL_FILES)
 
 
 def _write(content: dict[str, Any], target: Path, ending: str) -> None:
@@ -85,13 +112,8 @@ def _read_full(source: Path) -> dict[str, Any]:
     return read_file(source, weights_only=False)
 
 
-def _read_sharded(source: Path, wants_all: bool, progress: Progress | None) -> dict[str, Any]:
-    metadata = files.read_metadata(source)
-    meta = read_file(source / files.META, weights_only=False)
-    wanted = [
-        name for name in metadata.state_dict_metadata if wants_all or not _is_optimizer(_top(metadata, name), metadata)
-    ]
-    total, done = files.total_bytes(source) + sum(_nbytes(metadata, name) for name in wanted), 0
+def _read_sharded(source: Path, ending: str, progress: Progress | None) -> dict[str, Any]:
+    total, done = 2 * files.total_bytes(source), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -99,7 +121,13 @@ def _read_sharded(source: Path, wants_all: bool, progress: Progress | None) -> d
         if progress is not None:
             progress(done, total)
 
-    files.check_content(source, "sharded", progress=advance)
+    files.check_content(source, "sharded", progress=advance)  # before anything is unpickled
+    metadata, meta = files.read_metadata(source), _read_meta(source, ending)
+    wants_all = ending in _FILE_ENDINGS
+    wanted = [
+        name for name in metadata.state_dict_metadata if wants_all or not _is_optimizer(_top(metadata, name), metadata)
+    ]
+    total = done + sum(_nbytes(metadata, name) for name in wanted)
     nested: dict[str, Any] = {}
     for batch in _batches(metadata, wanted):
         flat = {name: _empty(metadata, name) for name in batch}
@@ -107,7 +135,17 @@ def _read_sharded(source: Path, wants_all: bool, progress: Progress | None) -> d
         for name, value in flat.items():
             _put(nested, _path(metadata, name), value)
         advance(sum(_nbytes(metadata, name) for name in batch))
+    for flat_name, value in meta.get("mics", {}).pop("extra_states", {}).items():
+        key, _, name = flat_name.partition(".")
+        nested.setdefault(key, {})[name] = value
     return {**meta, **_as_lightning(_lists(nested))}
+
+
+def _read_meta(source: Path, ending: str) -> dict[str, Any]:
+    """Reads what lies beside the tensors; only a file with everything needs the classes of the training script."""
+    if ending in _FILE_ENDINGS or not (source / files.MANIFEST).is_file():
+        return read_file(source / files.META, weights_only=False)
+    return {"mics": files.manifest_model(source)}
 
 
 def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:
@@ -187,7 +225,8 @@ def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    candidates = [key for key in ("state_dict", "model") if key in content]
+    known = (content.get("mics", {}).get("model_key"), "state_dict", "model")
+    candidates = [key for key in known if key in content]
     if not candidates:
         raise CheckpointError(f"The checkpoint holds no weights under 'state_dict' or 'model', only {list(content)}.")
     return {name: value for name, value in content[candidates[0]].items() if isinstance(value, Tensor)}

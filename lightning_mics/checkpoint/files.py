@@ -12,7 +12,6 @@ import ctypes
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -22,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
@@ -33,6 +32,7 @@ MANIFEST, META, INDEX = "mics.json", "meta.pt", ".metadata"
 _FORMAT = 1
 _INCOMPLETE, _REPLACED = ".mics-incomplete-", ".mics-replaced-"
 _STALE_SECONDS = 3600.0
+_NAME_BYTES = 100
 _BLOCK_BYTES = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -41,7 +41,15 @@ Kind = Literal["sharded", "full"]
 
 def temporary_name(path: Path) -> Path:
     """Returns the hidden name under which this process writes the checkpoint ``path``."""
-    return path.parent / f".{path.name}{_INCOMPLETE}{_owner()}"
+    return path.parent / f"{_hidden(path)}{_INCOMPLETE}{_owner()}"
+
+
+def _hidden(path: Path) -> str:
+    """Begins the hidden name of ``path``; long names are shortened, as the whole must fit into a folder entry."""
+    encoded = os.fsencode(path.name)
+    if len(encoded) <= _NAME_BYTES:
+        return f".{path.name}"
+    return f".{os.fsdecode(encoded[: _NAME_BYTES // 2])}-{zlib.crc32(encoded):08x}"
 
 
 def _owner() -> str:
@@ -76,7 +84,7 @@ def commit(temporary: Path, path: Path) -> None:
         sync_folder(path.parent)
         delete(temporary)
         return
-    aside = path.parent / f".{path.name}{_REPLACED}{_owner()}"
+    aside = path.parent / f"{_hidden(path)}{_REPLACED}{_owner()}"
     os.rename(path, aside)
     try:
         os.rename(temporary, path)
@@ -106,8 +114,8 @@ def recover(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     for aside in path.parent.glob(f".*{_REPLACED}*"):
-        if aside.name.startswith(f".{path.name}{_REPLACED}"):
-            with suppress(PermissionError):
+        if aside.name.startswith(f"{_hidden(path)}{_REPLACED}"):
+            with suppress(OSError):
                 delete(aside) if path.exists() else os.rename(aside, path)
     for leftover in path.parent.glob(f".*{_INCOMPLETE}*"):
         if _is_abandoned(leftover):
@@ -184,9 +192,16 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, int]], world_size: int) -> None:
-    """Writes what a whole checkpoint consists of; the last file to be written."""
-    content = {"format": _FORMAT, "world_size": world_size, "files": files}
+def write_manifest(folder: Path, files: dict[str, dict[str, int]], world_size: int, model: dict[str, str]) -> None:
+    """Writes what a whole checkpoint consists of; the last file to be written.
+
+    Args:
+        folder: The checkpoint.
+        files: Size and checksum of its files.
+        world_size: Number of ranks that wrote it.
+        model: What is to be known of the model without unpickling anything.
+    """
+    content = {"format": _FORMAT, "world_size": world_size, "model": model, "files": files}
     path = folder / MANIFEST
     path.write_text(json.dumps(content, indent=1))
     sync_file(path)
@@ -253,7 +268,7 @@ def _check_records(path: Path, part: slice) -> None:
                 with archive.open(record) as content:
                     while content.read(_BLOCK_BYTES):
                         pass
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except Exception as error:  # a damaged archive makes zipfile raise almost anything
         raise CheckpointError(f"{path} is damaged ({error}).{_others(path)}") from error
 
 
@@ -295,7 +310,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     try:
         return dcp.FileSystemReader(folder).read_metadata()
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError, AttributeError, IndexError, ImportError) as error:
+    except Exception as error:  # a damaged pickle raises almost anything
         raise CheckpointError(f"{folder / INDEX} is damaged ({error}).{_others(folder)}") from error
 
 
@@ -305,18 +320,34 @@ def manifest_files(folder: Path) -> dict[str, dict[str, int]]:
     Raises:
         CheckpointError: If the manifest cannot be read.
     """
+    content = _manifest(folder)
+    listed: dict[str, dict[str, int]] = content["files"] if content else {}
+    return listed
+
+
+def manifest_model(folder: Path) -> dict[str, str]:
+    """Returns what :func:`write_manifest` was told of the model; nothing if another program wrote the checkpoint.
+
+    Raises:
+        CheckpointError: If the manifest cannot be read.
+    """
+    content = _manifest(folder)
+    model: dict[str, str] = content.get("model", {})
+    return model
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
-        version: int = content["format"]
-        listed: dict[str, dict[str, int]] = content["files"]
+        content: dict[str, Any] = json.loads(path.read_text())
+        version, _ = int(content["format"]), dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from error
     if version > _FORMAT:
         raise CheckpointError(f"{folder} was written by a newer lightning-mics. Update the package to read it.")
-    return listed
+    return content
 
 
 def _others(path: Path) -> str:

@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint import files, ranks
 from lightning_mics.checkpoint.state import (
     empty_like,
+    is_extra_state,
     model_state,
     parameter_names,
+    plain_name,
     set_optimizer_state,
     shard_like,
 )
@@ -108,23 +110,32 @@ def _load_sharded(
         read(path, targets.flat)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {ranks.describe_error(error)}") from error
+    extra_states = meta.get("mics", {}).pop("extra_states", {})
     for name, tensor in weights.items():
         saved_name = f"{model_key}.{targets.names.to_saved(name)}"
-        if not isinstance(tensor, Tensor) and saved_name in targets.flat:
-            weights[name] = targets.flat[saved_name]
-    _set_extra_state(model, weights)
+        if not isinstance(tensor, Tensor):
+            weights[name] = extra_states.get(saved_name, targets.flat.get(saved_name, tensor))
+    _hand_over(model, weights)
     for key, optimizer in optimizers.items():
         states, groups = targets.optimizer_parts(key)
         set_optimizer_state(model, optimizer, states, groups)
     return meta
 
 
-def _set_extra_state(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Hands entries that are not tensors back to the modules that made them (``get_extra_state``)."""
+def _hand_over(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Hands entries that are neither parameters nor buffers, and so were not filled in place, back to their modules.
+
+    Those are extra states and, for example, the counts of a metric.
+    """
+    filled = {plain_name(name) for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    by_module: dict[str, dict[str, Any]] = {}
     for name, value in weights.items():
-        module_name, _, last = name.rpartition(".")
-        if last == "_extra_state":
-            model.get_submodule(module_name).set_extra_state(value)
+        if name not in filled:
+            by_module.setdefault(name.rpartition(".")[0], {})[name] = value
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, entries in by_module.items():
+        if name in modules:
+            modules[name]._load_from_state_dict(entries, f"{name}." if name else "", {}, False, [], [], [])
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,8 @@ class _Targets:
         if not saved:
             tops = sorted({str(path[0]) for path in self._paths.values()})
             raise CheckpointError(f"{self._path} holds no {key!r}, only {', '.join(tops)}. Use those names.")
+        # Extra states lie beside the shards.
+        weights = {name: value for name, value in weights.items() if not is_extra_state(name, value) or name in saved}
         self.names = _Names.match(weights.keys(), saved)
         wanted = {self.names.to_saved(name): target for name, target in weights.items()}
         if strict:
@@ -292,7 +305,12 @@ def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
                 f"{path} holds objects other than tensors. If you trust it, load it with weights_only=False."
             ) from error
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds an object whose class cannot be imported ({error}). Run this where it can, for example with "
+            "the folder of the training script in PYTHONPATH."
+        ) from error
+    except Exception as error:  # a damaged pickle raises almost anything
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
@@ -316,11 +334,15 @@ def _load_full(
                 raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
             fill_weights(path, model, checkpoint.pop(model_key), strict)
         for index, (key, optimizer) in enumerate(optimizers.items()):
-            saved = checkpoint.get("optimizer_states", {})[index : index + 1] if key not in checkpoint else None
-            state = checkpoint.pop(key) if saved is None else (saved[0] if saved else None)
+            numbered = checkpoint.get("optimizer_states", [])
+            state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
             if state is None:
-                raise CheckpointError(f"{path} holds no states for {key!r}. Load the weights alone.")
+                raise CheckpointError(
+                    f"{path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. "
+                    "Load the weights alone."
+                )
             _fill_optimizer(model, optimizer, state)
+        checkpoint.pop("optimizer_states", None)
 
     ranks.together(step)
     return checkpoint
@@ -355,7 +377,7 @@ def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict:
             target._local_tensor.copy_(part._local_tensor)
         else:
             target.copy_(part)
-    _set_extra_state(model, weights)
+    _hand_over(model, weights)
 
 
 def _fill_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
-from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state
+from lightning_mics.checkpoint.state import huggingface_metadata, is_extra_state, model_state, optimizer_state
 from lightning_mics.errors import CheckpointError
 
 
@@ -74,11 +74,13 @@ def save_sharded(
     try:
         if add_files is not None:
             ranks.together(lambda: add_files(temporary) and None)
-        ranks.together(lambda: _write_shards(temporary, state))
+        meta = _with_extra_states(state, meta)
+        ranks.together(lambda: _write_shards(temporary, _without_extra_states(state)))
         ranks.on_first_rank(lambda: _write_meta(temporary, meta))
         described = ranks.together(lambda: files.describe(temporary, _own_files(temporary)))
         listed = {name: facts for part in described for name, facts in part.items()}
-        ranks.on_first_rank(lambda: _finish(temporary, path, listed))
+        model = {name: value for name, value in meta.get("mics", {}).items() if isinstance(value, str)}
+        ranks.on_first_rank(lambda: _finish(temporary, path, listed, model))
     except CheckpointError as error:
         _give_up(temporary, path, error)
 
@@ -125,6 +127,27 @@ def _begin(path: Path, *, folder: bool) -> Path:
     return Path(name)
 
 
+def _with_extra_states(state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
+    """Keeps what modules return from ``get_extra_state`` with the rest: DCP would take a dictionary apart."""
+    extra = {
+        f"{key}.{name}": value
+        for key, entries in state.items()
+        if isinstance(entries, dict)
+        for name, value in entries.items()
+        if is_extra_state(name, value)
+    }
+    return {**meta, "mics": {**meta.get("mics", {}), "extra_states": extra}} if extra else meta
+
+
+def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: {name: value for name, value in entries.items() if not is_extra_state(name, value)}
+        if isinstance(entries, dict)
+        else entries
+        for key, entries in state.items()
+    }
+
+
 def _write_shards(temporary: Path, state: dict[str, Any]) -> None:
     # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
     mine = state if ranks.rank() == 0 else _sharded_entries(state)
@@ -157,14 +180,14 @@ def _own_files(temporary: Path) -> Sequence[Path]:
     return [*shards, *sorted(others)]
 
 
-def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]]) -> None:
+def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]], model: dict[str, str]) -> None:
     unseen = [name for name in listed if not (temporary / name).is_file()]
     if unseen:
         raise CheckpointError(
             f"rank 0 does not see {unseen[0]}, which another rank has written. All ranks must save to one folder: give "
             "an absolute path on storage that all nodes share"
         )
-    files.write_manifest(temporary, listed, ranks.world_size())
+    files.write_manifest(temporary, listed, ranks.world_size(), model)
     files.commit(temporary, path)
 
 

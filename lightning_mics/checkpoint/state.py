@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -32,12 +33,20 @@ def _compact(value: Any) -> Any:
     return value.clone() if is_view else value
 
 
+def is_extra_state(name: Any, value: Any) -> bool:
+    """Returns whether an entry of a state is what a module's ``get_extra_state`` returned, unless that is a tensor."""
+    return isinstance(name, str) and name.rpartition(".")[2] == "_extra_state" and not isinstance(value, Tensor)
+
+
 def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
     """Returns what a checkpoint must remember for ``from_pretrained``: the configuration and the name prefix."""
     for name, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
-            return {"hf_config": config.to_json_string(), "hf_prefix": f"{name}." if name else ""}
+            # fully_shard puts a class of its own before the model's.
+            described = json.loads(config.to_json_string())
+            described["architectures"] = [type(module).__name__.removeprefix("FSDP")]
+            return {"hf_config": json.dumps(described, indent=2), "hf_prefix": f"{name}." if name else ""}
     return {}
 
 
@@ -47,7 +56,7 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     Raises:
         CheckpointError: If a parameter is not the model's.
     """
-    names = {param: _plain_name(name) for name, param in model.named_parameters()}
+    names = {param: plain_name(name) for name, param in model.named_parameters()}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if any(param not in names for param in params):
         raise CheckpointError(
@@ -57,7 +66,7 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[param] for param in params]
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Removes what ``torch.compile`` and checkpoint wrappers add to names."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 

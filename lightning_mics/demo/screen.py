@@ -50,7 +50,7 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
     console.print(
         Panel(
             "Trains a small GPT-2 on the sources of Python's standard library, with four CPU processes standing for "
-            "two nodes of two ranks. Then resumes its checkpoint with another shard size. Takes two to four minutes.",
+            "two nodes of two ranks. Then resumes its checkpoint with another shard size. By default this takes two to four minutes.",
             title="lightning-mics demo",
             border_style="bold",
         )
@@ -66,7 +66,7 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
         first = _train(console, folder, seed, shard_size=2, until=steps, total=total, save=checkpoint)
         _summarise(console, first, checkpoint, num_tokens, steps)
 
-        console.print("\n[bold]2. The text it writes now[/] (mics consolidate, then GPT2LMHeadModel.from_pretrained)")
+        console.print("\n[bold]2. The text it writes now[/] (by mics consolidate and from_pretrained)")
         _sample(console, folder, checkpoint, seed)
 
         layout = _TOPOLOGY.layout(4)
@@ -88,7 +88,10 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
+        try:
+            keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DemoError(f"--keep {keep}: the folder cannot be made ({error}). Name another one.") from error
         if any(keep.iterdir()):
             raise DemoError(f"--keep {keep}: the folder is not empty. Name a new one.")
         yield keep.resolve()
@@ -128,11 +131,11 @@ def _draw(console: Console, layout: GroupLayout) -> None:
     console.print(Columns(boxes))
     partitions = " ".join(f"{{{','.join(map(str, group))}}}" for group in layout.partition_groups)
     replications = " ".join(f"{{{','.join(map(str, group))}}}" for group in layout.replication_groups)
-    console.print(f"partition groups {partitions}: gather parameters and reduce gradients, in every microstep")
+    console.print(f"partition groups {partitions}: gather and reduce-scatter, in every microstep")
     if layout.num_replicas > 1:
         console.print(f"replication groups {replications}: all-reduce gradients, once a step")
     if layout.spans_nodes:
-        console.print("a partition spans nodes: collectives run in two stages, across nodes and inside them")
+        console.print("a partition spans nodes: collectives run in two stages, across and inside them")
 
 
 def _train(

@@ -242,7 +242,7 @@ class MiCSStrategy(ParallelStrategy):
             for name, value in state.items()
             if name != key and name not in optimizers
         }
-        meta["mics"] = checkpoints.huggingface_metadata(module)
+        meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
         path = self.broadcast(str(path))
         if full:
             checkpoints.save_full(path, {**tensors, **meta})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -323,10 +324,12 @@ class MiCSStrategy(ParallelStrategy):
             self.model,
             {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
             strict=self.lightning_module.strict_loading,
-            weights_only=weights_only,
+            weights_only=_asked_weights_only() if weights_only is None else weights_only,
         )
         # What another loop than the Trainer's wrote lacks these, and the Trainer insists on them.
-        return {"pytorch-lightning_version": pl.__version__, "lr_schedulers": [], **checkpoint}
+        known = {"pytorch-lightning_version": pl.__version__, "lr_schedulers": []}
+        # Hooks may look at the weights, which are loaded already.
+        return {**known, "state_dict": checkpoints.model_state(self.model), **checkpoint}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Does nothing: :meth:`load_checkpoint` filled the shards."""
@@ -338,6 +341,20 @@ class MiCSStrategy(ParallelStrategy):
         """Deletes a checkpoint, which loses its name first."""
         if self.is_global_zero:
             checkpoints.remove(filepath)
+
+
+def _asked_weights_only() -> bool | None:
+    """Returns what the user passed as ``weights_only``.
+
+    Lightning 2.6 loses it on the way to strategies that restore after set-up.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and isinstance(frame.f_locals.get("self"), pl.Trainer):
+            asked: bool | None = frame.f_locals.get("weights_only")
+            return asked
+        frame = frame.f_back
+    return None
 
 
 def _refuse_averaging(trainer: pl.Trainer) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import sys
+import types
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +446,134 @@ def test_saving_does_not_destroy_a_foreign_folder(pool: WorkerPool, tmp_path: Pa
     for failure in pool.attempt(save_new, str(tmp_path / "thesis"), 1, world_size=2):
         assert failure.kind == "CheckpointError" and "other files" in failure.message
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+# What modules keep beside parameters and buffers.
+
+
+class Stateful(nn.Module):
+    """Has an extra state that is a dictionary, and hands out copies of a count, as metrics do."""
+
+    def __init__(self, tag: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.tag = {"tag": tag, "deep": {"list": [tag, "x"]}}
+        self.count = torch.tensor(tag)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.tag
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.tag = state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}count"] = self.count.clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.count = state_dict.get(f"{prefix}count", self.count)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def keep_states(path: str, sharded: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    def build(tag: int) -> nn.Module:
+        return mics_shard(nn.Sequential(Stateful(tag), nn.Linear(4, 1)), PLAIN)
+
+    save_checkpoint(path, build(5), meta={"step": 3}, sharded=sharded)
+    model = build(6)
+    meta = load_checkpoint(path, model)
+    return model[0].tag, int(model[0].count), meta
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_extra_states_and_counts_come_back(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    path = tmp_path / "saved.ckpt"
+    for tag, count, meta in pool.run(keep_states, str(path), sharded, world_size=2):
+        assert (tag, count, meta) == ({"tag": 5, "deep": {"list": [5, "x"]}}, 5, {"step": 3})
+    whole = torch.load(consolidate(path, tmp_path / "whole.ckpt"), weights_only=True)
+    assert whole["state_dict"]["0._extra_state"]["tag"] == 5 and int(whole["state_dict"]["0.count"]) == 5
+
+
+def save_without_optimizer(path: str) -> None:
+    model, optimizer = trained(1)
+    save_checkpoint(path, model, sharded=False)
+    load_checkpoint(path, model, optimizer)
+
+
+def test_a_full_file_without_optimizer_states_says_so(pool: WorkerPool, tmp_path: Path) -> None:
+    for failure in pool.attempt(save_without_optimizer, str(tmp_path / "saved.ckpt"), world_size=2):
+        assert failure.kind == "CheckpointError" and "holds no states for 'optimizer_0'" in failure.message
+
+
+def test_names_as_long_as_a_folder_takes(pool: WorkerPool, tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 240 + ".ckpt")
+    saved = pool.run(save_new, str(path), 1, world_size=2)[0]
+    assert equal(pool.run(load_anew, str(path), world_size=2)[0][0], saved)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+# Consolidating.
+
+
+@pytest.fixture
+def saved(pool: WorkerPool, tmp_path: Path) -> Path:
+    pool.run(save_new, str(tmp_path / "saved.ckpt"), 1, world_size=2)
+    return tmp_path / "saved.ckpt"
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_consolidating_destroys_nothing_of_others(saved: Path, tmp_path: Path, force: bool) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="chapter.txt"):
+        consolidate(saved, tmp_path / "thesis", force=force)
+    for around in (tmp_path, saved):
+        with pytest.raises(CheckpointError, match="holds the checkpoint"):
+            consolidate(saved, around if around.suffix else around / "..", force=force)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work" and (saved / ".metadata").exists()
+
+
+def test_consolidating_replaces_by_force_only(saved: Path, tmp_path: Path) -> None:
+    out = consolidate(saved, tmp_path / "weights.SAFETENSORS")
+    before = out.stat().st_ino
+    with pytest.raises(CheckpointError, match="--force"):
+        consolidate(saved, out)
+    assert consolidate(saved, out, force=True).stat().st_ino != before
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "folder/x.ckpt"])
+def test_what_cannot_be_written_is_said(saved: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        consolidate(saved, tmp_path / "file" / name)
+
+
+def save_with_an_unknown_class(path: str) -> None:
+    model, optimizer = trained(1)
+    module = types.ModuleType("gone")
+    exec("class Setting: pass", module.__dict__)
+    module.Setting.__module__ = "gone"
+    sys.modules["gone"] = module
+    save_checkpoint(path, model, optimizer, {"setting": module.Setting()})
+
+
+def test_weights_need_no_classes_of_the_training_script(pool: WorkerPool, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    pool.run(save_with_an_unknown_class, str(path), world_size=2)
+    assert consolidate(path, tmp_path / "weights.safetensors").is_file()
+    with pytest.raises(CheckpointError, match=r"meta.pt holds an object whose class cannot be imported .*PYTHONPATH"):
+        consolidate(path, tmp_path / "whole.ckpt")
+
+
+def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    for name in (".metadata", "meta.pt", "mics.json"):
+        whole = (saved / name).read_bytes()
+        for _ in range(20):
+            content = bytearray(whole)
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            (saved / name).write_bytes(bytes(content))
+            (tmp_path / "out.ckpt").unlink(missing_ok=True)
+            with suppress(CheckpointError):
+                consolidate(saved, tmp_path / "out.ckpt")
+        (saved / name).write_bytes(whole)

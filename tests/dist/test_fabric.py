@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning_tools import Net, PoolEnvironment, cross_entropy, dataset, make_optimizer
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_mics import Hop
+from lightning_mics import Hop, consolidate
 from lightning_mics.fabric import MiCSStrategy
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, relative_difference
 
@@ -169,3 +170,16 @@ def test_bad_use_raises_on_every_rank(
         assert failure.kind == kind, failure
         for word in words:
             assert word in failure.message
+
+
+def save_under_another_name(folder: str) -> dict[str, Tensor]:
+    fabric, net = make_fabric(), reference()
+    model = fabric.setup(net)
+    fabric.save(f"{folder}/saved.ckpt", {"net": model, "step": 3})
+    return full_state_dict(net)
+
+
+def test_weights_are_found_under_any_name(pool: WorkerPool, tmp_path: Any) -> None:
+    saved = pool.run(save_under_another_name, str(tmp_path), world_size=2)[0]
+    weights = load_file(consolidate(tmp_path / "saved.ckpt", tmp_path / "weights.safetensors"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())

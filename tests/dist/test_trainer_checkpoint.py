@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_tools import BATCH, LanguageModel, Net, dataset, make_trainer, mean_over_ranks
+from lightning_tools import BATCH, LanguageModel, Net, dataset, loader, make_trainer, mean_over_ranks
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -224,3 +225,40 @@ def test_from_pretrained_reads_what_consolidate_writes(pool: WorkerPool, tmp_pat
         model = GPT2LMHeadModel.from_pretrained(tmp_path / f"{name}-hf").eval()
         with torch.no_grad():
             assert torch.allclose(model(torch.arange(5)[None]).logits, logits, atol=1e-6)
+
+
+class Described(LanguageModel):
+    """Keeps an object among its hyperparameters, and looks at the weights when it is loaded."""
+
+    def __init__(self, description: Case) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.seen: list[str] = []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seen = list(checkpoint["state_dict"])
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+
+
+def resume_described(folder: str, full: bool, weights_only: bool | None) -> tuple[str, bool]:
+    def trainer(steps: int) -> pl.Trainer:
+        strategy = MiCSStrategy(shard_size=2, save_distributed_checkpoint=not full)
+        return make_trainer(strategy=strategy, max_epochs=-1, max_steps=steps)
+
+    first = trainer(1)
+    first.fit(Described(Case("first")), loader(2, 2))
+    first.save_checkpoint(f"{folder}/described.ckpt")
+    ours = Described(Case("second"))
+    trainer(2).fit(ours, loader(2, 2), ckpt_path=f"{folder}/described.ckpt", weights_only=weights_only)
+    return ours.hparams.description.name, "net.blocks.0.up.weight" in ours.seen
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+def test_objects_among_hyperparameters_load_when_trusted(pool: WorkerPool, tmp_path: Path, full: bool) -> None:
+    assert pool.run(resume_described, str(tmp_path), full, False, world_size=2) == [("second", True)] * 2
+    for failure in pool.attempt(resume_described, str(tmp_path), full, None, world_size=2):
+        assert failure.kind == "CheckpointError" and "weights_only=False" in failure.message
