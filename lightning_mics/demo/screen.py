@@ -50,7 +50,8 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
     console.print(
         Panel(
             "Trains a small GPT-2 on the sources of Python's standard library, with four CPU processes standing for "
-            "two nodes of two ranks. Then resumes its checkpoint with another shard size. By default this takes two to four minutes.",
+            "two nodes of two ranks. Then resumes its checkpoint with another shard size. By default this takes two to "
+            "four minutes.",
             title="lightning-mics demo",
             border_style="bold",
         )
