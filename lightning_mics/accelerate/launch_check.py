@@ -86,6 +86,19 @@ def read_settings(path: Path) -> LaunchSettings:
         raise MiCSConfigError(f"{path}: {error}") from error
 
 
+def check_keys(path: Path) -> None:
+    """Checks that Accelerate knows every line of a launch file; it drops those that it does not, without a word.
+
+    Raises:
+        MiCSConfigError: Listing the unknown lines, with what to do about each.
+    """
+    file = _LaunchFile.read(path)
+    file.problems.clear()
+    _check_keys(file)
+    if file.problems:
+        raise file.error()
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A key of the file with its value; ``source`` is how the two are written there."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from lightning_mics.accelerate.launch_check import check_keys
 from lightning_mics.config import MiCSConfig, Wrap
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ShardSize
@@ -136,13 +139,35 @@ def _launched_shard_size(environ: Mapping[str, str]) -> int:
     return shard
 
 
+def _launch_file() -> Path | None:
+    """Returns the file that ``accelerate launch``, this process's parent, was given; ``None`` if none can be found."""
+    parent = Path("/proc") / str(os.getppid())
+    try:
+        words = (parent / "cmdline").read_text().split("\0")
+        folder = (parent / "cwd").resolve(strict=True)
+    except OSError:
+        return None
+    for option, value in itertools.pairwise([*words, ""]):
+        name, _, attached = option.partition("=")
+        if name == "--config_file":
+            file = folder / (attached or value)
+            return file if file.suffix in (".yaml", ".yml") and file.is_file() else None
+    return None
+
+
 def take_over_launch() -> None:
     """Makes a launch by ``accelerate launch`` or ``torchrun`` ours.
 
     The launch file asks Accelerate for FSDP to get one process a rank; the flags would make Accelerate and transformers
     shard and load models their own way. And without a hint Accelerate runs the ranks of a machine without accelerators
     one by one, each on its own.
+
+    Raises:
+        MiCSConfigError: If the launch file has lines that Accelerate has dropped.
     """
+    file = _launch_file()
+    if file is not None:
+        check_keys(file)
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(flag, None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():

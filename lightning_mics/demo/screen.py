@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mics.demo.processes import end_with_parent
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import Hop, format_bytes
 from lightning_mics.topology import ClusterTopology, GroupLayout
@@ -199,16 +200,18 @@ def _torchrun(arguments: list[Any], logs: Path) -> Iterator[subprocess.Popen[byt
     }
     logs.mkdir()
     with (logs / "torchrun.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+        )
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun passes it on to its processes
-                try:
-                    process.wait(timeout=15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+            # It passes this on to its processes. Those that train finish a step first, for which nobody waits here: they
+            # end with it.
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=3)
+            process.kill()
             process.wait()
 
 

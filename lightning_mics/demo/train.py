@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics import Hop, MiCSStrategy
 from lightning_mics.demo.data import VOCABULARY, Windows
+from lightning_mics.demo.processes import end_with_parent
 
 LENGTH, BATCH, ACCUMULATE = 64, 8, 4
 VALIDATION_BATCHES = 8
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
 
+    end_with_parent()
     pl.seed_everything(options.seed)
     tokens = torch.load(options.folder / "tokens.pt")
     held_out = LENGTH * BATCH * VALIDATION_BATCHES * 4

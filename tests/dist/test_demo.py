@@ -50,7 +50,7 @@ def test_ctrl_c_ends_the_processes_and_leaves_nothing() -> None:
         time.sleep(0.1)
     folder = (leftovers() - before).pop()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "nothing is left behind" in errors and "Traceback" not in errors
     assert leftovers() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
@@ -263,7 +264,11 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
     folder.mkdir()
     environ = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ) as parent:
+    # A test run in the background of a shell ignores Ctrl-C, and would hand that down.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, preexec_fn=heed
+    ) as parent:
         assert parent.stdout is not None
         first, second = map(int, parent.stdout.readline().split())
         with exit_of(first) as first_ended, exit_of(second) as second_ended:

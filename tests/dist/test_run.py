@@ -86,6 +86,24 @@ def test_sizes_that_do_not_multiply_are_refused_before_anything_connects(tmp_pat
     assert "change the line to 'parallelism_config_dp_replicate_size: 2'" in done.stderr
 
 
+def test_lines_that_accelerate_drops_are_refused(tmp_path: Path) -> None:
+    write = LaunchSettings(shard_size=2, num_processes=4, cpu=True)
+    file = write_launch_file(tmp_path / "typo.yaml", write)
+    file.write_text(file.read_text().replace("fsdp_config:", "fsdp_config:\n  mics_hierarchical: false"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "typo.yaml"]
+    done = subprocess.run(
+        [*command, "-m", "lightning_mics.run", str(SCRIPTS / "accelerate_script.py")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "mics_hierarchical: false is not carried by Accelerate" in done.stderr
+    assert "MICS_HIERARCHICAL=false" in done.stderr
+
+
 def test_a_missing_script_is_named(tmp_path: Path) -> None:
     done = launch(tmp_path, "-m", "lightning_mics.run", "nowhere.py")
     assert done.returncode != 0 and "there is no script nowhere.py" in done.stderr
