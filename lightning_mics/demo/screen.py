@@ -206,8 +206,8 @@ def _torchrun(arguments: list[Any], logs: Path) -> Iterator[subprocess.Popen[byt
         try:
             yield process
         finally:
-            # It passes this on to its processes. Those that train finish a step first, for which nobody waits here: they
-            # end with it.
+            # It passes this on to its processes. Those that train would finish a step first, for which nobody waits:
+            # they end with it.
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=3)
