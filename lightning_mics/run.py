@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.path[0] = str(Path(options.script).resolve().parent)
             runpy.run_path(options.script, run_name="__main__")
     except MiCSError as error:
-        _say(f"error: {error}", everywhere=_rank() == 0)
+        _say(f"error: {error}")
+        raise
+    except SystemExit as ending:
+        if ending.code in (None, 0):
+            _report(options.report)
         raise
     _report(options.report)
 
@@ -81,8 +85,8 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _say(message: str, everywhere: bool = False) -> None:
-    if everywhere or _rank() == 0:
+def _say(message: str) -> None:
+    if _rank() == 0:
         print(f"lightning-mics: {message}", flush=True)
 
 

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.accelerate.plugin import MiCSPlugin, take_over_launch
+from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.mesh import detect_topology, resolve_hierarchical
@@ -439,7 +439,7 @@ def _check_parallelism(parallelism: Any, plugin: MiCSPlugin) -> None:
             f"ParallelismConfig(dp_shard_size={shard}, dp_replicate_size={replicate}) contradicts "
             f"shard_size={plugin.shard_size!r} of the MiCS plugin. Give one of them only, or the same number to both."
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched_world_size()
     if shard * replicate != world:
         raise MiCSConfigError(
             f"ParallelismConfig(dp_shard_size={shard}, dp_replicate_size={replicate}) is for {shard * replicate} "
@@ -450,7 +450,7 @@ def _check_parallelism(parallelism: Any, plugin: MiCSPlugin) -> None:
 def _check_world(plugin: MiCSPlugin) -> None:
     """Checks the shard size against the launcher's variables, so that a mistake is found before anything connects."""
     assert plugin.config is not None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched_world_size()
     topology = ClusterTopology.from_env(world)
     if plugin.config.node_size is not None or topology is None:
         topology = ClusterTopology(world_size=world, node_size=plugin.config.node_size or world)
@@ -460,7 +460,7 @@ def _check_world(plugin: MiCSPlugin) -> None:
 def _forget_lonely_state() -> None:
     """Drops Accelerate's state where something made it believe that this rank is alone (see ``take_over_launch``)."""
     is_alone = PartialState._shared_state != {} and PartialState().distributed_type == DistributedType.NO
-    if is_alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_alone and launched_world_size() > 1:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from lightning_mics.accelerate.launch_check import check_keys
 from lightning_mics.config import MiCSConfig, Wrap
@@ -139,6 +140,14 @@ def _launched_shard_size(environ: Mapping[str, str]) -> int:
     return shard
 
 
+def launched_world_size() -> int:
+    """Returns the number of processes that torchrun, Accelerate or MPI started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 1)
+
+
 def _launch_file() -> Path | None:
     """Returns the file that ``accelerate launch``, this process's parent, was given; ``None`` if none can be found."""
     parent = Path("/proc") / str(os.getppid())
@@ -170,5 +179,5 @@ def take_over_launch() -> None:
         check_keys(file)
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(flag, None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+    if launched_world_size() > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"

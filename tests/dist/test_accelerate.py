@@ -174,6 +174,26 @@ def test_with_lora_only_adapters_travel(pool: WorkerPool) -> None:
     assert pool.run(reduced_bytes, False, world_size=4)[0][0] > 4 * pool.run(reduced_bytes, True, world_size=4)[0][0]
 
 
+def gathered_bytes(mixed_precision: str) -> tuple[int, torch.dtype, torch.dtype]:
+    forget_accelerate()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    accelerator = MiCSAccelerator(mics_plugin=MiCSPlugin(shard_size=2), mixed_precision=mixed_precision)
+    model = build("gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    logits = model(input_ids=microbatch("gpt2", 0, 2)).logits
+    accelerator.backward(logits.square().mean())
+    optimizer.step()
+    ledger = accelerator.ledger(model)
+    return ledger.total(Hop.PARTITION_GATHER).message_bytes, logits.dtype, next(model.parameters()).grad.dtype
+
+
+def test_mixed_precision_gathers_half_the_bytes(pool: WorkerPool) -> None:
+    full, _, _ = pool.run(gathered_bytes, "no", world_size=2)[0]
+    half, output, grad = pool.run(gathered_bytes, "bf16", world_size=2)[0]
+    assert 2 * half == full and output is torch.float32 and grad is torch.float32
+
+
 def prepare_one_by_one() -> tuple[bool, bool]:
     """The optimizer is built first, and prepared last and alone."""
     accelerator = make_accelerator(1, {"shard_size": 2, "node_size": 2})
