@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GUESS = math.log(256)  # the loss of a uniform guess among bytes
 CPU = ["--accelerator", "cpu", "--devices", "2"]
+ACCELERATE = EXAMPLES / "accelerate"
+ONE_REPLICA = ["--num_processes", 2, "--parallelism_config_dp_replicate_size", 1]  # instead of two on four processes
 
 
 def run(folder: Path, *command: object, expected_remark: str | None = None) -> str:
@@ -80,6 +83,71 @@ def test_lightning_cli(tmp_path: Path) -> None:
     small = ["--trainer.devices", "2", "--trainer.max_steps", "4", "--trainer.strategy.init_args.node_size", "1"]
     screen = run(tmp_path, sys.executable, EXAMPLES / "cli_gpt2.py", "fit", "--config", config, *small)
     assert losses(screen)[-1] < GUESS
+
+
+def accelerate(folder: Path, *command: object) -> str:
+    return run(folder, "accelerate", "launch", "--config_file", ACCELERATE / "mics.yaml", *command)
+
+
+def accuracy(screen: str) -> float:
+    return float(re.search(r"accuracy on held-out files ([\d.]+)", screen)[1])
+
+
+def calls(screen: str, hop: str) -> int:
+    """Returns the number of calls in the ledger's table."""
+    return int(re.search(rf"^{hop} +(\d+)", screen, re.MULTILINE)[1])
+
+
+@pytest.mark.slow
+def test_accelerate_bert(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    small = ["--steps", 8, "--accumulate", 2, "--folder", "bert"]
+    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "bert_classification.py", *small)
+    assert "1 replica(s) x 2 shard(s)" in screen
+    assert accuracy(screen) > 0.4  # chance is 0.25
+    assert calls(screen, "partition reduce") == 8 * 2 * 8 and calls(screen, "replication reduce") == 0
+    assert (tmp_path / "bert" / "state" / "mics.json").is_file()
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert" / "model")
+
+
+def test_accelerate_gpt2_by_the_runner(tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    script = [ACCELERATE / "gpt2_pretraining.py", "--epochs", 1, "--batch-size", 16, "--folder", "gpt2"]
+    screen = accelerate(tmp_path, "-m", "lightning_mics.run", "--report", "report.json", *script)
+    assert "the script runs under MiCS (shard_size=2)" in screen and "2 replica(s) x 2 shard(s)" in screen
+    assert losses(screen)[-1] < GUESS
+    (units,) = json.loads((tmp_path / "report.json").read_text())
+    for unit in units.values():
+        assert unit["PARTITION_REDUCE"]["calls"] == 4 * unit["REPLICATION_REDUCE"]["calls"] > 0
+    GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+
+
+@pytest.mark.slow
+def test_accelerate_trainer_bert(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    small = ["--steps", 8, "--accumulate", 2, "--folder", "bert"]
+    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "trainer_bert.py", *small)
+    assert "1 replica(s) x 2 shard(s)" in screen
+    assert accuracy(screen) > 0.4  # chance is 0.25
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert" / "model")
+
+
+def test_accelerate_lora(tmp_path: Path) -> None:
+    from peft import PeftConfig
+
+    screen = accelerate(tmp_path, ACCELERATE / "lora_gpt2.py", "--steps", 6, "--folder", "lora")
+    first, last = losses(screen)
+    assert last < first
+    share = float(re.search(r"([\d.]+)% of the parameters are trained", screen)[1])
+    assert share < 10
+    sent = re.search(r"reduced in a microstep: (\d+) B; adapters (\d+) B, whole model (\d+) B", screen)
+    reduced, adapters, whole = map(int, sent.groups())
+    assert adapters <= reduced < 1.1 * adapters < 0.2 * whole  # uneven shards would be padded
+    assert calls(screen, "partition reduce") == 4 * calls(screen, "replication reduce") == 6 * 4 * 4
+    PeftConfig.from_pretrained(tmp_path / "lora")
 
 
 def test_launch_scripts_are_valid_bash_and_name_what_they_miss() -> None:
