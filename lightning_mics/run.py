@@ -168,7 +168,7 @@ def _report(path: Path | None) -> None:
     for ledger in ledgers:
         print(ledger)
         narrow, wide = ledger.total(Hop.PARTITION_REDUCE).calls, ledger.total(Hop.REPLICATION_REDUCE).calls
-        if wide:
+        if narrow and wide:
             print(f"a unit ran {narrow / wide:g} partition reduce-scatter(s) for each all-reduce between replicas")
     if path is not None:
         counts = [

@@ -131,7 +131,7 @@ def _read_sharded(source: Path, ending: str, progress: Progress | None) -> dict[
     nested: dict[str, Any] = {}
     for batch in _batches(metadata, wanted):
         flat = {name: _empty(metadata, name) for name in batch}
-        read(source, flat)
+        read(source, flat, alone=True)
         for name, value in flat.items():
             _put(nested, _path(metadata, name), value)
         advance(sum(_nbytes(metadata, name) for name in batch))

@@ -266,12 +266,21 @@ def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[in
         )
 
 
-def read(path: Path, targets: dict[str, Any]) -> None:
-    """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary."""
+def read(path: Path, targets: dict[str, Any], *, alone: bool = False) -> None:
+    """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary.
+
+    Args:
+        path: The checkpoint.
+        targets: Where to put the entries, by name.
+        alone: Whether other ranks, if there are any, do not take part.
+    """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with ranks.quiet_if_alone():
         dcp.load(
-            targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not ranks.is_distributed()
+            targets,
+            storage_reader=dcp.FileSystemReader(path),
+            planner=planner,
+            no_dist=alone or not ranks.is_distributed(),
         )
 
 

@@ -577,3 +577,14 @@ def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, tmp_path: Path) -> 
             with suppress(CheckpointError):
                 consolidate(saved, tmp_path / "out.ckpt")
         (saved / name).write_bytes(whole)
+
+
+def consolidate_on_one_rank(path: str) -> bool:
+    if dist.get_rank() == 1:
+        consolidate(path, f"{path}.safetensors")
+    return True
+
+
+def test_one_rank_of_a_running_job_may_consolidate(pool: WorkerPool, saved: Path) -> None:
+    assert pool.run(consolidate_on_one_rank, str(saved), world_size=2) == [True, True]
+    assert Path(f"{saved}.safetensors").is_file()
