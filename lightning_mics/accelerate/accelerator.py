@@ -23,6 +23,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -136,8 +137,7 @@ class MiCSAccelerator(Accelerator):
         topology = self._layout.topology
         with self._sharded.remember(model):
             mics_shard(model, config, topology=topology, device_type=self.device.type)
-        # Generation must go on until all ranks are done; transformers asks for this name.
-        model._is_fsdp_managed_module = True  # type: ignore[assignment]
+        _prepare_generation(model)
         if hasattr(model, "save_pretrained"):
             self._gather_before_saving(model)
 
@@ -382,6 +382,15 @@ class MiCSAccelerator(Accelerator):
             )
         for index, obj in enumerate(self._custom_objects):
             load_custom_state(obj, str(folder), index)
+
+
+def _prepare_generation(model: nn.Module) -> None:
+    """Lets the models of transformers generate: gathered all the while, and on every rank until the last is done."""
+    for module in model.modules():
+        if hasattr(module, "generate"):
+            module._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers asks for this name
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
 
 
 def _key(name: str, index: int) -> str:

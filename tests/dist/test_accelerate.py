@@ -15,7 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, ParallelismCo
 from accelerate.utils import ProjectConfiguration
 from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerator
 from lightning_tools import make_trainer
-from models import build, loss_of, microbatch
+from models import VOCABULARY, build, loss_of, microbatch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -192,6 +193,33 @@ def test_mixed_precision_gathers_half_the_bytes(pool: WorkerPool) -> None:
     full, _, _ = pool.run(gathered_bytes, "no", world_size=2)[0]
     half, output, grad = pool.run(gathered_bytes, "bf16", world_size=2)[0]
     assert 2 * half == full and output is torch.float32 and grad is torch.float32
+
+
+def generate_with(with_lora: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Ranks generate different lengths, with an encoder-decoder model whose parts are called one by one."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    accelerator = make_accelerator(1, {"shard_size": 2, "node_size": 2})
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    model: Any = T5ForConditionalGeneration(config).eval()
+    if with_lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q", "v"])).eval()
+    rows = microbatch("gpt2", dist.get_rank(), 2)
+    options = {"input_ids": rows, "max_new_tokens": 3 + dist.get_rank(), "do_sample": False}
+    expected = model.generate(**options).tolist()
+    model = accelerator.prepare(model)
+    actual = accelerator.unwrap_model(model).generate(**options).tolist()
+    accelerator.backward(model(input_ids=rows, labels=rows).loss)
+    return actual, expected
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_generation(pool: WorkerPool, with_lora: bool) -> None:
+    for actual, expected in pool.run(generate_with, with_lora, world_size=4):
+        assert actual == expected
 
 
 def prepare_one_by_one() -> tuple[bool, bool]:
