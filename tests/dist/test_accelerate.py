@@ -297,7 +297,11 @@ def save(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], Tens
     counter.value = 17
     accelerator.save_state(path)
     accelerator.save_model(model, f"{path}-model")
-    return everything(model, optimizer), scheduler.state_dict(), loss_of("gpt2", model, microbatch("gpt2", 9, 4)).detach()
+    return (
+        everything(model, optimizer),
+        scheduler.state_dict(),
+        loss_of("gpt2", model, microbatch("gpt2", 9, 4)).detach(),
+    )
 
 
 def load(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:

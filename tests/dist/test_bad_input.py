@@ -82,7 +82,7 @@ def without_collectives(settings: dict[str, Any]) -> list[str]:
     try:
         for name in names:
             setattr(dist, name, refuse(name))
-        with pytest.raises(ValueError, match="Values that work|Use hierarchical|wrap|Try"):
+        with pytest.raises(ValueError, match=r"Values that work|Use hierarchical|wrap|Try"):
             shard_with(settings)
     finally:
         for name, function in kept.items():
@@ -95,7 +95,7 @@ def test_the_error_comes_before_any_collective(pool: WorkerPool, settings: dict[
     assert pool.run(without_collectives, settings, world_size=WORLD) == [[]] * WORLD
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def ddp() -> nn.Module:
@@ -195,7 +195,7 @@ def test_a_process_group_is_needed() -> None:
         mics_shard(build("uneven"))
 
 
-# --- clusters -----------------------------------------------------------------------------------------------------------
+# --- clusters ---------------------------------------------------------------------------------------------------------
 
 
 def launched_with(by_rank: list[dict[str, str]]) -> ClusterTopology:
@@ -233,7 +233,7 @@ def test_nodes_of_different_size_are_refused_on_every_rank(
         assert "the same number on each node" in failure.message and "node_size=" in failure.message
 
 
-# --- ranks that disagree ------------------------------------------------------------------------------------------------
+# --- ranks that disagree ----------------------------------------------------------------------------------------------
 
 
 def disagree_in_settings() -> None:

@@ -25,6 +25,7 @@ def run(folder: Path, *command: object, expected_remark: str | None = None) -> s
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as if the environment were activated
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),  # torchrun leaves its logs there
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -134,7 +134,7 @@ class Stepping(Net):
 
 def call_a_step() -> bool:
     fabric, net = make_fabric(), Stepping()
-    model, optimizer = fabric.setup(net, make_optimizer("sgd", net.parameters()))
+    model, _ = fabric.setup(net, make_optimizer("sgd", net.parameters()))
     fabric.backward(model.training_step(torch.zeros(1, 2, dtype=torch.long)))
     return all(param.grad is not None for param in (net.head.weight, net.embedding.weight))
 

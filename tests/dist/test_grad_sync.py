@@ -51,7 +51,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
-# --- counts and memory --------------------------------------------------------------------------------------------------
+# --- counts and memory ------------------------------------------------------------------------------------------------
 
 
 def count_calls(shard_size: int, hierarchical: bool) -> dict[str, tuple[int, int]]:
@@ -149,7 +149,7 @@ def test_hop_two_starts_as_soon_as_a_unit_is_reduced(pool: WorkerPool) -> None:
     assert pool.run(launch_order, world_size=4) == [expected] * 4
 
 
-# --- everything that a single process takes in its stride ---------------------------------------------------------------
+# --- everything that a single process takes in its stride -------------------------------------------------------------
 
 
 class Run:
@@ -417,7 +417,7 @@ def test_the_users_own_activation_checkpointing(pool: WorkerPool, builder: Calla
     assert pool.run(differences, three_windows, builder, world_size=4) == [{}] * 4
 
 
-# --- parameters that get no gradient ------------------------------------------------------------------------------------
+# --- parameters that get no gradient ----------------------------------------------------------------------------------
 
 
 def routed_rows(step: int, route: int) -> Tensor:
@@ -458,7 +458,7 @@ def test_what_nobody_used_gets_no_gradient(pool: WorkerPool) -> None:
     assert pool.run(unused_everywhere, world_size=4) == [[[], [], ["blocks.1"]]] * 4
 
 
-# --- low precision ------------------------------------------------------------------------------------------------------
+# --- low precision ----------------------------------------------------------------------------------------------------
 
 
 def accumulate_in_bfloat16(reduce_dtype: str | None, num_microsteps: int) -> list[float]:
@@ -499,7 +499,7 @@ def test_changes_of_gradients_in_a_window_count(pool: WorkerPool) -> None:
     assert pool.run(change_gradients_mid_window, world_size=4) == [[[2.0], [3.0], [3.0]]] * 4
 
 
-# --- misuse -------------------------------------------------------------------------------------------------------------
+# --- misuse -----------------------------------------------------------------------------------------------------------
 
 
 def step_inside_a_window(with_closure: bool) -> None:
@@ -589,7 +589,7 @@ def test_contexts_want_a_sharded_model() -> None:
         pass
 
 
-# --- several models, and norms ------------------------------------------------------------------------------------------
+# --- several models, and norms ----------------------------------------------------------------------------------------
 
 
 def two_models() -> list[float]:

@@ -55,7 +55,7 @@ def test_eight_ranks_train_a_tied_model_like_one_process(pool: WorkerPool) -> No
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_sometimes_unused_parameters_train_like_in_one_process(pool: WorkerPool, accumulate: int) -> None:
     cases = [Case("routed", 4, 4 // num, 2, accumulate, routes=routes) for num, routes in ROUTES.items()]
-    check(pool, cases + [Case("routed", 4, 2, 2, accumulate, optimizer="adamw", routes=ROUTES[2])])
+    check(pool, [*cases, Case("routed", 4, 2, 2, accumulate, optimizer="adamw", routes=ROUTES[2])])
 
 
 def test_gradients_are_clipped_by_the_norm_of_one_process(pool: WorkerPool) -> None:

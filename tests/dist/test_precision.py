@@ -87,7 +87,9 @@ def test_lightnings_precisions_become_gather_dtypes() -> None:
     for precision in ("32-true", "bf16-true"):
         assert apply_precision(MiCSConfig(), precision) == MiCSConfig()
     assert all(apply_precision(MiCSConfig(), p).reduce_dtype is torch.float32 for p in SUPPORTED_PRECISIONS)
-    with pytest.raises(MiCSConfigError, match="precision='64-true' is not supported by MiCS. Values that work: 32-true"):
+    with pytest.raises(
+        MiCSConfigError, match=r"precision='64-true' is not supported by MiCS. Values that work: 32-true"
+    ):
         apply_precision(MiCSConfig(), "64-true")
 
 

@@ -27,7 +27,13 @@ def launch(
     return subprocess.run(
         [*command, *arguments, *script],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SCRIPTS)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(folder),
+            "PYTHONPATH": str(SCRIPTS),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -94,7 +100,7 @@ def test_lines_that_accelerate_drops_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "-m", "lightning_mics.run", str(SCRIPTS / "accelerate_script.py")],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -121,7 +127,13 @@ DEEPSPEED = {
 
 def test_a_converted_deepspeed_configuration_trains(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MICS_NODE_SIZE": "2"}
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TMPDIR": str(tmp_path),
+        "MICS_NODE_SIZE": "2",
+    }
     convert = ["-m", "lightning_mics.cli", "convert-config", "ds.json", "--world-size", "4", "--format", "accelerate"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", "mics.yaml", "-m", "lightning_mics.run"]
     script = ["--report", "report.json", str(SCRIPTS / "accelerate_script.py")]
@@ -133,5 +145,5 @@ def test_a_converted_deepspeed_configuration_trains(tmp_path: Path) -> None:
     assert "1 replica(s) x 4 shard(s)" in done.stdout and "epoch 1: " in done.stdout
     (model,) = json.loads((tmp_path / "report.json").read_text())
     for unit in model.values():
-        # Two nodes of two: half of a gathered message leaves a node, as two-stage collectives have it; of flat ones 3/4.
+        # Two nodes of two: half of a message leaves a node, as two-stage collectives have it; of flat ones 3/4.
         assert unit["PARTITION_GATHER"]["inter_bytes"] * 2 == unit["PARTITION_GATHER"]["message_bytes"]

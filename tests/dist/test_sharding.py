@@ -79,7 +79,7 @@ def test_a_partition_holds_every_element_once(pool: WorkerPool, name: str) -> No
     assert pool.run(shapes, name, world_size=4) == [(total, [])] * 4
 
 
-# --- models on the meta device ------------------------------------------------------------------------------------------
+# --- models on the meta device ----------------------------------------------------------------------------------------
 
 
 class Rotary(nn.Module):
@@ -160,9 +160,7 @@ def meta_llama() -> nn.Module:
 
 
 @pytest.mark.parametrize("build_model", [Deep, meta_gpt2, meta_bert, meta_llama])
-def test_a_model_on_meta_is_initialised_like_any_other(
-    pool: WorkerPool, build_model: Callable[[], nn.Module]
-) -> None:
+def test_a_model_on_meta_is_initialised_like_any_other(pool: WorkerPool, build_model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     normal = build_model()
     for state, buffers, num_others in pool.run(materialized, build_model, world_size=4):
@@ -207,7 +205,7 @@ def test_what_nobody_initialises_is_an_error_on_every_rank(
         assert "reset_parameters()" in failure.message
 
 
-# --- models that are out of the ordinary --------------------------------------------------------------------------------
+# --- models that are out of the ordinary ------------------------------------------------------------------------------
 
 
 class MixedBlock(Block):

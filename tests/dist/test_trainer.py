@@ -86,9 +86,7 @@ def check_fit(
         (8, {"shard_size": 4, "node_size": 2}, 4),
     ],
 )
-def test_fit_equals_one_process(
-    pool: WorkerPool, world_size: int, strategy: dict[str, Any], accumulate: int
-) -> None:
+def test_fit_equals_one_process(pool: WorkerPool, world_size: int, strategy: dict[str, Any], accumulate: int) -> None:
     pool.run(check_fit, strategy, 6, accumulate, world_size=world_size)
 
 
