@@ -290,10 +290,9 @@ class MiCSAccelerator(Accelerator):
                 for place, optimizer in enumerate(self._optimizers)
                 if self._owner(_inner(optimizer)) is model
             }
-            if model in models:
-                meta = checkpoints.load_into(
-                    folder, model, optimizers, model_key=_key("state_dict", index), weights_only=False
-                )
+            # A hook that has loaded a model takes it off the list; its optimizer is still ours to load.
+            key = _key("state_dict", index) if model in models else None
+            meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=False)
         if "accelerate" in meta:
             self._read_rest(folder, load_kwargs)
             self.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have

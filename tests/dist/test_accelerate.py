@@ -328,6 +328,38 @@ def test_a_saved_model_opens_with_from_pretrained(pool: WorkerPool, tmp_path: Pa
     assert torch.equal(loss_of("gpt2", model, microbatch("gpt2", 9, 4)), loss)
 
 
+def save_and_load_by_hooks(path: str) -> tuple[bool, bool, int]:
+    """Hooks take the weights upon themselves, as scripts for diffusion models do."""
+    kept: list[dict[str, Tensor]] = []
+
+    def take_weights(models: list[Any], weights: list[Any], folder: str) -> None:
+        kept.append({name: value.to_local().clone() for name, value in weights.pop().items()})
+
+    def give_weights(models: list[Any], folder: str) -> None:
+        for name, value in models.pop().state_dict().items():
+            value.to_local().copy_(kept[0][name])
+
+    def begin(seed: int) -> tuple[Any, Any, Any]:
+        accelerator, model, optimizer, *_ = set_up(2, seed)
+        accelerator.register_save_state_pre_hook(take_weights)
+        accelerator.register_load_state_pre_hook(give_weights)
+        return accelerator, model, optimizer
+
+    accelerator, model, optimizer = begin(1)
+    accelerator.backward(loss_of("gpt2", model, microbatch("gpt2", 0, 2)))
+    optimizer.optimizer.step()
+    accelerator.step = 5
+    saved = everything(model, optimizer)
+    accelerator.save_state(path)
+    accelerator, model, optimizer = begin(2)
+    accelerator.load_state(path)
+    return equal(everything(model, optimizer), saved), bool(optimizer.state), accelerator.step
+
+
+def test_hooks_may_take_over_the_weights(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(save_and_load_by_hooks, str(tmp_path / "state"), world_size=2) == [(True, True, 5)] * 2
+
+
 def save_three(folder: str) -> list[str]:
     accelerator, *_ = set_up(2, 1, project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)
     for _ in range(3):
