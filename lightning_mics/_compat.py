@@ -23,6 +23,7 @@ __all__ = [
     "batched",
     "current_backward_id",
     "forget_dtensor_meshes",
+    "is_gloo",
     "is_premul_sum",
     "queue_backward_callback",
     "reduce_scatter_single",
@@ -42,6 +43,16 @@ def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextMa
     if device.type != "cuda":
         return nullcontext()
     return dist._coalescing_manager(group=group, device=device)
+
+
+def is_gloo(group: dist.ProcessGroup) -> bool:
+    """Returns whether CPU tensors of ``group`` travel by gloo."""
+    if not dist.is_gloo_available():
+        return False
+    try:
+        return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
+    except RuntimeError:  # a group without a backend for CPU tensors
+        return False
 
 
 def is_premul_sum(op: object) -> bool:

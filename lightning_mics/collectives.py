@@ -3,7 +3,7 @@
 Ranks are node-major, so a message over ``p = g * k`` ranks is ``g`` contiguous node blocks of ``k`` shards. The
 hierarchical gather first runs across nodes (each rank fetches the shards of its peers with the same place in other
 nodes; ``k`` such exchanges in parallel), then inside the node, gathering each node block in place. Only ``1/k`` of the
-message is copied. The reduce-scatter is the same in reverse.
+message is copied, and nothing on the rings that carry CPU tensors. The reduce-scatter is the same in reverse.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning_mics._compat import (
     is_premul_sum,
     reduce_scatter_single,
 )
+from lightning_mics.ring import communication_thread, ring_all_gather, ring_reduce_scatter, runs_on_ring
 
 OnCall = Callable[[int], None]
 
@@ -50,6 +51,12 @@ class _StagedWork(dist.Work):
         return self._first is None
 
 
+def _put_into_place(shard: Tensor, place: Tensor) -> None:
+    """Copies a rank's own shard into the gathered message, unless it is there already, as FSDP2 has it."""
+    if shard.data_ptr() != place.data_ptr():
+        place.copy_(shard)
+
+
 class _Allocate:
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns an uninitialised buffer."""
@@ -72,7 +79,11 @@ class FlatAllGather(_Allocate, AllGather):
         """Gathers ``input_tensor`` (shape ``[n]``) of all ranks into ``output_tensor`` (shape ``[p * n]``)."""
         if self._on_call is not None:
             self._on_call(output_tensor.nbytes)
-        return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        if not runs_on_ring(output_tensor, group):
+            return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+        shards = output_tensor.view(group.size(), -1)
+        _put_into_place(input_tensor, shards[group.rank()])
+        return communication_thread.run(lambda: ring_all_gather([[shard] for shard in shards], group), async_op)
 
 
 class FlatReduceScatter(_Allocate, ReduceScatter):
@@ -96,7 +107,10 @@ class FlatReduceScatter(_Allocate, ReduceScatter):
         """Reduces ``input_tensor`` (shape ``[p * n]``) and leaves this rank's part in ``output_tensor`` (``[n]``)."""
         if self._on_call is not None:
             self._on_call(input_tensor.nbytes)
-        return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        if not runs_on_ring(input_tensor, group, op):
+            return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        parts = input_tensor.view(group.size(), -1)
+        return communication_thread.run(lambda: ring_reduce_scatter(output_tensor, parts, group, op), async_op)
 
 
 class HierarchicalAllGather(_Allocate, AllGather):
@@ -126,6 +140,9 @@ class HierarchicalAllGather(_Allocate, AllGather):
         num_nodes, local_size = self._inter.size(), self._intra.size()
         blocks = output_tensor.view(num_nodes, local_size, -1)
         local_rank = self._intra.rank()
+        if runs_on_ring(output_tensor, self._inter):
+            _put_into_place(input_tensor, blocks[self._inter.rank(), local_rank])
+            return communication_thread.run(lambda: self._gather_on_rings(blocks), async_op)
         across = torch.empty(num_nodes * input_tensor.numel(), dtype=input_tensor.dtype, device=input_tensor.device)
 
         def inside_nodes() -> None:
@@ -141,6 +158,12 @@ class HierarchicalAllGather(_Allocate, AllGather):
             return _StagedWork(first, inside_nodes)
         inside_nodes()
         return None
+
+    def _gather_on_rings(self, blocks: Tensor) -> None:
+        """Gathers in place; ``blocks`` has the shape ``[g, k, n]``."""
+        local_rank = self._intra.rank()
+        ring_all_gather([[block[local_rank]] for block in blocks], self._inter)
+        ring_all_gather([list(blocks[:, rank]) for rank in range(self._intra.size())], self._intra)
 
 
 class HierarchicalReduceScatter(_Allocate, ReduceScatter):
@@ -173,6 +196,9 @@ class HierarchicalReduceScatter(_Allocate, ReduceScatter):
             self._on_call(input_tensor.nbytes)
         num_nodes, local_size = self._inter.size(), self._intra.size()
         blocks = input_tensor.view(num_nodes, -1)
+        if runs_on_ring(input_tensor, self._inter, op):
+            parts = input_tensor.view(num_nodes, local_size, -1).transpose(0, 1)
+            return communication_thread.run(lambda: self._reduce_on_rings(output_tensor, parts, op), async_op)
         if local_size == 1:
             inside = input_tensor
         else:
@@ -185,3 +211,9 @@ class HierarchicalReduceScatter(_Allocate, ReduceScatter):
             if is_premul_sum(op):  # the factor is in already
                 op = dist.ReduceOp.SUM
         return reduce_scatter_single(output_tensor, inside, group=self._inter, op=op, async_op=async_op)
+
+    def _reduce_on_rings(self, output: Tensor, parts: Tensor, op: object) -> None:
+        """Reduces ``parts`` of shape ``[k, g, n]``."""
+        inside = torch.empty(parts.shape[1:], dtype=parts.dtype)
+        ring_reduce_scatter(inside, list(parts), self._intra, op)
+        ring_reduce_scatter(output, list(inside), self._inter, op)
