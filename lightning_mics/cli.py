@@ -202,11 +202,18 @@ def _convert_config(options: argparse.Namespace) -> None:
     print(f"\nWrote {options.output}. {use}")
 
 
+def _configure_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    from lightning_mics.bench.cli import configure
+
+    return configure(parser)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
     "demo": ("train, save and resume a small GPT-2 on this machine, to see MiCS at work", _configure_demo),
     "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
     "config": ("write or check a file for accelerate launch --config_file", _configure_config),
     "convert-config": ("turn a DeepSpeed configuration into MiCS settings, with a report", _configure_convert_config),
+    "bench": ("emulate a cluster with slow links on this machine; compare training on it", _configure_bench),
 }
 
 if __name__ == "__main__":

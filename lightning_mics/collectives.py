@@ -109,7 +109,7 @@ class FlatReduceScatter(_Allocate, ReduceScatter):
             self._on_call(input_tensor.nbytes)
         if not runs_on_ring(input_tensor, group, op):
             return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
-        parts = input_tensor.view(group.size(), -1)
+        parts = list(input_tensor.view(group.size(), -1))
         return communication_thread.run(lambda: ring_reduce_scatter(output_tensor, parts, group, op), async_op)
 
 

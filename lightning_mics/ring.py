@@ -113,7 +113,8 @@ class CommunicationThread:
         if is_idle and not async_op:
             collective()
             return None
-        self._last = future = Future()
+        future: Future[None] = Future()
+        self._last = future
         self._tasks.put((collective, future))
         if self._thread is None:
             # A daemon: a collective whose peers are gone must not keep the process alive.

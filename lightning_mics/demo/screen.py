@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mics.demo.processes import end_with_parent
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import Hop, format_bytes
+from lightning_mics.processes import end_with_parent
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 _RESUMED_STEPS = 20

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics import Hop, MiCSStrategy
 from lightning_mics.demo.data import VOCABULARY, Windows
-from lightning_mics.demo.processes import end_with_parent
+from lightning_mics.processes import end_with_parent
 
 LENGTH, BATCH, ACCUMULATE = 64, 8, 4
 VALIDATION_BATCHES = 8

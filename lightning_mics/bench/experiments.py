@@ -1,0 +1,164 @@
+"""What to measure: experiments as files, and their cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_mics.bench.cluster import ClusterSpec, parse_rate
+from lightning_mics.bench.contenders import missing_package, parse_contender
+from lightning_mics.bench.records import Case, Contender
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.topology import ClusterTopology
+
+_FOLDER = "definitions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A grid of cases, and who is compared in each.
+
+    Attributes:
+        name: What the results are called.
+        about: What it shows, in one sentence.
+        nodes: Numbers of nodes.
+        ranks: Ranks a node.
+        rate: Link rates, for example ``"100mbit"``; ``"none"`` for no limit.
+        accumulation: Microsteps of an optimizer step.
+        compute: Emulated seconds of a block's forward and backward; pairs.
+        contenders: Names, see :func:`~lightning_mics.bench.contenders.parse_contender`.
+        layers: Blocks of the GPT-2.
+        width: Its hidden size.
+        sequence: Tokens of a sample.
+        microbatch: Samples of a rank's microstep.
+        rounds: How often each contender is measured, in turn with the others.
+        steps: Optimizer steps measured in a round.
+        warmup: Optimizer steps before them.
+    """
+
+    name: str
+    about: str = ""
+    nodes: Sequence[int] = (4,)
+    ranks: int = 2
+    rate: Sequence[str | int] = ("100mbit",)
+    accumulation: Sequence[int] = (4,)
+    compute: Sequence[Sequence[float]] = ((0.0, 0.0),)
+    contenders: Sequence[str] = field(default=("full-sharding", "mesh-2d", "mics:node"))
+    layers: int = 8
+    width: int = 192
+    sequence: int = 16
+    microbatch: int = 1
+    rounds: int = 3
+    steps: int = 2
+    warmup: int = 1
+
+    def cases(self) -> list[Case]:
+        """Returns all combinations, those on one cluster side by side."""
+        combinations = itertools.product(self.nodes, self.rate, self.accumulation, self.compute)
+        return [
+            Case(
+                num_nodes=nodes,
+                node_size=self.ranks,
+                rate=parse_rate(str(rate)) if nodes > 1 else None,
+                accumulation=accumulation,
+                compute=(compute[0], compute[1]),
+                model=self._model(),
+                microbatch_size=self.microbatch,
+                num_blocks=self.layers,
+                experiment=self.name,
+            )
+            for nodes, rate, accumulation, compute in combinations
+        ]
+
+    def _model(self) -> dict[str, Any]:
+        width = self.width
+        block = 12 * width**2 + 13 * width
+        return {
+            "name": "GPT-2",
+            "num_layers": self.layers,
+            "width": width,
+            "sequence_length": self.sequence,
+            "num_parameters": self.layers * block + (256 + self.sequence + 2) * width,
+        }
+
+    def contenders_of(self, case: Case) -> list[Contender]:
+        """Returns who is compared in a case; without shard sizes that its cluster cannot hold."""
+        topology = ClusterTopology(world_size=case.num_nodes * case.node_size, node_size=case.node_size)
+        parsed = (parse_contender(word, topology) for word in self.contenders)
+        return [contender for contender in parsed if contender is not None]
+
+    def check(self) -> None:
+        """Checks what can be checked before anything runs.
+
+        Raises:
+            MiCSConfigError: If a value cannot work; names it.
+        """
+        for name in ("ranks", "layers", "width", "sequence", "microbatch", "rounds", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise MiCSConfigError(f"{name}: {value!r} is not a whole number of at least 1. Try {name}: 2.")
+        if self.width % 64 and self.width > 64:
+            raise MiCSConfigError(f"width: {self.width} must be a multiple of 64. Try {self.width // 64 * 64}.")
+        for name in ("nodes", "rate", "accumulation", "compute", "contenders"):
+            if isinstance(getattr(self, name), str | int | float) or not getattr(self, name):
+                raise MiCSConfigError(f"{name}: {getattr(self, name)!r} must be a list, for example [1, 2].")
+        for pair in self.compute:
+            if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 0:
+                raise MiCSConfigError(f"compute: {pair!r} is not a pair of seconds. Try compute: [[0.01, 0.02]].")
+        for case in self.cases():
+            ClusterSpec(num_nodes=case.num_nodes, node_size=case.node_size, rate=case.rate)
+            self.contenders_of(case)
+
+
+def missing_packages(experiment: Experiment) -> list[str]:
+    """Returns, for each contender that cannot run here, why."""
+    reasons = (missing_package(c) for case in experiment.cases() for c in experiment.contenders_of(case))
+    return list(dict.fromkeys(reason for reason in reasons if reason is not None))
+
+
+def built_in_names() -> list[str]:
+    """Returns the names of the experiments that come with the package."""
+    folder = importlib.resources.files("lightning_mics.bench") / _FOLDER
+    return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_experiment(name_or_path: str) -> Experiment:
+    """Reads an experiment, by the name of one that comes with the package or from a YAML file.
+
+    Raises:
+        MiCSConfigError: If there is none, or something in it cannot work.
+    """
+    path = Path(name_or_path)
+    if name_or_path in built_in_names():
+        text = (importlib.resources.files("lightning_mics.bench") / _FOLDER / f"{name_or_path}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise MiCSConfigError(
+            f"{name_or_path!r} is neither an experiment of ours nor a file. Ours: {', '.join(built_in_names())}."
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MiCSConfigError(f"{name_or_path} is not YAML: {error}") from error
+    return parse_experiment(values, default_name=path.stem)
+
+
+def parse_experiment(values: object, default_name: str) -> Experiment:
+    """Builds and checks an experiment from a mapping of its settings."""
+    known = [entry.name for entry in dataclasses.fields(Experiment)]
+    if not isinstance(values, Mapping):
+        raise MiCSConfigError("An experiment must hold lines like 'nodes: [2, 4]'.")
+    for name in values:
+        if name not in known:
+            raise MiCSConfigError(f"Unknown setting {name!r} of an experiment. Known: {', '.join(known)}.")
+    experiment = Experiment(**{"name": default_name, **values})
+    experiment.check()
+    return experiment

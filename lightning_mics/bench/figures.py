@@ -1,0 +1,334 @@
+"""Figures of the benchmarks. A figure is drawn only where there is more than one point on its axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_mics.bench.report import (
+    HOPS,
+    OURS,
+    Summary,
+    along,
+    by_case,
+    format_number,
+    format_rate,
+    reference_of,
+    shared_conditions,
+)
+from lightning_mics.errors import MiCSError
+from lightning_mics.metrics import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Ours are blues; the others are the colours of Okabe and Ito, which colour-blind people can tell apart, without blue.
+_OUR_COLOURS = ("#08519c", "#3d8fd1", "#08306b", "#7fb8e6", "#9ecae1")
+_COLOURS = {
+    "full-sharding": "#d55e00",
+    "deepspeed-zero3": "#cc79a7",
+    "mesh-2d": "#e69f00",
+    "mesh-2d-no-sync": "#a67c00",
+    "fsdp2-flat": "#009e73",
+    "ddp": "#6f6f6f",
+}
+_SPARE_COLOURS = ("#882255", "#117733", "#444444")
+_HOP_COLOURS = ("#bdbdbd", "#08519c", "#56a0d8", "#e69f00", "#e8e8e8")
+_MARKERS = "osD^vPX*<>"
+_OUR_CURVE: Any = {"ls": "-", "lw": 2.6, "ms": 6, "zorder": 2}
+_OTHER_CURVE: Any = {"ls": (0, (4, 2)), "lw": 1.5, "ms": 8, "mfc": "none", "mew": 1.5, "zorder": 3}
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lightning-mics",
+}
+
+
+def require_matplotlib() -> None:
+    """Raises an error in words if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MiCSError(
+            "Figures need matplotlib, which is not installed: pip install 'lightning-mics[bench]'"
+        ) from error
+
+
+def draw(summaries: list[Summary], out: Path, prefix: str) -> list[Path]:
+    """Draws all figures that the summaries of one experiment have points for.
+
+    Args:
+        summaries: Summaries of one experiment.
+        out: An existing folder.
+        prefix: What the files' names begin with.
+
+    Returns:
+        The files, each figure as PNG and as SVG.
+    """
+    import matplotlib
+
+    files: list[Path] = []
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in _figures(summaries):
+            path = out / f"{prefix}-{name}"
+            figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            files += [path.with_suffix(".png"), path.with_suffix(".svg")]
+    return files
+
+
+def _figures(summaries: list[Summary]) -> Iterator[tuple[str, Figure]]:
+    """Yields the figures and their names: curves where the cases differ in one field, else bars of the largest case."""
+    colours = _colours(summaries)
+    curves: tuple[tuple[str, str, Callable[..., Figure]], ...] = (
+        ("scaling", "num_nodes", _scaling),
+        ("accumulation", "accumulation", _accumulation),
+        ("rate", "rate", _speed_up),
+    )
+    drawn = False
+    for name, axis, figure in curves:
+        groups = along(_with(summaries, axis), axis)
+        drawn = drawn or bool(groups)
+        yield from _numbered(name, [figure(group, colours) for group in groups])
+    if not drawn:
+        yield from _bars(_main_case(summaries), colours)
+
+
+def _bars(group: list[Summary], colours: dict[str, str]) -> Iterator[tuple[str, Figure]]:
+    if len(group) < 2:
+        return
+    yield "step-time", _step_time(group, colours)
+    if any(summary.minimum_bytes for summary in group) and any(summary.sent_bytes for summary in group):
+        yield "bytes", _bytes(group, colours)
+    if any(summary.hop_seconds for summary in group):
+        yield "hops", _hops(group)
+    if len({summary.contender.shard_size for summary in group if summary.is_ours}) > 1:
+        yield "shard-size", _shard_sizes(group)
+
+
+def _numbered(name: str, figures: list[Figure]) -> Iterator[tuple[str, Figure]]:
+    for number, figure in enumerate(figures, start=1):
+        yield name if len(figures) == 1 else f"{name}-{number}", figure
+
+
+def _with(summaries: list[Summary], axis: str) -> list[Summary]:
+    return [summary for summary in summaries if getattr(summary.case, axis) is not None]
+
+
+def _main_case(summaries: list[Summary]) -> list[Summary]:
+    """Returns the case with most contenders; of several, the one on most nodes."""
+    cases = list(by_case(summaries).values())
+    return max(cases, key=lambda group: (len(group), group[0].case.num_nodes), default=[])
+
+
+def _colours(summaries: list[Summary]) -> dict[str, str]:
+    """Returns a colour for each label."""
+    colours: dict[str, str] = {}
+    ours, spare = iter(_OUR_COLOURS * 9), iter(_SPARE_COLOURS * 9)
+    used = set()
+    for contender in (summary.contender for summary in summaries):
+        if contender.label in colours:
+            continue
+        colour = next(ours) if contender.name == OURS else _COLOURS.get(contender.name)
+        if colour is None or (contender.name != OURS and colour in used):
+            colour = next(spare)
+        colours[contender.label] = colour
+        used.add(colour)
+    return colours
+
+
+def _start(title: str, group: list[Summary], height: float, width: float = 8.0) -> tuple[Figure, Axes]:
+    """Returns an empty figure with its title, and the conditions that all of the group share below it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    conditions = shared_conditions(by_case(group), short=True)
+    axes.set_title(" ", fontsize=9)  # room for the conditions, which begin where the title does
+    figure.text(0.01, 1 - 0.33 / height, conditions, va="top", fontsize=9, color="#555555")
+    return figure, axes
+
+
+# Bars.
+
+
+def _start_bars(title: str, group: list[Summary], extra: float = 0.0) -> tuple[Figure, Axes]:
+    figure, axes = _start(title, group, 1.5 + 0.36 * len(group) + extra)
+    axes.set_yticks(range(len(group)), [summary.contender.label for summary in group])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    for label, summary in zip(axes.get_yticklabels(), group, strict=True):
+        label.set_fontweight("bold" if summary.is_ours else "normal")
+    return figure, axes
+
+
+def _bar_colours(group: list[Summary], colours: dict[str, str]) -> list[str]:
+    return [colours[summary.contender.label] for summary in group]
+
+
+def _write_values(axes: Axes, ends: list[float], texts: list[str]) -> None:
+    """Writes a text to the right of each bar, and makes room for it."""
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(0, max(ends) * 1.16 or 1)
+
+
+def _step_time(group: list[Summary], colours: dict[str, str]) -> Figure:
+    figure, axes = _start_bars("Time of an optimizer step", group)
+    spreads = [summary.step_seconds for summary in group]
+    medians = [spread.median for spread in spreads]
+    errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+    style = {"ecolor": "#222222", "capsize": 3, "elinewidth": 1.2}
+    axes.barh(range(len(group)), medians, 0.68, xerr=errors, color=_bar_colours(group, colours), error_kw=style)
+    _write_values(axes, [spread.upper for spread in spreads], [f"{format_number(value)} s" for value in medians])
+    axes.set_xlabel("seconds; median, with quartiles")
+    return figure
+
+
+def _bytes(group: list[Summary], colours: dict[str, str]) -> Figure:
+    figure, axes = _start_bars("Bytes that leave a node in an optimizer step", group, extra=0.25)
+    sent = [summary.sent_bytes or 0.0 for summary in group]
+    least = [summary.minimum_bytes for summary in group]
+    unit = next(size for size in (2**30, 2**20, 2**10, 1) if max(*sent, *least) >= size or size == 1)
+    scaled, marks = [value / unit for value in sent], [value / unit for value in least]
+    axes.barh(range(len(group)), scaled, 0.68, color=_bar_colours(group, colours))
+    for colour, width, size in (("white", 4.5, 300), ("black", 2.0, 260)):
+        line = axes.scatter(
+            marks, range(len(group)), s=size, c=colour, marker="|", linewidths=width, zorder=3, clip_on=False
+        )
+    texts = ["-" if summary.sent_bytes is None else format_bytes(summary.sent_bytes) for summary in group]
+    _write_values(axes, [max(pair) for pair in zip(scaled, marks, strict=True)], texts)
+    axes.set_xlabel(f"{ {2**30: 'GiB', 2**20: 'MiB', 2**10: 'KiB', 1: 'B'}[unit] }, median over nodes and rounds")
+    figure.legend([line], ["least that the algorithm has to send"], loc="outside lower right", markerscale=0.6)
+    return figure
+
+
+def _hops(group: list[Summary]) -> Figure:
+    figure, axes = _start_bars("Where the time of a step goes, on rank 0", group, extra=0.35)
+    left = [0.0] * len(group)
+    for hop, colour in zip(HOPS, _HOP_COLOURS, strict=True):
+        seconds = [summary.hop_seconds.get(hop, 0.0) for summary in group]
+        if not any(seconds):
+            continue
+        edge: dict[str, Any] = {"edgecolor": "#9a9a9a", "hatch": "////", "linewidth": 0} if hop == "other" else {}
+        name = {"compute": "compute (emulated)", "other": "other, not told apart"}.get(hop, hop)
+        axes.barh(range(len(group)), seconds, 0.68, left=left, color=colour, label=name, **edge)
+        left = [begin + more for begin, more in zip(left, seconds, strict=True)]
+    _write_values(axes, left, [f"{format_number(value)} s" for value in left])
+    axes.set_xlabel("exposed seconds of an optimizer step")
+    figure.legend(loc="outside lower center", ncols=len(HOPS), handlelength=1.2, columnspacing=1.2, fontsize=8.5)
+    return figure
+
+
+# Curves.
+
+
+def _curves(
+    axes: Axes, group: list[Summary], axis: str, value: Callable[[Summary], float], colours: dict[str, str]
+) -> None:
+    """Draws a curve for each label: ours solid, the others dashed above them, so that both show where they meet."""
+    labels = list(dict.fromkeys(summary.contender.label for summary in group))
+    for label, marker in zip(labels, _MARKERS * 9, strict=False):
+        chosen = [summary for summary in group if summary.contender.label == label]
+        points = sorted((getattr(summary.case, axis), value(summary)) for summary in chosen)
+        style = _OUR_CURVE if chosen[0].is_ours else _OTHER_CURVE
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colours[label], label=label, **style)
+    axes.grid()
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside right upper", handlelength=3)
+
+
+def _ticks(axes: Axes, values: set[Any], names: Callable[[Any], str] = str) -> None:
+    """Puts ticks at the measured values, on a logarithmic axis."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(values), [names(value) for value in sorted(values)])
+    axes.minorticks_off()
+
+
+def _scaling(group: list[Summary], colours: dict[str, str]) -> Figure:
+    figure, axes = _start("Throughput against nodes", group, 4.4, 9.0)
+    _curves(axes, group, "num_nodes", lambda summary: summary.throughput, colours)
+    nodes = sorted({summary.case.num_nodes for summary in group})
+    best = max(summary.throughput for summary in group if summary.case.num_nodes == nodes[0])
+    line = [best * count / nodes[0] for count in nodes]
+    axes.plot(nodes, line, color="#999999", ls=":", lw=1.6, label="linear, from the fastest", zorder=1)
+    axes.set_xticks(nodes)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("nodes")
+    axes.set_ylabel("samples a second")
+    _legend(figure)
+    return figure
+
+
+def _accumulation(group: list[Summary], colours: dict[str, str]) -> Figure:
+    figure, axes = _start("Time of an optimizer step against accumulation", group, 4.4, 9.0)
+    _curves(axes, group, "accumulation", lambda summary: summary.step_seconds.median, colours)
+    axes.set_xticks(sorted({summary.case.accumulation for summary in group}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("microsteps of an optimizer step")
+    axes.set_ylabel("seconds, median")
+    _legend(figure)
+    return figure
+
+
+def _speed_up(group: list[Summary], colours: dict[str, str]) -> Figure:
+    references = {case: reference_of(entries) for case, entries in by_case(group).items()}
+    label = next(iter(references.values())).contender.label
+    figure, axes = _start(f"Throughput relative to {label}", group, 4.4, 9.0)
+    others = [summary for summary in group if references[summary.case] is not summary]
+    _curves(axes, others, "rate", lambda entry: entry.throughput / references[entry.case].throughput, colours)
+    axes.axhline(1, color="#555555", lw=1.2, ls=":", label=label)
+    _ticks(axes, {summary.case.rate for summary in group}, format_rate)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rate of a node's link")
+    axes.set_ylabel("times the throughput")
+    _legend(figure)
+    return figure
+
+
+def _shard_sizes(group: list[Summary]) -> Figure:
+    figure, axes = _start("Time of an optimizer step against shard size", group, 4.0)
+    ours = [summary for summary in group if summary.is_ours]
+    kinds = (("flat collectives", False, _OUR_COLOURS[1], "s"), ("two-stage collectives", True, _OUR_COLOURS[2], "o"))
+    for name, hierarchical, colour, marker in kinds:
+        # A group inside a node has no second stage: it is a point of both curves.
+        chosen = [
+            summary
+            for summary in ours
+            if summary.contender.hierarchical is hierarchical or summary.contender.shard_size <= summary.case.node_size
+        ]
+        points = sorted(
+            ((summary.contender.shard_size, summary.step_seconds) for summary in chosen), key=lambda point: point[0]
+        )
+        if points:
+            _curve_with_quartiles(axes, points, name, colour, marker)
+    _ticks(axes, {summary.contender.shard_size for summary in ours})
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("shard size: ranks that hold one replica")
+    axes.set_ylabel("seconds, median with quartiles")
+    axes.grid()
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _curve_with_quartiles(axes: Axes, points: list[Any], name: str, colour: str, marker: str) -> None:
+    sizes, spreads = zip(*points, strict=True)
+    errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+    medians = [spread.median for spread in spreads]
+    axes.errorbar(sizes, medians, yerr=errors, color=colour, marker=marker, ms=6, lw=2, capsize=3, label=name)

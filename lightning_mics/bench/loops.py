@@ -1,0 +1,215 @@
+"""The training loop of each contender, as its users write it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_mics.bench.measure import StepClock, gradient_bytes
+from lightning_mics.bench.records import Case, Contender
+from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
+from lightning_mics.sharding import communication_ledger
+from lightning_mics.strategies.trainer import MiCSStrategy
+
+_LEARNING_RATE = 1e-3
+
+
+class _Microbatches(IterableDataset[Tensor]):
+    """This rank's microbatches, in order."""
+
+    def __init__(self, case: Case, count: int) -> None:
+        self._case, self._count = case, count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        spec = model_spec(self._case)
+        for number in range(self._count):
+            yield microbatch(spec, self._case.microbatch_size, number, dist.get_rank(), dist.get_world_size())
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def model_spec(case: Case) -> ModelSpec:
+    """Returns the model of a case."""
+    return ModelSpec(layers=case.model["num_layers"], width=case.model["width"], sequence=case.model["sequence_length"])
+
+
+def _prepare(case: Case, clock: StepClock) -> nn.Module:
+    model = build_model(model_spec(case))
+
+    def note(seconds: float) -> None:
+        clock.note("compute", seconds)
+        if not clock.is_measuring:  # looking for gradients costs time
+            clock.gradient_bytes = max(clock.gradient_bytes, gradient_bytes(model))
+
+    emulate_compute(model, case.compute, note)
+    return model
+
+
+class _Module(pl.LightningModule):
+    """What every contender under the Trainer trains."""
+
+    def __init__(self, case: Case, clock: StepClock, shard: Callable[[nn.Module], None] | None) -> None:
+        super().__init__()
+        self._clock, self._shard = clock, shard
+        self.model = _prepare(case, clock)
+
+    def configure_model(self) -> None:
+        if self._shard is not None:
+            self._shard(self.model)
+            self._shard = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        self._clock.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE)
+
+
+class _PlainModule(_Module):
+    """Without ``configure_model``, as DDP and MiCS take it."""
+
+    configure_model = pl.LightningModule.configure_model
+
+
+class _Timing(pl.Callback):
+    def __init__(self, case: Case, clock: StepClock) -> None:
+        self._case, self._clock = case, clock
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, MiCSStrategy):
+            self._clock.ledger = communication_ledger(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % self._case.accumulation == 0:
+            self._clock.window_begins()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 == self._clock.num_windows * self._case.accumulation:
+            self._clock.ends()
+
+
+def train(case: Case, contender: Contender, clock: StepClock) -> None:
+    """Trains a fresh model for as many windows as the clock wants. Every rank calls it."""
+    loops: dict[str, Callable[[Case, Contender, StepClock], None]] = {
+        "mesh-2d-no-sync": _train_with_fabric,
+        "deepspeed-zero3": _train_with_deepspeed,
+    }
+    loops.get(contender.name, _train_with_trainer)(case, contender, clock)
+
+
+def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> None:
+    world_size = dist.get_world_size()
+    strategy: Any
+    shard: Callable[[nn.Module], None] | None = None
+    if contender.name == "mics":
+        strategy = MiCSStrategy(
+            shard_size=contender.shard_size, hierarchical=contender.hierarchical, wrap=["GPT2Block"]
+        )
+    elif contender.name == "ddp":
+        strategy = DDPStrategy(process_group_backend="gloo")
+    else:
+        strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+        shard = functools.partial(_shard_with_fsdp2, mesh=_mesh(contender.shard_size))
+    module = (_Module if shard is not None else _PlainModule)(case, clock, shard)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=case.node_size,
+        num_nodes=case.num_nodes,
+        strategy=strategy,
+        accumulate_grad_batches=case.accumulation,
+        max_steps=clock.num_windows,
+        callbacks=[_Timing(case, clock)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    data = _Microbatches(case, clock.num_windows * case.accumulation)
+    trainer.fit(module, DataLoader(data, batch_size=None))
+
+
+@functools.cache
+def _mesh(shard_size: int) -> DeviceMesh:
+    """Returns one mesh for all rounds: groups are scarce."""
+    world_size = dist.get_world_size()
+    if shard_size == world_size:
+        return init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh("cpu", (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh) -> None:
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> None:
+    """A loop that defers all gradient synchronisation with ``no_backward_sync``, as Accelerate's ``no_sync`` does."""
+
+    def parallelize(model: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _shard_with_fsdp2(model, _mesh(contender.shard_size))
+        return model
+
+    strategy = FabricModelParallelStrategy(
+        parallelize_fn=parallelize, data_parallel_size=dist.get_world_size(), tensor_parallel_size=1
+    )
+    fabric = Fabric(accelerator="cpu", devices=case.node_size, num_nodes=case.num_nodes, strategy=strategy)
+    fabric.launch()
+    model = fabric.setup(_prepare(case, clock))
+    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE))
+    for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation)):
+        if number % case.accumulation == 0:
+            clock.window_begins()
+        is_last = number % case.accumulation == case.accumulation - 1
+        with fabric.no_backward_sync(model, enabled=not is_last):
+            loss = model(input_ids=batch, labels=batch).loss
+            clock.losses.append(loss.detach())
+            fabric.backward(loss / case.accumulation)
+        if is_last:
+            optimizer.step()
+            optimizer.zero_grad()
+    clock.ends()
+
+
+def _train_with_deepspeed(case: Case, contender: Contender, clock: StepClock) -> None:
+    import deepspeed
+
+    model = _prepare(case, clock)
+    settings = {
+        "train_micro_batch_size_per_gpu": case.microbatch_size,
+        "gradient_accumulation_steps": case.accumulation,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation)):
+        if number % case.accumulation == 0:
+            clock.window_begins()
+        loss = engine(input_ids=batch, labels=batch).loss
+        clock.losses.append(loss.detach())
+        engine.backward(loss)
+        engine.step()
+    clock.ends()
+    engine.destroy()

@@ -1,0 +1,200 @@
+"""Measuring one contender from inside its processes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import collectives, grad_sync
+from lightning_mics.metrics import CommLedger, Hop
+
+_COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
+
+
+def sent_bytes() -> int:
+    """Returns the bytes that left this node so far, by the kernel's counter; 0 on a node without a network."""
+    return int(_COUNTER.read_text()) if _COUNTER.exists() else 0
+
+
+class StepClock:
+    """Times optimizer steps and counts what they send.
+
+    A loop tells it when a window of microsteps begins and when the last one has ended. Windows before ``warmup`` are
+    not measured.
+
+    Args:
+        warmup: Windows to leave out.
+        steps: Windows to measure.
+    """
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.warmup, self.steps = warmup, steps
+        self.times: list[float] = []
+        self.losses: list[Tensor] = []
+        self.gradient_bytes = 0
+        self.ledger: CommLedger | None = None
+        self.hops: defaultdict[str, float] = defaultdict(float)
+        self._window = 0
+        self._sent = [0, 0]
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that the loop has to run."""
+        return self.warmup + self.steps
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the window in progress counts."""
+        return self.warmup < self._window <= self.num_windows
+
+    def window_begins(self) -> None:
+        """Notes the beginning of a window, which is the end of the one before."""
+        if self._window == self.warmup:
+            self._start()
+        elif self._window > self.warmup:
+            self.times.append(time.perf_counter())
+        self._window += 1
+
+    def ends(self) -> None:
+        """Notes the end of the last window."""
+        self.times.append(time.perf_counter())
+        self._window += 1
+        dist.barrier()
+        self._sent[1] = sent_bytes()
+
+    def _start(self) -> None:
+        self.hops.clear()
+        if self.ledger is not None:
+            self.ledger.reset()
+        dist.barrier()
+        self._sent[0] = sent_bytes()
+        self.times.append(time.perf_counter())
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Seconds of each measured step."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+    @property
+    def sent_a_step(self) -> float:
+        """Bytes that left this node in a step."""
+        return (self._sent[1] - self._sent[0]) / self.steps
+
+    def note(self, hop: str, seconds: float) -> None:
+        """Adds time for which this rank's main thread waited."""
+        if self.is_measuring:
+            self.hops[hop] += seconds
+
+    def hop_seconds(self) -> dict[str, float]:
+        """Returns where the time of a step went."""
+        spent = {hop: seconds / self.steps for hop, seconds in self.hops.items()}
+        mean = sum(self.step_seconds) / self.steps
+        return {**spent, "other": max(0.0, mean - sum(spent.values()))}
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Returns the memory of all gradients that a rank holds, sharded, whole and partial ones."""
+    tensors = [param.grad for param in model.parameters()]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            for group in state._fsdp_param_groups:
+                tensors += [getattr(group, "_partial_reduce_output", None)]
+                for param in group.fsdp_params:
+                    whole = getattr(param, "_unsharded_param", None)
+                    tensors += [param.sharded_param.grad, param.unsharded_accumulated_grad]
+                    tensors += [whole.grad if whole is not None else None]
+    sizes = {}
+    for tensor in tensors:
+        if tensor is not None:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            sizes[local.data_ptr()] = local.nbytes
+    return sum(sizes.values())
+
+
+class ResidentMemory:
+    """The growth of this process's resident memory since the object was made, as the kernel counts it."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self._before = _status("VmRSS")
+
+    def peak_growth(self) -> int:
+        """Returns the most bytes that the process has grown by."""
+        return max(0, _status("VmHWM") - self._before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field} in /proc/self/status")
+
+
+@contextmanager
+def timed_hops(clock: StepClock) -> Iterator[None]:
+    """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
+    gather, reduce, replicate = (hop.value for hop in Hop)
+    with ExitStack() as stack:
+        for owner, name, hop in (
+            (_fsdp_collectives.DefaultAllGather, "__call__", gather),
+            (_fsdp_collectives.DefaultReduceScatter, "__call__", reduce),
+            (collectives.FlatAllGather, "__call__", gather),
+            (collectives.HierarchicalAllGather, "__call__", gather),
+            (collectives.FlatReduceScatter, "__call__", reduce),
+            (collectives.HierarchicalReduceScatter, "__call__", reduce),
+            (grad_sync.UnitGradients, "wait", replicate),
+            (grad_sync.ReplicationSync, "_agree", replicate),
+            (_FsdpDist, "all_reduce", replicate),
+        ):
+            stack.enter_context(_timed(owner, name, functools.partial(clock.note, hop)))
+        yield
+
+
+class _FsdpDist:
+    """Stands for ``torch.distributed`` in FSDP2's collectives, so that its all-reduce can be timed apart."""
+
+    all_reduce = staticmethod(dist.all_reduce)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+
+@contextmanager
+def _timed(owner: Any, name: str, note: Callable[[float], None]) -> Iterator[None]:
+    original = owner.__dict__[name]
+    call = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(call)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = call(*args, **kwargs)
+        note(time.perf_counter() - begin)
+        return result
+
+    setattr(owner, name, staticmethod(timed) if isinstance(original, staticmethod) else timed)
+    module_dist = _fsdp_collectives.dist
+    if owner is _FsdpDist:
+        _fsdp_collectives.dist = _FsdpDist()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+        _fsdp_collectives.dist = module_dist

@@ -1,0 +1,113 @@
+"""What each rank of a benchmark runs; started by torchrun on every node."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_mics.bench.contenders import least_bytes
+from lightning_mics.bench.loops import model_spec, train
+from lightning_mics.bench.measure import ResidentMemory, StepClock, timed_hops
+from lightning_mics.bench.records import Case, Contender, Record, append
+from lightning_mics.bench.workload import blocks_of, build_model
+from lightning_mics.metrics import Hop
+
+
+def main() -> None:
+    """Measures what a plan file lists, one after another."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("plan", type=Path)
+    plan = json.loads(parser.parse_args().plan.read_text())
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    dist.init_process_group("gloo")
+    current = Path(plan["current"])
+    for number, item in enumerate(plan["measurements"]):
+        case, contender = Case(**item["case"]), Contender(**item["contender"])
+        if dist.get_rank() == 0:
+            current.write_text(str(number))
+        facts = measure(case, contender, plan["warmup"], plan["steps"])
+        if dist.get_rank() == 0:
+            append(
+                Path(plan["results"]),
+                Record(run=plan["run"], case=case, contender=contender, round=item["round"], status="ok", **facts),
+            )
+    if dist.get_rank() == 0:
+        current.write_text(str(len(plan["measurements"])))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[str, Any]:
+    """Trains one contender and returns what a record says of it. Collective over the world.
+
+    Args:
+        case: The conditions.
+        contender: Who trains.
+        warmup: Optimizer steps before those that are measured.
+        steps: Optimizer steps that are measured.
+    """
+    memory = ResidentMemory()
+    clock = StepClock(warmup, steps)
+    with timed_hops(clock):
+        train(case, contender, clock)
+    grown = memory.peak_growth()
+    model = build_model(model_spec(case))
+    blocks = sum(param.numel() * 4 for block in blocks_of(model) for param in block.parameters())
+    root = sum(param.numel() * 4 for param in model.parameters()) - blocks
+    facts = {
+        "step_seconds": clock.step_seconds,
+        "losses": _mean_losses(clock, case.accumulation),
+        "sent_bytes": _from_each_node(clock.sent_a_step, case.node_size),
+        "minimum_bytes": least_bytes(case, contender, blocks, root),
+        "hop_seconds": clock.hop_seconds(),
+        "gradient_bytes": _largest(clock.gradient_bytes),
+        "process_bytes": _largest(grown),
+        "samples": dist.get_world_size() * case.microbatch_size * case.accumulation,
+        **_ledger_facts(clock),
+    }
+    del model, clock
+    gc.collect()
+    return facts
+
+
+def _ledger_facts(clock: StepClock) -> dict[str, Any]:
+    if clock.ledger is None:
+        return {}
+    hops = clock.ledger.by_hop()
+    return {
+        "ledger_bytes": sum(hops[hop].inter_bytes for hop in Hop) / clock.steps,
+        "ledger_calls": {hop.value: hops[hop].calls / clock.steps for hop in Hop},
+    }
+
+
+def _mean_losses(clock: StepClock, accumulation: int) -> list[float]:
+    losses = torch.stack(clock.losses).float()
+    dist.all_reduce(losses, op=dist.ReduceOp.AVG)
+    return losses.view(-1, accumulation).mean(dim=1).tolist()
+
+
+def _from_each_node(sent: float, node_size: int) -> list[float]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sent)
+    return everyone[::node_size]
+
+
+def _largest(count: float) -> float:
+    tensor = torch.tensor(float(count), dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+if __name__ == "__main__":
+    main()
