@@ -23,6 +23,7 @@ __all__ = [
     "batched",
     "current_backward_id",
     "forget_dtensor_meshes",
+    "gather_beside",
     "is_gloo",
     "is_premul_sum",
     "queue_backward_callback",
@@ -117,6 +118,11 @@ class UnitParam:
             self._fsdp_param.unsharded_accumulated_grad is not None
         )
 
+    @property
+    def has_gradient_hooks(self) -> bool:
+        """Whether somebody wants to hear of each reduced gradient at once."""
+        return bool(getattr(self.sharded, "_post_accumulate_grad_hooks", None))
+
     def fill_zero_grad(self) -> None:
         """Gives the gathered parameter a zero gradient, so that every rank reduces the same set of parameters."""
         unsharded = self._fsdp_param._unsharded_param
@@ -161,6 +167,16 @@ class UnitParamGroup:
         """Frees gathered parameters, so that the next forward pass gathers their new values."""
         self._group.reshard()
 
+    def discard_prefetched(self) -> bool:
+        """Drops parameters that were gathered ahead of a use that did not come, and would grow stale."""
+        result = self._group._all_gather_result
+        if result is None:
+            return False
+        if isinstance(result.all_gather_work, dist.Work):
+            result.all_gather_work.wait()
+        self._group._all_gather_result = None
+        return True
+
     def wait_reduce_stream(self) -> None:
         """Makes the current stream wait for the work that :meth:`reduce_stream` launched."""
         context = self._group.comm_ctx
@@ -177,7 +193,17 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     return [UnitParamGroup(group) for group in groups]
 
 
-def tend_root(root: nn.Module, on_backward: Callable[[], None], on_failure: Callable[[], None]) -> None:
+def gather_beside(module: FSDPModule) -> None:
+    """Makes a unit's gathers asynchronous, so that those started ahead run beside the computation."""
+    module._set_unshard_async_op(True)
+
+
+def tend_root(
+    root: nn.Module,
+    on_forward_end: Callable[[], None],
+    on_backward: Callable[[], None],
+    on_failure: Callable[[], None],
+) -> None:
     """Mends habits of FSDP2 around the root's forward and backward pass.
 
     A registered forward method may call ``forward``, as a ``training_step`` does; FSDP2 would take the end of the inner
@@ -186,6 +212,7 @@ def tend_root(root: nn.Module, on_backward: Callable[[], None], on_failure: Call
 
     Args:
         root: The root FSDP module.
+        on_forward_end: Called at the end of each forward pass of the root.
         on_backward: Called when a backward pass reaches the root, behind FSDP2's own preparations.
         on_failure: Called before the first forward pass after one that failed, or whose backward pass did.
     """
@@ -208,6 +235,7 @@ def tend_root(root: nn.Module, on_backward: Callable[[], None], on_failure: Call
         if running:
             return output
         output = post_forward(module, args, output)
+        on_forward_end()
         if not torch.is_grad_enabled():
             root.reshard()
         return output

@@ -86,7 +86,26 @@ class FlatAllGather(_Allocate, AllGather):
         return communication_thread.run(lambda: ring_all_gather([[shard] for shard in shards], group), async_op)
 
 
-class FlatReduceScatter(_Allocate, ReduceScatter):
+class DeferrableReduceScatter(_Allocate, ReduceScatter):
+    """A reduce-scatter that can run beside the backward pass, where a ring carries it.
+
+    FSDP2 takes the output for finished when the call returns; whoever sets ``defer`` waits for ``pending`` and keeps
+    the output from being read before that.
+    """
+
+    defer = False
+    pending: dist.Work | None = None
+
+    def _run_on_ring(self, reduce: Callable[[], None], op: object, async_op: bool) -> dist.Work | None:
+        # Anything but an average is divided by FSDP2 as soon as the call returns.
+        defers = self.defer and op == dist.ReduceOp.AVG
+        work = communication_thread.run(reduce, async_op or defers)
+        if defers:
+            self.pending = work
+        return work
+
+
+class FlatReduceScatter(DeferrableReduceScatter):
     """One collective over the whole partition group.
 
     Args:
@@ -110,7 +129,7 @@ class FlatReduceScatter(_Allocate, ReduceScatter):
         if not runs_on_ring(input_tensor, group, op):
             return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
         parts = list(input_tensor.view(group.size(), -1))
-        return communication_thread.run(lambda: ring_reduce_scatter(output_tensor, parts, group, op), async_op)
+        return self._run_on_ring(lambda: ring_reduce_scatter(output_tensor, parts, group, op), op, async_op)
 
 
 class HierarchicalAllGather(_Allocate, AllGather):
@@ -166,7 +185,7 @@ class HierarchicalAllGather(_Allocate, AllGather):
         ring_all_gather([list(blocks[:, rank]) for rank in range(self._intra.size())], self._intra)
 
 
-class HierarchicalReduceScatter(_Allocate, ReduceScatter):
+class HierarchicalReduceScatter(DeferrableReduceScatter):
     """A reduce-scatter inside nodes, then across them.
 
     Args:
@@ -198,7 +217,7 @@ class HierarchicalReduceScatter(_Allocate, ReduceScatter):
         blocks = input_tensor.view(num_nodes, -1)
         if runs_on_ring(input_tensor, self._inter, op):
             parts = input_tensor.view(num_nodes, local_size, -1).transpose(0, 1)
-            return communication_thread.run(lambda: self._reduce_on_rings(output_tensor, parts, op), async_op)
+            return self._run_on_ring(lambda: self._reduce_on_rings(output_tensor, parts, op), op, async_op)
         if local_size == 1:
             inside = input_tensor
         else:

@@ -42,6 +42,7 @@ from lightning_mics.errors import MiCSError, SelfCheckError, UnsyncedGradientsEr
 from lightning_mics.metrics import CommLedger, Hop
 
 if TYPE_CHECKING:
+    from lightning_mics.collectives import DeferrableReduceScatter
     from lightning_mics.mesh import MiCSMesh
     from lightning_mics.verify import SelfCheck
 
@@ -76,8 +77,15 @@ class UnitGradients:
         self._accumulator: Tensor | None = None
         self._accumulated: list[UnitParam] = []
         self._written: list[tuple[int, ...] | None] = []
+        self._reducing: list[UnitParam] = []
         self._work: dist.Work | None = None
         self._in_flight: Tensor | None = None
+        self._reducer: DeferrableReduceScatter | None = None
+        self._earlier: list[Tensor | None] | None = None
+
+    def overlap_with(self, reducer: DeferrableReduceScatter) -> None:
+        """Lets hop one run beside the backward pass, where its result need not be touched at once."""
+        self._reducer = reducer
 
     @property
     def trainable(self) -> list[UnitParam]:
@@ -107,8 +115,50 @@ class UnitGradients:
         self.num_reductions += runs
         if runs and self._keeps_accumulator(params, deferring):
             self._reduce_exactly(params, reduce_scatter)
+        elif runs and self._reducer is not None and self._is_left_alone(params):
+            self._reduce_beside(params, reduce_scatter, self._reducer)
         else:
             reduce_scatter()
+
+    def _is_left_alone(self, params: list[UnitParam]) -> bool:
+        """Returns whether FSDP2 and the user only read a reduced gradient after the pass."""
+        return all(
+            self._reduce_dtype in (None, param.sharded.dtype) and not param.has_gradient_hooks for param in params
+        )
+
+    def _reduce_beside(
+        self, params: list[UnitParam], reduce_scatter: Callable[[], None], reducer: DeferrableReduceScatter
+    ) -> None:
+        """Starts hop one; :meth:`settle` ends it. Until then gradients of earlier microsteps are set aside."""
+        self._earlier = [param.sharded.grad for param in params]
+        self._reducing = params
+        for param in params:
+            param.sharded.grad = None
+        reducer.defer = True
+        try:
+            reduce_scatter()
+        finally:
+            reducer.defer = False
+
+    @property
+    def is_reducing(self) -> bool:
+        """Whether hop one runs beside the pass."""
+        return self._earlier is not None
+
+    def settle(self) -> None:
+        """Waits for hop one, where it runs beside the pass, and adds up."""
+        if self._reducer is None or self._earlier is None:
+            return
+        work, self._reducer.pending = self._reducer.pending, None
+        earlier, self._earlier = self._earlier, None
+        if work is not None:
+            work.wait()
+        for param, grad in zip(self._reducing, earlier, strict=True):
+            if grad is not None:
+                if param.sharded.grad is not None:  # an exception may have come before FSDP2 set it
+                    _local(grad).add_(_local(param.sharded.grad))
+                param.sharded.grad = grad
+        self._reducing = []
 
     def _keeps_accumulator(self, params: list[UnitParam], deferring: bool) -> bool:
         if params != self._accumulated or self._grad_states(params) != self._written:  # cleared, or changed by the user
@@ -171,6 +221,7 @@ class UnitGradients:
         """Forgets a pass that an exception ended. What its hop two brings is not wanted any more."""
         if self._work is not None:
             self._work.wait()
+        self.settle()
         for param in self.group.params:
             param.drop_unsharded_grad()
         self._work = self._in_flight = self._accumulator = None
@@ -265,6 +316,7 @@ class ReplicationSync:
         self._self_check = self_check
         self._pass: weakref.ref[Callable[[], None]] | None = None
         self._ready: set[UnitGradients] = set()
+        self._unsettled: UnitGradients | None = None
         self._next = 0
         self._order_hash = 0
         # Backward reaches the last unit first and the root, which holds what is left, at its end.
@@ -289,14 +341,24 @@ class ReplicationSync:
                     "Gradient synchronisation was switched off with set_requires_gradient_sync(False), which keeps "
                     "whole unsharded gradients. Use lightning_mics.defer_replication_sync(model) instead."
                 )
+            self._settle()
             if unit.launched:
                 unit.wait()
                 unit.needs_relaunch = True
             unit.reduce(reduce_scatter, deferring=self.deferring)
-            if self._overlap and self.has_replicas and not self.deferring:
-                self._launch_ready(unit)
+            self._unsettled = unit
+            if not unit.is_reducing:
+                self._settle()
 
         return around
+
+    def _settle(self) -> None:
+        """Ends hop one of the unit before, which ran beside the pass, so that its hop two can begin."""
+        unit, self._unsettled = self._unsettled, None
+        if unit is not None:
+            unit.settle()
+            if self._overlap and self.has_replicas and not self.deferring:
+                self._launch_ready(unit)
 
     def _launch_ready(self, unit: UnitGradients) -> None:
         """Launches units as they come, but never out of order."""
@@ -331,7 +393,7 @@ class ReplicationSync:
         """Forgets a pass that an exception ended on all ranks; its gradients are the user's to keep or clear."""
         for unit in self.units:
             unit.abandon()
-        self._pass = None
+        self._pass = self._unsettled = None
         self._ready.clear()
         self._next = self._order_hash = self.num_microsteps = 0
         if self._self_check is not None:
@@ -345,6 +407,7 @@ class ReplicationSync:
         self._next = 0
 
     def _end_of_backward(self) -> None:
+        self._settle()
         self._pass = None
         self.num_microsteps += 1
         if self.deferring:

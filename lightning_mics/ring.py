@@ -77,7 +77,7 @@ def ring_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: dist.Pro
         output /= size
 
 
-class _ThreadedWork(dist.Work):
+class ThreadedWork(dist.Work):
     """Handle of a collective that the communication thread runs. FSDP2 only waits on a ``dist.Work``."""
 
     def __init__(self, future: Future[None]) -> None:
@@ -85,10 +85,12 @@ class _ThreadedWork(dist.Work):
         self._future = future
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Waits for the collective, and raises what it raised."""
         self._future.result(timeout.total_seconds() or None)
         return True
 
     def is_completed(self) -> bool:
+        """Returns whether the collective has ended, well or not."""
         return self._future.done()
 
 
@@ -120,7 +122,7 @@ class CommunicationThread:
             # A daemon: a collective whose peers are gone must not keep the process alive.
             self._thread = threading.Thread(target=self._work, name="mics-communication", daemon=True)
             self._thread.start()
-        work = _ThreadedWork(future)
+        work = ThreadedWork(future)
         if async_op:
             return work
         work.wait()

@@ -30,12 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_mics._compat import (
     AllGather,
-    ReduceScatter,
     tend_root,
     unit_param_groups,
     unshard_outside_inference_mode,
 )
 from lightning_mics.collectives import (
+    DeferrableReduceScatter,
     FlatAllGather,
     FlatReduceScatter,
     HierarchicalAllGather,
@@ -56,6 +56,7 @@ from lightning_mics.mesh import (
     resolve_hierarchical,
 )
 from lightning_mics.metrics import CommLedger, Hop
+from lightning_mics.prefetch import ForwardPrefetch
 from lightning_mics.topology import ClusterTopology
 from lightning_mics.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
@@ -232,8 +233,9 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
         _cast_inputs_of_norms([module for module in _modules_outside(model, {m for unit in units for m in unit})])
     # The hazard it tells of, changing a returned view in place, ends in an error; and nothing need be done about it.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view")
-    sync = _connect(leaders, unit_names, config, mesh, ledger)
-    tend_root(model, on_backward=sync.begin_backward, on_failure=sync.abandon)
+    sync, prefetch = _connect(leaders, unit_names, config, mesh, ledger)
+    on_forward_end = prefetch.forward_ended if prefetch is not None else _nothing
+    tend_root(model, on_forward_end=on_forward_end, on_backward=sync.begin_backward, on_failure=sync.abandon)
     attach_sync(model, sync)
     _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
     return model
@@ -307,10 +309,14 @@ def _apply_fully_shard(unit: Unit, config: MiCSConfig, mesh: MiCSMesh, *, is_roo
     )
 
 
+def _nothing() -> None:
+    pass
+
+
 def _connect(
     leaders: list[Unit], names: list[str], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger
-) -> ReplicationSync:
-    """Gives each unit its collectives, and all units their second hop."""
+) -> tuple[ReplicationSync, ForwardPrefetch | None]:
+    """Gives each unit its collectives, all units their second hop, and what has no streams its overlap."""
     groups = []
     for unit, name in zip(leaders, names, strict=True):
         groups += [(name, group) for group in unit_param_groups(unit[0])]
@@ -324,17 +330,26 @@ def _connect(
         overlap=not config.cpu_offload,
         self_check=SelfCheck(mesh, ledger) if config.verify else None,
     )
-    for index, (unit, name) in enumerate(zip(leaders, names, strict=True)):
-        gather, reduce = _collectives(mesh, _recorder(sync, ledger, name, index, mesh.hierarchical))
-        module = unit[0]
-        assert isinstance(module, FSDPModule)
+    modules = [unit[0] for unit in leaders if isinstance(unit[0], FSDPModule)]
+    overlaps = mesh.device_mesh.device_type == "cpu" and not config.cpu_offload
+    prefetch = ForwardPrefetch(modules, [group for _, group in groups]) if overlaps else None
+    gradients = {unit.name: unit for unit in sync.units}
+    for index, (module, name) in enumerate(zip(modules, names, strict=True)):
+        gather, reduce = _collectives(mesh, _recorder(sync, prefetch, ledger, name, index, mesh.hierarchical))
         module.set_custom_all_gather(gather)
         module.set_custom_reduce_scatter(reduce)
-    return sync
+        if overlaps and name in gradients:
+            gradients[name].overlap_with(reduce)
+    return sync, prefetch
 
 
 def _recorder(
-    sync: ReplicationSync, ledger: CommLedger, unit: str, index: int, hierarchical: bool
+    sync: ReplicationSync,
+    prefetch: ForwardPrefetch | None,
+    ledger: CommLedger,
+    unit: str,
+    index: int,
+    hierarchical: bool,
 ) -> Callable[[Hop], OnCall]:
     def recorder(hop: Hop) -> OnCall:
         kind = 0 if hop is Hop.PARTITION_GATHER else 1
@@ -342,13 +357,15 @@ def _recorder(
         def on_call(message_bytes: int) -> None:
             ledger.record(unit, hop, message_bytes, hierarchical=hierarchical)
             sync.note_collective(index, kind)
+            if prefetch is not None and hop is Hop.PARTITION_GATHER:
+                prefetch.note_gather(index)
 
         return on_call
 
     return recorder
 
 
-def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[AllGather, ReduceScatter]:
+def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[AllGather, DeferrableReduceScatter]:
     on_gather, on_reduce = recorder(Hop.PARTITION_GATHER), recorder(Hop.PARTITION_REDUCE)
     if mesh.intra_group is None or mesh.inter_group is None:
         return FlatAllGather(on_gather), FlatReduceScatter(on_reduce)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import collectives, grad_sync
+from lightning_mics import collectives, grad_sync, ring
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -160,6 +160,8 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (collectives.HierarchicalAllGather, "__call__", gather),
             (collectives.FlatReduceScatter, "__call__", reduce),
             (collectives.HierarchicalReduceScatter, "__call__", reduce),
+            (ring.ThreadedWork, "wait", gather),
+            (grad_sync.UnitGradients, "settle", reduce),
             (grad_sync.UnitGradients, "wait", replicate),
             (grad_sync.ReplicationSync, "_agree", replicate),
             (_FsdpDist, "all_reduce", replicate),
@@ -177,6 +179,9 @@ class _FsdpDist:
         return getattr(dist, name)
 
 
+_running: list[str] = []  # timed calls of the main thread
+
+
 @contextmanager
 def _timed(owner: Any, name: str, note: Callable[[float], None]) -> Iterator[None]:
     original = owner.__dict__[name]
@@ -184,10 +189,15 @@ def _timed(owner: Any, name: str, note: Callable[[float], None]) -> Iterator[Non
 
     @functools.wraps(call)
     def timed(*args: Any, **kwargs: Any) -> Any:
+        if _running:  # what is inside of another counts with that
+            return call(*args, **kwargs)
+        _running.append(name)
         begin = time.perf_counter()
-        result = call(*args, **kwargs)
-        note(time.perf_counter() - begin)
-        return result
+        try:
+            return call(*args, **kwargs)
+        finally:
+            note(time.perf_counter() - begin)
+            _running.pop()
 
     setattr(owner, name, staticmethod(timed) if isinstance(original, staticmethod) else timed)
     module_dist = _fsdp_collectives.dist
