@@ -151,6 +151,11 @@ class UnitParamGroup:
         """The device on which the unit communicates."""
         return self._group.device
 
+    def gathered_bytes(self, dtype: torch.dtype | None) -> int:
+        """Returns the size of the unit's gathered parameters, in ``dtype`` or in their own."""
+        sizes = ((param.padded_shard_numel, (dtype or param.sharded.dtype).itemsize) for param in self.params)
+        return sum(numel * itemsize for numel, itemsize in sizes) * self._group.mesh_info.shard_mesh_size
+
     @property
     def reduces_gradients(self) -> bool:
         """Whether the unit reduces gradients in backward (``False`` under ``set_requires_gradient_sync(False)``)."""

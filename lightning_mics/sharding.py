@@ -58,6 +58,7 @@ from lightning_mics.mesh import (
 from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.prefetch import ForwardPrefetch
 from lightning_mics.topology import ClusterTopology
+from lightning_mics.tuning import choose_stages
 from lightning_mics.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
 
@@ -334,8 +335,11 @@ def _connect(
     overlaps = mesh.device_mesh.device_type == "cpu" and not config.cpu_offload
     prefetch = ForwardPrefetch(modules, [group for _, group in groups]) if overlaps else None
     gradients = {unit.name: unit for unit in sync.units}
+    stages = _choose_stages([unit[0] for unit in leaders], config, mesh)
     for index, (module, name) in enumerate(zip(modules, names, strict=True)):
-        gather, reduce = _collectives(mesh, _recorder(sync, prefetch, ledger, name, index, mesh.hierarchical))
+        hierarchical = stages[index]
+        recorder = _recorder(sync, prefetch, ledger, name, index, hierarchical)
+        gather, reduce = _collectives(mesh, recorder, hierarchical)
         module.set_custom_all_gather(gather)
         module.set_custom_reduce_scatter(reduce)
         if overlaps and name in gradients:
@@ -365,9 +369,20 @@ def _recorder(
     return recorder
 
 
-def _collectives(mesh: MiCSMesh, recorder: Callable[[Hop], OnCall]) -> tuple[AllGather, DeferrableReduceScatter]:
+def _choose_stages(modules: Sequence[nn.Module], config: MiCSConfig, mesh: MiCSMesh) -> list[bool]:
+    """Returns for each unit whether its collectives run in two stages."""
+    if not mesh.hierarchical or config.hierarchical is True:
+        return [mesh.hierarchical] * len(modules)
+    dtype = as_dtype(config.param_dtype)
+    groups = [unit_param_groups(module) for module in modules]
+    return choose_stages(mesh, [sum(group.gathered_bytes(dtype) for group in unit) for unit in groups])
+
+
+def _collectives(
+    mesh: MiCSMesh, recorder: Callable[[Hop], OnCall], hierarchical: bool
+) -> tuple[AllGather, DeferrableReduceScatter]:
     on_gather, on_reduce = recorder(Hop.PARTITION_GATHER), recorder(Hop.PARTITION_REDUCE)
-    if mesh.intra_group is None or mesh.inter_group is None:
+    if not hierarchical or mesh.intra_group is None or mesh.inter_group is None:
         return FlatAllGather(on_gather), FlatReduceScatter(on_reduce)
     return (
         HierarchicalAllGather(mesh.intra_group, mesh.inter_group, on_gather),
