@@ -51,12 +51,16 @@ def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
 def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack: str) -> Contender | None:
     size, kind = details[0], details[1] if len(details) > 1 else None
     words = {"node": topology.node_size, "world": topology.world_size}
-    if (size not in words and not size.isdigit()) or kind not in (None, "flat", "hierarchical"):
+    is_size = size in words or size.isdecimal()
+    if not is_size or kind not in (None, "flat", "hierarchical") or len(details) > 2:
         raise MiCSConfigError(f"contenders: {word!r} is unknown. Try mics:node, mics:4:flat or mics:4:hierarchical.")
     wanted = words[size] if size in words else int(size)
     if wanted > topology.world_size:
         return None
-    layout = topology.layout(wanted)
+    try:
+        layout = topology.layout(wanted)
+    except MiCSConfigError as error:
+        raise MiCSConfigError(f"contenders: {word!r} cannot work: {error}") from error
     can_be_hierarchical = layout.spans_nodes and layout.local_size > 1
     if kind == "hierarchical" and not can_be_hierarchical:
         return None

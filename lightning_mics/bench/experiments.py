@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ class Experiment:
     warmup: int = 1
 
     def cases(self) -> list[Case]:
-        """Returns all combinations, those on one cluster side by side."""
+        """Returns all different combinations, those on one cluster side by side."""
         combinations = itertools.product(self.nodes, self.rate, self.accumulation, self.compute)
-        return [
+        cases = (
             Case(
                 num_nodes=nodes,
                 node_size=self.ranks,
@@ -75,7 +76,8 @@ class Experiment:
                 experiment=self.name,
             )
             for nodes, rate, accumulation, compute in combinations
-        ]
+        )
+        return list(dict.fromkeys(cases))
 
     def _model(self) -> dict[str, Any]:
         width = self.width
@@ -92,7 +94,7 @@ class Experiment:
         """Returns who is compared in a case; without shard sizes that its cluster cannot hold."""
         topology = ClusterTopology(world_size=case.num_nodes * case.node_size, node_size=case.node_size)
         parsed = (parse_contender(word, topology) for word in self.contenders)
-        return [contender for contender in parsed if contender is not None]
+        return list(dict.fromkeys(contender for contender in parsed if contender is not None))
 
     def check(self) -> None:
         """Checks what can be checked before anything runs.
@@ -100,21 +102,62 @@ class Experiment:
         Raises:
             MiCSConfigError: If a value cannot work; names it.
         """
-        for name in ("ranks", "layers", "width", "sequence", "microbatch", "rounds", "steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MiCSConfigError(f"{name}: {value!r} is not a whole number of at least 1. Try {name}: 2.")
+        if not isinstance(self.name, str):
+            raise MiCSConfigError(f"name: {self.name!r} is not a text. Try name: '{self.name}'.")
+        for name, least in _LEAST.items():
+            _check_number(name, getattr(self, name), least)
         if self.width % 64 and self.width > 64:
             raise MiCSConfigError(f"width: {self.width} must be a multiple of 64. Try {self.width // 64 * 64}.")
         for name in ("nodes", "rate", "accumulation", "compute", "contenders"):
-            if isinstance(getattr(self, name), str | int | float) or not getattr(self, name):
-                raise MiCSConfigError(f"{name}: {getattr(self, name)!r} must be a list, for example [1, 2].")
+            value, example = getattr(self, name), list(_EXAMPLES[name])
+            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                raise MiCSConfigError(f"{name}: {value!r} is not a list with something in it. Try {name}: {example}.")
+        for name in ("nodes", "accumulation"):
+            for value in getattr(self, name):
+                _check_number(name, value, least=1)
         for pair in self.compute:
-            if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < 0:
+            if not _is_pair_of_seconds(pair):
                 raise MiCSConfigError(f"compute: {pair!r} is not a pair of seconds. Try compute: [[0.01, 0.02]].")
-        for case in self.cases():
-            ClusterSpec(num_nodes=case.num_nodes, node_size=case.node_size, rate=case.rate)
-            self.contenders_of(case)
+        for rate in self.rate:
+            with _naming("rate"):
+                parse_rate(str(rate))
+        for nodes in self.nodes:
+            with _naming("nodes"):
+                ClusterSpec(num_nodes=nodes, node_size=self.ranks, rate=None)
+        compared = [self.contenders_of(case) for case in self.cases()]
+        if not any(compared):
+            raise MiCSConfigError(f"contenders: none of {list(self.contenders)} fits a cluster. Try [mics:node].")
+
+
+# A sample of one token would have nothing to predict.
+_LEAST = {"ranks": 1, "layers": 1, "width": 1, "sequence": 2, "microbatch": 1, "rounds": 1, "steps": 1, "warmup": 0}
+_EXAMPLES: dict[str, Sequence[Any]] = {
+    "nodes": (2, 4),
+    "rate": ("100mbit",),
+    "accumulation": (1, 4),
+    "compute": ([0.01, 0.02],),
+    "contenders": ("full-sharding", "mics:node"),
+}
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MiCSConfigError(f"{name}: {value!r} is not a whole number of at least {least}. Try 2.")
+
+
+def _is_pair_of_seconds(pair: object) -> bool:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in pair)
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Puts a setting before the words of an error that knows it by another name."""
+    try:
+        yield
+    except MiCSConfigError as error:
+        raise MiCSConfigError(f"{setting}: {error}") from error
 
 
 def missing_packages(experiment: Experiment) -> list[str]:

@@ -199,6 +199,7 @@ def _train_with_deepspeed(case: Case, contender: Contender, clock: StepClock) ->
         "train_micro_batch_size_per_gpu": case.microbatch_size,
         "gradient_accumulation_steps": case.accumulation,
         "zero_optimization": {"stage": 3},
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -146,13 +146,27 @@ class Grid:
     groups: list[object]
     left: int = 1
 
-    def to_rich(self) -> Table:
-        """Returns the table for a terminal."""
+    def to_rich(self, columns: Sequence[str] | None = None) -> Table:
+        """Returns the table for a terminal, where what a group has in common is a line above its rows.
+
+        Args:
+            columns: Which columns to show beside those that name a row; all by default.
+        """
+        shown = [
+            position
+            for position, name in enumerate(self.header)
+            if position == self.left - 1 or (position >= self.left and (columns is None or name in columns))
+        ]
         table = Table()
-        for position, name in enumerate(self.header):
-            table.add_column(name, justify="left" if position < self.left else "right")
+        for position in shown:
+            is_name = position < self.left
+            table.add_column(self.header[position], justify="left" if is_name else "right", no_wrap=is_name)
+        before: object = None
         for row, group, following in zip(self.rows, self.groups, [*self.groups[1:], None], strict=True):
-            table.add_row(*row, end_section=group != following)
+            if self.left > 1 and group != before:
+                table.add_row(f"[bold]{row[0]}[/]")
+            table.add_row(*(row[position] for position in shown), end_section=group != following)
+            before = group
         return table
 
     def to_markdown(self) -> str:
@@ -425,7 +439,8 @@ def comparison_grid(summaries: list[Summary]) -> Grid:
             format_number, (summary.step_seconds.lower, summary.step_seconds.median, summary.step_seconds.upper)
         )
         return [
-            f"{median} ({lower} to {upper})",
+            median,
+            f"{lower}-{upper}",
             format_number(summary.throughput),
             f"{summary.throughput / references[summary.case].throughput:.2f}",
             _or_dash(summary.sent_bytes, format_bytes),
@@ -437,14 +452,26 @@ def comparison_grid(summaries: list[Summary]) -> Grid:
             format_bytes(summary.process_bytes),
         ]
 
-    header = ["step s (quartiles)", "samples/s", f"x of {labels[0] if len(labels) == 1 else 'the first'}"]
+    header = ["step s", "quartiles", "samples/s", f"x of {labels[0] if len(labels) == 1 else 'the first'}"]
     header += ["out of a node", "sent / minimum", "sent / ledger", "floor s", "waits", "gradients", "process memory"]
     return _grid(summaries, header, cells)
 
 
-def comparison_table(summaries: list[Summary]) -> Table:
-    """Returns the table of contenders for a terminal."""
-    return comparison_grid(summaries).to_rich()
+def comparison_tables(summaries: list[Summary]) -> list[Table]:
+    """Returns the table of contenders in two that fit into a narrow terminal: times; bytes and memory."""
+    grid = comparison_grid(summaries)
+    times, rest = grid.header[grid.left : grid.left + 4], grid.header[grid.left + 4 :]
+    share = [name for name in rest if name in ("floor s", "waits")]
+    return [grid.to_rich([*times, *share]), grid.to_rich([name for name in rest if name not in share])]
+
+
+def loss_line(summaries: list[Summary]) -> str:
+    """Says whether all contenders of each case trained alike."""
+    apart = [s for s in summaries if s.loss_difference is not None and s.loss_difference > LOSS_TOLERANCE]
+    if not apart:
+        return f"Training losses of all contenders are equal within {LOSS_TOLERANCE:g}."
+    differing = ", ".join(f"{s.contender.label} ({s.loss_difference:.1e})" for s in apart)
+    return f"TRAINING LOSSES DIFFER from the first contender's: {differing}. Their speeds cannot be compared."
 
 
 def efficiency_grid(summaries: list[Summary]) -> Grid:
@@ -561,7 +588,9 @@ def print_report(results: Path, console: Console) -> None:
         console.rule(f"[bold]{name}[/]")
         if group:
             console.print(shared_conditions(by_case(group)), markup=False)
-            console.print(comparison_table(group))
+            for table in comparison_tables(group):
+                console.print(table)
+            console.print(loss_line(group), markup=False)
         for scaling in along(group, "num_nodes"):
             console.print("Weak scaling: throughput per node, relative to the smallest number of nodes")
             console.print(efficiency_grid(scaling).to_rich())
@@ -638,7 +667,7 @@ def _section(group: list[Summary], records: list[Record], figures: list[Path]) -
         parts += ["### Weak scaling", "Throughput per node, relative to the contender's smallest number of nodes."]
         parts += [efficiency_grid(scaling).to_markdown()]
     parts += [f"![{_caption(path)}]({path.name})" for path in figures]
-    parts += _list("Losses, draws and wins", _verdict_lines(group))
+    parts += _list("Where ours is slower, as fast and faster", _verdict_lines(group))
     parts += ["### Where the time goes", "Exposed seconds of an optimizer step.", hop_grid(group).to_markdown()]
     parts += ["### Training losses", loss_grid(group).to_markdown()]
     return [*parts, "### Contenders", contender_grid(group).to_markdown()]
@@ -666,6 +695,9 @@ def _environments(records: list[Record]) -> list[str]:
     return [f"Measured on {', '.join(sorted(dates))} with {words}." for words, dates in days.items() if words]
 
 
+_VERDICT_WORDS = {"loss": "Slower than", "draw": "About as fast as", "win": "Faster than"}
+
+
 def _verdict_lines(group: list[Summary]) -> list[str]:
     """Returns a line for each verdict on ours against each other contender, losses first."""
     cases = list(by_case(group))
@@ -677,7 +709,7 @@ def _verdict_lines(group: list[Summary]) -> list[str]:
         entries = lines.setdefault((finding.verdict, _opponent(finding)), {})
         entries.setdefault(finding.ours.label, []).append(entry)
     return [
-        f"{verdict} against {opponent}, in times its throughput: "
+        f"{_VERDICT_WORDS[verdict]} {opponent}, in times its throughput: "
         + "; ".join(f"{label} {', '.join(entries)}" for label, entries in ours.items())
         for (verdict, opponent), ours in lines.items()
     ]

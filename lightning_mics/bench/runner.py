@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import platform
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,15 +61,19 @@ def run_experiment(
     if not todo:
         console.print(f"{results} has all of it already. --fresh measures again.")
         return
-    with _bar(console, experiment, len(todo)) as advance, _logs(log_dir) as logs:
+    with _bar(console, experiment, len(todo)) as advance:
         todo = _note_missing(todo, run, results, advance)
         for number, (spec, group) in enumerate(_by_cluster(todo)):
-            _run_group(experiment, spec, group, run, results, logs / f"{experiment.name}-{number}", advance)
+            logs = log_dir / f"{experiment.name}-{number}" if log_dir is not None else None
+            _run_group(experiment, spec, group, run, results, logs, advance)
 
 
 def _remaining(experiment: Experiment, records: Sequence[Record]) -> list[Measurement]:
-    """Returns the measurements to make: round by round, so that contenders take turns."""
-    done = {record.key() for record in records if record.status == "ok"}
+    """Returns the measurements to make: round by round, so that contenders take turns.
+
+    What was skipped stays so: when its package is installed, it becomes another contender by the version.
+    """
+    done = {record.key() for record in records if record.status in ("ok", "skipped")}
     found = []
     for case in experiment.cases():
         for number, contender in itertools.product(range(experiment.rounds), experiment.contenders_of(case)):
@@ -114,10 +117,11 @@ def _run_group(
     group: list[Measurement],
     run: dict[str, Any],
     results: Path,
-    logs: Path,
+    logs: Path | None,
     advance: _Advance,
 ) -> None:
     """Measures on one cluster; starts anew without a contender that failed."""
+    hint = "" if logs is not None else " (deleted; to keep them, name a folder with --log-dir)"
     for attempt in itertools.count():
         if not group:
             return
@@ -128,18 +132,19 @@ def _run_group(
                 run_on_cluster(
                     cluster,
                     ["-m", "lightning_mics.bench.worker", str(plan)],
-                    log_dir=logs / str(attempt),
+                    log_dir=(logs or cluster.folder / "logs") / str(attempt),
                     environment=_environment(),
                     on_poll=follow,
                 )
                 return
             except NodeFailedError as error:
                 current = follow.current
-                if current is None:
-                    raise
-                failed = group[current]
-                _append_failure(results, run, failed, "failed", str(error))
-                group = [item for item in group[current:] if _who(item) != _who(failed)]
+                if current is None or current == len(group):
+                    raise NodeFailedError(f"{error}{hint}") from error
+                failed, rest = group[current], group[current:]
+                _append_failure(results, run, failed, "failed", f"{error}{hint}")
+                group = [item for item in rest if _who(item) != _who(failed)]
+                advance(failed, len(rest) - len(group))
 
 
 def _who(item: Measurement) -> tuple[str, Contender]:
@@ -216,15 +221,6 @@ def _bar(console: Console, experiment: Experiment, total: int) -> Iterator[Any]:
             bar.update(task, advance=count, description=f"{experiment.name}: {item.contender.label} ({where})")
 
         yield advance
-
-
-@contextmanager
-def _logs(log_dir: Path | None) -> Iterator[Path]:
-    if log_dir is not None:
-        yield log_dir
-        return
-    with tempfile.TemporaryDirectory(prefix=f"mics-{os.getpid()}-logs-") as folder:
-        yield Path(folder)
 
 
 def _describe_run() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightning_mics.bench.report import (
     along,
     communication_share,
     comparison_grid,
-    comparison_table,
+    comparison_tables,
     efficiency,
     efficiency_grid,
     failures,
@@ -199,14 +199,14 @@ class TestAggregation:
 class TestTables:
     def test_comparison(self):
         grid = comparison_grid(summarise(headline()))
-        assert grid.header[3] == "x of Full sharding"
+        assert grid.header[4] == "x of Full sharding"
         rows = {row[0]: row[1:] for row in grid.rows}
-        assert rows["MiCS p=2"][:7] == ["1 (1 to 1)", "16", "4.00", "90 B", "0.90", "1.125", "0.0000100"]
-        assert rows["DDP"][2] == "8.00"
-        assert comparison_table(summarise(headline())).row_count == 5
+        assert rows["MiCS p=2"][:8] == ["1", "1-1", "16", "4.00", "90 B", "0.90", "1.125", "0.0000100"]
+        assert rows["DDP"][3] == "8.00"
+        assert [table.row_count for table in comparison_tables(summarise(headline()))] == [5, 5]
 
     def test_without_full_sharding_the_first_is_the_reference(self):
-        assert [row[3] for row in comparison_grid(summarise(headline()[1:3])).rows] == ["1.00", "0.50"]
+        assert [row[4] for row in comparison_grid(summarise(headline()[1:3])).rows] == ["1.00", "0.50"]
 
     def test_efficiency(self):
         cases = [replace(CASE, num_nodes=nodes, experiment="weak-scaling") for nodes in (1, 2, 4)]
@@ -278,8 +278,8 @@ def test_printed_report(results: Path):
     console = Console(width=250, record=True, file=io.StringIO())
     print_report(results, console)
     text = console.export_text()
-    assert "loss against flat collectives, MiCS p=4 flat, in times its throughput: MiCS p=4 0.51" in text
-    assert "draw against Full sharding, in times its throughput: MiCS p=4 1.03" in text
+    assert "Slower than flat collectives, MiCS p=4 flat, in times its throughput: MiCS p=4 0.51" in text
+    assert "About as fast as Full sharding, in times its throughput: MiCS p=4 1.03" in text
     assert "Weak scaling" in text
     assert "DeepSpeed skipped in 1 round" in text and "deepspeed is not installed" in text
 
@@ -288,7 +288,7 @@ def test_written_report(results: Path, tmp_path: Path):
     pytest.importorskip("matplotlib")
     page, *figures = write_report([results], tmp_path / "new" / "out")
     text = page.read_text()
-    assert "| MiCS p=2 | 1 (1 to 1) | 16 | 4.00 | 90 B | 0.90 | 1.125 |" in text
+    assert "| MiCS p=2 | 1 | 1-1 | 16 | 4.00 | 90 B | 0.90 | 1.125 |" in text
     assert "- Measured on 2026-01-02 with 2 CPUs, Python 3.11, torch 2.13.0." in text
     assert "- DeepSpeed skipped in 1 round" in text
     assert "| MiCS p=2 | 100.0% | 100.0% |" in text
