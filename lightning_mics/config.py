@@ -40,7 +40,7 @@ class MiCSConfig:
             which is plain full sharding). The smallest size whose shards fit into memory communicates least.
         node_size: Ranks on a node. ``None`` asks the launcher's variables, then the host names.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages, across nodes and inside
-            them. ``"auto"`` does so wherever a partition spans nodes.
+            them. ``"auto"`` measures at set-up which messages that makes faster on this cluster.
         wrap: What becomes an FSDP unit (parameters that are gathered together): ``"auto"``, one or several module
             classes or class names, or a function that takes a module and returns whether it is a unit.
         reshard_after_forward: Whether units are freed between forward and backward. The root, which is needed first

@@ -207,8 +207,14 @@ def summarise(records: Iterable[Record]) -> list[Summary]:
 
 def failures(records: Iterable[Record]) -> list[Failure]:
     """Returns what failed or was skipped and did not succeed later."""
+    latest = _latest(records)
+    # A package that was installed in between changes the stack, not who it is.
+    measured = {(record.case, _series(record.contender)) for record in latest if _is_measured(record)}
     counts = Counter(
-        (record.case, record.contender, *_problem(record)) for record in _latest(records) if not _is_measured(record)
+        (record.case, record.contender, *_problem(record))
+        for record in latest
+        if not _is_measured(record)
+        and not (record.status == "skipped" and (record.case, _series(record.contender)) in measured)
     )
     return [Failure(*what, rounds=rounds) for what, rounds in counts.items()]
 

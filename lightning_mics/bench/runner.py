@@ -214,7 +214,7 @@ def _bar(console: Console, experiment: Experiment, total: int) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"{experiment.name}: starting", total=total)
+        task = bar.add_task(f"{experiment.name}: starting processes", total=total)
 
         def advance(item: Measurement, count: int = 1) -> None:
             where = f"{item.case.num_nodes} x {item.case.node_size} ranks, {format_rate(item.case.rate)}"
