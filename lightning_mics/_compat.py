@@ -41,7 +41,7 @@ reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single
 
 def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context that launches the collectives inside it at once, where the backend can (gloo cannot)."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not getattr(group._get_backend(device), "supports_coalescing", False):
         return nullcontext()
     return dist._coalescing_manager(group=group, device=device)
 

@@ -464,11 +464,10 @@ def comparison_grid(summaries: list[Summary]) -> Grid:
 
 
 def comparison_tables(summaries: list[Summary]) -> list[Table]:
-    """Returns the table of contenders in two that fit into a narrow terminal: times; bytes and memory."""
+    """Returns the table of contenders in parts that fit into a narrow terminal: times, bytes, memory."""
     grid = comparison_grid(summaries)
-    times, rest = grid.header[grid.left : grid.left + 4], grid.header[grid.left + 4 :]
-    share = [name for name in rest if name in ("floor s", "waits")]
-    return [grid.to_rich([*times, *share]), grid.to_rich([name for name in rest if name not in share])]
+    header = grid.header[grid.left :]
+    return [grid.to_rich(header[:4]), grid.to_rich(header[4:9]), grid.to_rich(header[9:])]
 
 
 def loss_line(summaries: list[Summary]) -> str:

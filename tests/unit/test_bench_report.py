@@ -203,7 +203,7 @@ class TestTables:
         rows = {row[0]: row[1:] for row in grid.rows}
         assert rows["MiCS p=2"][:8] == ["1", "1-1", "16", "4.00", "90 B", "0.90", "1.125", "0.0000100"]
         assert rows["DDP"][3] == "8.00"
-        assert [table.row_count for table in comparison_tables(summarise(headline()))] == [5, 5]
+        assert [table.row_count for table in comparison_tables(summarise(headline()))] == [5, 5, 5]
 
     def test_without_full_sharding_the_first_is_the_reference(self):
         assert [row[4] for row in comparison_grid(summarise(headline()[1:3])).rows] == ["1.00", "0.50"]
