@@ -145,6 +145,7 @@ class UnitParamGroup:
     def __init__(self, group: Any) -> None:
         self._group = group
         self.params = [UnitParam(param) for param in group.fsdp_params]
+        self._gathered_of: list[tuple[int, int, int]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +156,11 @@ class UnitParamGroup:
         """Returns the size of the unit's gathered parameters, in ``dtype`` or in their own."""
         sizes = ((param.padded_shard_numel, (dtype or param.sharded.dtype).itemsize) for param in self.params)
         return sum(numel * itemsize for numel, itemsize in sizes) * self._group.mesh_info.shard_mesh_size
+
+    @property
+    def has_reduce_hook(self) -> bool:
+        """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
+        return getattr(self._group, "_all_reduce_hook", None) is not None
 
     @property
     def reduces_gradients(self) -> bool:
@@ -170,10 +176,22 @@ class UnitParamGroup:
 
     def reshard(self) -> None:
         """Frees gathered parameters, so that the next forward pass gathers their new values."""
+        self.discard_prefetched()
         self._group.reshard()
 
+    def gather_ahead(self) -> None:
+        """Starts gathering, for a forward pass of the unit that is about to come."""
+        self._gathered_of = self._shard_states()
+        self._group._prefetch_unshard(self._group, "forward")
+
+    @property
+    def is_prefetched_stale(self) -> bool:
+        """Whether shards were written since they were gathered ahead."""
+        return self._gathered_of is not None and self._gathered_of != self._shard_states()
+
     def discard_prefetched(self) -> bool:
-        """Drops parameters that were gathered ahead of a use that did not come, and would grow stale."""
+        """Drops what was gathered ahead and not used; returns whether there was anything."""
+        self._gathered_of = None
         result = self._group._all_gather_result
         if result is None:
             return False
@@ -181,6 +199,11 @@ class UnitParamGroup:
             result.all_gather_work.wait()
         self._group._all_gather_result = None
         return True
+
+    def _shard_states(self) -> list[tuple[int, int, int]]:
+        """Returns what changes when anybody writes a shard: its place and versions."""
+        shards: list[Any] = [param.sharded for param in self.params]
+        return [(s._local_tensor.data_ptr(), s._local_tensor._version, s._version) for s in shards]
 
     def wait_reduce_stream(self) -> None:
         """Makes the current stream wait for the work that :meth:`reduce_stream` launched."""
@@ -198,13 +221,15 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     return [UnitParamGroup(group) for group in groups]
 
 
-def gather_beside(module: FSDPModule) -> None:
-    """Makes a unit's gathers asynchronous, so that those started ahead run beside the computation."""
-    module._set_unshard_async_op(True)
+def gather_beside(root: nn.Module) -> None:
+    """Makes the gathers of all units asynchronous, so that those started ahead run beside the computation."""
+    assert isinstance(root, FSDPModule)
+    root._set_unshard_async_op(True)
 
 
 def tend_root(
     root: nn.Module,
+    on_forward_begin: Callable[[], None],
     on_forward_end: Callable[[], None],
     on_backward: Callable[[], None],
     on_failure: Callable[[], None],
@@ -217,6 +242,7 @@ def tend_root(
 
     Args:
         root: The root FSDP module.
+        on_forward_begin: Called at the beginning of each forward pass of the root.
         on_forward_end: Called at the end of each forward pass of the root.
         on_backward: Called when a backward pass reaches the root, behind FSDP2's own preparations.
         on_failure: Called before the first forward pass after one that failed, or whose backward pass did.
@@ -233,7 +259,10 @@ def tend_root(
             _start_afresh(root)
             on_failure()
         running.append(sys._getframe(1))
-        return pre_forward(module, args, kwargs) if len(running) == 1 else (args, kwargs)
+        if len(running) > 1:
+            return args, kwargs
+        on_forward_begin()
+        return pre_forward(module, args, kwargs)
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         running.pop()

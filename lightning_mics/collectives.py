@@ -91,14 +91,18 @@ class DeferrableReduceScatter(_Allocate, ReduceScatter):
 
     FSDP2 takes the output for finished when the call returns; whoever sets ``defer`` waits for ``pending`` and keeps
     the output from being read before that.
+
+    Attributes:
+        defer: The dtype of gradients whose reduction may run on; ``None`` if it may not.
+        pending: The handle of a reduction that does.
     """
 
-    defer = False
+    defer: torch.dtype | None = None
     pending: dist.Work | None = None
 
-    def _run_on_ring(self, reduce: Callable[[], None], op: object, async_op: bool) -> dist.Work | None:
-        # Anything but an average is divided by FSDP2 as soon as the call returns.
-        defers = self.defer and op == dist.ReduceOp.AVG
+    def _run_on_ring(self, reduce: Callable[[], None], output: Tensor, op: object, async_op: bool) -> dist.Work | None:
+        # As soon as the call returns, FSDP2 divides anything but an average, and casts another dtype to the gradient's.
+        defers = output.dtype == self.defer and op == dist.ReduceOp.AVG
         work = communication_thread.run(reduce, async_op or defers)
         if defers:
             self.pending = work
@@ -129,7 +133,9 @@ class FlatReduceScatter(DeferrableReduceScatter):
         if not runs_on_ring(input_tensor, group, op):
             return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
         parts = list(input_tensor.view(group.size(), -1))
-        return self._run_on_ring(lambda: ring_reduce_scatter(output_tensor, parts, group, op), op, async_op)
+        return self._run_on_ring(
+            lambda: ring_reduce_scatter(output_tensor, parts, group, op), output_tensor, op, async_op
+        )
 
 
 class HierarchicalAllGather(_Allocate, AllGather):
@@ -217,7 +223,9 @@ class HierarchicalReduceScatter(DeferrableReduceScatter):
         blocks = input_tensor.view(num_nodes, -1)
         if runs_on_ring(input_tensor, self._inter, op):
             parts = input_tensor.view(num_nodes, local_size, -1).transpose(0, 1)
-            return self._run_on_ring(lambda: self._reduce_on_rings(output_tensor, parts, op), op, async_op)
+            return self._run_on_ring(
+                lambda: self._reduce_on_rings(output_tensor, parts, op), output_tensor, op, async_op
+            )
         if local_size == 1:
             inside = input_tensor
         else:
@@ -233,6 +241,6 @@ class HierarchicalReduceScatter(DeferrableReduceScatter):
 
     def _reduce_on_rings(self, output: Tensor, parts: Tensor, op: object) -> None:
         """Reduces ``parts`` of shape ``[k, g, n]``."""
-        inside = torch.empty(parts.shape[1:], dtype=parts.dtype)
+        inside = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
         ring_reduce_scatter(inside, list(parts), self._intra, op)
         ring_reduce_scatter(output, list(inside), self._inter, op)

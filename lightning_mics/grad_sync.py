@@ -77,11 +77,10 @@ class UnitGradients:
         self._accumulator: Tensor | None = None
         self._accumulated: list[UnitParam] = []
         self._written: list[tuple[int, ...] | None] = []
-        self._reducing: list[UnitParam] = []
+        self._reducing: list[tuple[UnitParam, Tensor | None]] = []
         self._work: dist.Work | None = None
         self._in_flight: Tensor | None = None
         self._reducer: DeferrableReduceScatter | None = None
-        self._earlier: list[Tensor | None] | None = None
 
     def overlap_with(self, reducer: DeferrableReduceScatter) -> None:
         """Lets hop one run beside the backward pass, where its result need not be touched at once."""
@@ -121,44 +120,48 @@ class UnitGradients:
             reduce_scatter()
 
     def _is_left_alone(self, params: list[UnitParam]) -> bool:
-        """Returns whether FSDP2 and the user only read a reduced gradient after the pass."""
-        return all(
-            self._reduce_dtype in (None, param.sharded.dtype) and not param.has_gradient_hooks for param in params
+        """Returns whether nobody reads or adds to a reduced gradient before :meth:`settle`."""
+        return (
+            len({param.sharded.dtype for param in params}) == 1
+            and not self.group.has_reduce_hook
+            and not any(param.has_gradient_hooks for param in params)
+            and not any(param.has_unsharded_grad for param in self.group.params if not param.sharded.requires_grad)
         )
 
     def _reduce_beside(
         self, params: list[UnitParam], reduce_scatter: Callable[[], None], reducer: DeferrableReduceScatter
     ) -> None:
         """Starts hop one; :meth:`settle` ends it. Until then gradients of earlier microsteps are set aside."""
-        self._earlier = [param.sharded.grad for param in params]
-        self._reducing = params
+        earlier = [param.sharded.grad for param in params]
         for param in params:
             param.sharded.grad = None
-        reducer.defer = True
+        reducer.defer = params[0].sharded.dtype
         try:
             reduce_scatter()
+        except BaseException:
+            for param, grad in zip(params, earlier, strict=True):
+                param.sharded.grad = grad
+            raise
         finally:
-            reducer.defer = False
+            reducer.defer = None
+        self._reducing = list(zip(params, earlier, strict=True))
 
     @property
     def is_reducing(self) -> bool:
         """Whether hop one runs beside the pass."""
-        return self._earlier is not None
+        return bool(self._reducing) and self._reducer is not None and self._reducer.pending is not None
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Waits for hop one, where it runs beside the pass, and adds up."""
-        if self._reducer is None or self._earlier is None:
-            return
-        work, self._reducer.pending = self._reducer.pending, None
-        earlier, self._earlier = self._earlier, None
-        if work is not None:
+        reducing, self._reducing = self._reducing, []
+        if self._reducer is not None and self._reducer.pending is not None:
+            work, self._reducer.pending = self._reducer.pending, None
             work.wait()
-        for param, grad in zip(self._reducing, earlier, strict=True):
-            if grad is not None:
-                if param.sharded.grad is not None:  # an exception may have come before FSDP2 set it
-                    _local(grad).add_(_local(param.sharded.grad))
-                param.sharded.grad = grad
-        self._reducing = []
+        for param, earlier in reducing:
+            if earlier is not None:
+                _local(earlier).add_(_local(param.sharded.grad))
+                param.sharded.grad = earlier
 
     def _keeps_accumulator(self, params: list[UnitParam], deferring: bool) -> bool:
         if params != self._accumulated or self._grad_states(params) != self._written:  # cleared, or changed by the user
@@ -385,9 +388,25 @@ class ReplicationSync:
         def end_of_backward() -> None:
             self._end_of_backward()
 
-        self._pass = weakref.ref(end_of_backward)
+        self._pass = weakref.ref(end_of_backward, self._when_lost())
         self.pending = True
         queue_backward_callback(end_of_backward)
+
+    def _when_lost(self) -> Callable[[object], None]:
+        """Returns what runs when an exception ends a pass: what it has reduced belongs into the gradients now.
+
+        Later, they may be other gradients.
+        """
+        this = weakref.ref(self)
+
+        def settle(lost: object) -> None:
+            sync = this()
+            if sync is not None:
+                sync._unsettled = None
+                for unit in sync.units:
+                    unit.settle()
+
+        return settle
 
     def abandon(self) -> None:
         """Forgets a pass that an exception ended on all ranks; its gradients are the user's to keep or clear."""
@@ -407,8 +426,8 @@ class ReplicationSync:
         self._next = 0
 
     def _end_of_backward(self) -> None:
-        self._settle()
         self._pass = None
+        self._settle()
         self.num_microsteps += 1
         if self.deferring:
             self.units[0].group.wait_reduce_stream()

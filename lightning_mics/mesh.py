@@ -6,8 +6,8 @@ import atexit
 import functools
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ClusterTopology, Group, GroupLayout
+
+if TYPE_CHECKING:
+    from lightning_mics.tuning import StageTiming
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class MiCSMesh:
         device_mesh: Two-dimensional mesh ``(replicate, shard)`` over the world, in node-major order.
         intra_group: Peers of the partition on this node; ``None`` where collectives are flat.
         inter_group: Peers of the partition with the same place on other nodes; ``None`` where collectives are flat.
+        timings: What was measured in them, by size of message in bytes.
     """
 
     layout: GroupLayout
     device_mesh: DeviceMesh
     intra_group: dist.ProcessGroup | None
     inter_group: dist.ProcessGroup | None
+    timings: dict[int, StageTiming] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shard_mesh(self) -> DeviceMesh:
@@ -51,7 +56,7 @@ class MiCSMesh:
 
     @property
     def hierarchical(self) -> bool:
-        """Whether partition collectives run in two stages."""
+        """Whether partition collectives can run in two stages."""
         return self.intra_group is not None
 
 

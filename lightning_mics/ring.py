@@ -7,6 +7,7 @@ least a ring can, out of and into the caller's memory.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from lightning_mics._compat import is_gloo
 
-_GATHER_TAG, _REDUCE_TAG = 1, 2
+# Users may send messages of their own over the same group.
+_GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
 
 
 def runs_on_ring(tensor: Tensor, group: dist.ProcessGroup, op: object = dist.ReduceOp.SUM) -> bool:
@@ -101,6 +103,10 @@ class CommunicationThread:
     """
 
     def __init__(self) -> None:
+        self._start_afresh()
+        os.register_at_fork(after_in_child=self._start_afresh)  # a thread does not survive a fork
+
+    def _start_afresh(self) -> None:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Future[None] | None = None

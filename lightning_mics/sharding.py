@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_mics._compat import (
     AllGather,
+    gather_beside,
     tend_root,
     unit_param_groups,
     unshard_outside_inference_mode,
@@ -235,8 +236,13 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
     # The hazard it tells of, changing a returned view in place, ends in an error; and nothing need be done about it.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view")
     sync, prefetch = _connect(leaders, unit_names, config, mesh, ledger)
-    on_forward_end = prefetch.forward_ended if prefetch is not None else _nothing
-    tend_root(model, on_forward_end=on_forward_end, on_backward=sync.begin_backward, on_failure=sync.abandon)
+    tend_root(
+        model,
+        on_forward_begin=prefetch.forward_begins if prefetch is not None else _nothing,
+        on_forward_end=prefetch.forward_ended if prefetch is not None else _nothing,
+        on_backward=sync.begin_backward,
+        on_failure=sync.abandon,
+    )
     attach_sync(model, sync)
     _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
     return model
@@ -318,25 +324,30 @@ def _connect(
     leaders: list[Unit], names: list[str], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger
 ) -> tuple[ReplicationSync, ForwardPrefetch | None]:
     """Gives each unit its collectives, all units their second hop, and what has no streams its overlap."""
-    groups = []
-    for unit, name in zip(leaders, names, strict=True):
-        groups += [(name, group) for group in unit_param_groups(unit[0])]
-    for _, group in groups:
+    groups = {name: unit_param_groups(unit[0]) for unit, name in zip(leaders, names, strict=True)}
+    named = [(name, group) for name, found in groups.items() for group in found]
+    for _, group in named:
         unshard_outside_inference_mode(group)
     sync = ReplicationSync(
         mesh,
-        groups,
+        named,
         as_dtype(config.reduce_dtype),
         ledger,
         overlap=not config.cpu_offload,
         self_check=SelfCheck(mesh, ledger) if config.verify else None,
     )
-    modules = [unit[0] for unit in leaders if isinstance(unit[0], FSDPModule)]
+    # An accelerator's streams overlap by themselves.
     overlaps = mesh.device_mesh.device_type == "cpu" and not config.cpu_offload
-    prefetch = ForwardPrefetch(modules, [group for _, group in groups]) if overlaps else None
+    prefetch = None
+    if overlaps:
+        gather_beside(leaders[0][0])
+        firsts = [groups[name][0] if len(groups[name]) == 1 else None for name in names]
+        prefetch = ForwardPrefetch([(unit[0], first) for unit, first in zip(leaders, firsts, strict=True)])
     gradients = {unit.name: unit for unit in sync.units}
     stages = _choose_stages([unit[0] for unit in leaders], config, mesh)
-    for index, (module, name) in enumerate(zip(modules, names, strict=True)):
+    for index, (unit, name) in enumerate(zip(leaders, names, strict=True)):
+        module = unit[0]
+        assert isinstance(module, FSDPModule)
         hierarchical = stages[index]
         recorder = _recorder(sync, prefetch, ledger, name, index, hierarchical)
         gather, reduce = _collectives(mesh, recorder, hierarchical)

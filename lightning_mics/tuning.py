@@ -28,7 +28,10 @@ from lightning_mics.collectives import (
 from lightning_mics.mesh import MiCSMesh, communication_device
 from lightning_mics.metrics import format_bytes
 
-_SMALLEST, _LARGEST = 2**12, 2**23
+_SMALLEST = 2**12
+# Above, two stages are taken without measuring: latency matters no more, and they send less over slow links.
+_LARGEST = {"cpu": 2**24}
+_LARGEST_ON_ACCELERATORS = 2**28
 _REPEATS = 5
 _BUDGET_SECONDS = 0.5
 # One stage must win clearly: it sends more out of every node, which other traffic feels.
@@ -60,9 +63,6 @@ class StageTiming:
         return f"{format_bytes(self.message_bytes)}: {times}; using {choice}"
 
 
-_TIMINGS: dict[tuple[Any, ...], StageTiming] = {}
-
-
 def choose_stages(mesh: MiCSMesh, message_bytes: Sequence[int]) -> list[bool]:
     """Returns for each unit whether its collectives run in two stages. Collective over the world.
 
@@ -74,17 +74,13 @@ def choose_stages(mesh: MiCSMesh, message_bytes: Sequence[int]) -> list[bool]:
     """
     if not _has_links_to_measure(mesh):
         return [True] * len(message_bytes)
+    largest = _LARGEST.get(mesh.device_mesh.device_type, _LARGEST_ON_ACCELERATORS)
     classes = [_size_class(count) for count in message_bytes]
-    # The group is a part of the key: after a process group was torn down, the cluster may be another one.
-    timings = {}
-    for size in sorted(set(classes)):
-        key = (mesh.layout, mesh.device_mesh.device_type, id(dist.group.WORLD), size)
-        if key not in _TIMINGS:
-            _TIMINGS[key] = _measure(mesh, size)
-            if dist.get_rank() == 0:
-                print(f"lightning-mics: hierarchical='auto' measured {_TIMINGS[key]}", file=sys.stderr, flush=True)
-        timings[size] = _TIMINGS[key]
-    return [timings[size].prefers_two_stages for size in classes]
+    for size in sorted({size for size in classes if size <= largest} - mesh.timings.keys()):
+        mesh.timings[size] = _measure(mesh, size)
+        if dist.get_rank() == 0:
+            print(f"lightning-mics: hierarchical='auto' measured {mesh.timings[size]}", file=sys.stderr, flush=True)
+    return [size > largest or mesh.timings[size].prefers_two_stages for size in classes]
 
 
 def _has_links_to_measure(mesh: MiCSMesh) -> bool:
@@ -97,8 +93,8 @@ def _has_links_to_measure(mesh: MiCSMesh) -> bool:
 
 
 def _size_class(message_bytes: int) -> int:
-    """Returns the next power of two, within what is worth measuring: beyond it bytes decide alone."""
-    return min(max(1 << (message_bytes - 1).bit_length(), _SMALLEST), _LARGEST)
+    """Returns the next power of two."""
+    return max(1 << (message_bytes - 1).bit_length(), _SMALLEST)
 
 
 def _measure(mesh: MiCSMesh, message_bytes: int) -> StageTiming:
@@ -110,8 +106,8 @@ def _measure(mesh: MiCSMesh, message_bytes: int) -> StageTiming:
     )
     device = communication_device(mesh.device_mesh.device_type)
     group, size = mesh.partition_group, mesh.layout.shard_size
-    shard = torch.zeros(max(1, message_bytes // (4 * size)), device=device)
-    whole = torch.zeros(shard.numel() * size, device=device)
+    shard = torch.zeros(max(1, message_bytes // (4 * size)), dtype=torch.float32, device=device)
+    whole = torch.zeros(shard.numel() * size, dtype=torch.float32, device=device)
 
     def run(gather: Any, reduce: Any) -> None:
         gather(whole, shard, group)
@@ -121,9 +117,10 @@ def _measure(mesh: MiCSMesh, message_bytes: int) -> StageTiming:
     def time_both() -> list[float]:
         return [_timed(functools.partial(run, *pair), device) for pair in (flat, staged)]
 
-    first = time_both()  # makes connections
-    repeats = _REPEATS if max(_slowest(first, device)) * _REPEATS < _BUDGET_SECONDS else 1
-    rounds = [time_both() for _ in range(repeats)]
+    time_both()  # makes connections
+    rounds = [time_both()]
+    if max(_slowest(rounds[0], device)) * _REPEATS < _BUDGET_SECONDS:
+        rounds += [time_both() for _ in range(_REPEATS - 1)]
     medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
     return StageTiming(message_bytes, *_slowest(medians, device))
 

@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 from models import build, microbatch, regression_loss
 
-from lightning_mics import Hop, MiCSConfig, communication_ledger, mics_shard, tuning
+from lightning_mics import Hop, MiCSConfig, communication_ledger, mesh, mics_shard, tuning
+from lightning_mics.sharding import runtime_of
 from lightning_mics.testing import WorkerPool
 
 CONFIG = MiCSConfig(shard_size=4, node_size=2)
@@ -29,11 +30,11 @@ def shard_on_hosts(one_host: bool, one_stage: float, two_stages: float) -> tuple
     host = "here" if one_host else f"node{dist.get_rank() // 2}"
     calls = []
 
-    def measure(mesh: Any, message_bytes: int) -> tuning.StageTiming:
+    def measure(groups: Any, message_bytes: int) -> tuning.StageTiming:
         calls.append(message_bytes)
         return tuning.StageTiming(message_bytes, one_stage, two_stages)
 
-    tuning._TIMINGS.clear()
+    mesh._MESHES.clear()
     with mock.patch.object(socket, "gethostname", lambda: host), mock.patch.object(tuning, "_measure", measure):
         for _ in range(2):
             model = mics_shard(build("uneven"), CONFIG)
@@ -60,11 +61,11 @@ def test_each_message_takes_the_stages_that_measured_faster(
 
 def measure_for_real() -> list[Any]:
     """Returns every rank's timings."""
-    tuning._TIMINGS.clear()
+    mesh._MESHES.clear()
     with mock.patch.object(socket, "gethostname", lambda: f"node{dist.get_rank() // 2}"):
-        mics_shard(build("uneven"), CONFIG)
+        model = mics_shard(build("uneven"), CONFIG)
     timings: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(timings, list(tuning._TIMINGS.values()))
+    dist.all_gather_object(timings, list(runtime_of(model).mesh.timings.values()))
     return timings
 
 
