@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from lightning_mics import __version__
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import format_bytes
+from lightning_mics.processes import exit_on_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,14 +55,9 @@ def _demo(options: argparse.Namespace) -> int:
         from lightning_mics.demo.screen import run_demo
     except ModuleNotFoundError as error:
         raise MiCSError(f"The demo needs {error.name}. Install it with: pip install 'lightning-mics[demo]'") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)  # by default these end the program without ending its processes
+    exit_on_signals()  # by default they end the program without ending its processes
     run_demo(options.steps, options.seed, options.keep)
     return 0
-
-
-def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
