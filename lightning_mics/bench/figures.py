@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_mics.bench.cluster import format_rate
 from lightning_mics.bench.report import (
     HOPS,
     OURS,
@@ -13,7 +14,6 @@ from lightning_mics.bench.report import (
     along,
     by_case,
     format_number,
-    format_rate,
     reference_of,
     shared_conditions,
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lightning_mics.bench.cluster import format_rate
 from lightning_mics.bench.records import Case, Contender, Record, ResultsError, read_results
 from lightning_mics.metrics import Hop, format_bytes
 
@@ -397,14 +398,6 @@ def own_conditions(case: Case, cases: Iterable[Case]) -> str:
     """Returns in words how a case differs from the others; nothing, if it does not."""
     cases = list(cases)
     return ", ".join(fact(case) for name, fact in _FACTS.items() if not _is_shared(name, cases))
-
-
-def format_rate(rate: float) -> str:
-    """Returns bits a second as people read them, for example ``'100 Mbit/s'``."""
-    for scale, unit in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")):
-        if rate >= scale:
-            return f"{rate / scale:g} {unit}"
-    return f"{rate:g} bit/s"
 
 
 def format_number(value: float) -> str:
