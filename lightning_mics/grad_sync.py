@@ -350,7 +350,9 @@ class ReplicationSync:
                 unit.needs_relaunch = True
             unit.reduce(reduce_scatter, deferring=self.deferring)
             self._unsettled = unit
-            if not unit.is_reducing:
+            # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
+            launches_next = self.has_replicas and not self.deferring
+            if not unit.is_reducing or (launches_next and not self._mesh.layout.spans_nodes):
                 self._settle()
 
         return around

@@ -92,20 +92,22 @@ def _sleep(seconds: float, note: Callable[[float], None]) -> None:
     note(time.perf_counter() - begin)
 
 
-def emulate_compute(model: nn.Module, seconds: tuple[float, float], note: Callable[[float], None]) -> None:
+def emulate_compute(
+    model: nn.Module, seconds: Callable[[], tuple[float, float]], note: Callable[[float], None]
+) -> None:
     """Makes each block's forward and backward take a given time longer, without using the CPU.
 
     So many ranks on few cores can stand for accelerators: the ratio of compute to communication is the one asked for.
 
     Args:
         model: The model; its blocks get a hook.
-        seconds: Time for the forward and for the backward pass of one block.
-        note: Told the seconds of each wait, also where ``seconds`` are zero; once in a block's forward, once in its
+        seconds: Asked for the time of the forward and of the backward pass of a block, at each forward pass.
+        note: Told the seconds of each wait, also where it was zero; once in a block's forward, once in its
             backward pass.
     """
 
     def delay(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _Delay.apply(args[0], seconds, note), *args[1:]
+        return _Delay.apply(args[0], seconds(), note), *args[1:]
 
     for block in blocks_of(model):
         block.register_forward_pre_hook(delay)

@@ -194,7 +194,7 @@ def gradients(seconds: tuple[float, float] | None, note: Callable[[float], None]
     spec = ModelSpec(layers=3, width=64)
     model = build_model(spec)
     if seconds is not None:
-        emulate_compute(model, seconds, note)
+        emulate_compute(model, lambda: seconds, note)
     batch = microbatch(spec, 1, 0, 0, 1)
     model(input_ids=batch, labels=batch).loss.backward()
     return [param.grad for param in model.parameters() if param.grad is not None]
