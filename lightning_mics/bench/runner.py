@@ -236,7 +236,7 @@ def _describe_run() -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "num_cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
     }
 
 
