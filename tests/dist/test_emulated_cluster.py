@@ -40,7 +40,7 @@ dist.destroy_process_group()
 WAIT = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", sys.argv[1]], start_new_session=True)
-print("ready")
+print("ready", flush=True)
 time.sleep(600)
 """
 
