@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics._compat import forget_dtensor_meshes
+from lightning_mics.bench import workload
+from lightning_mics.bench.workload import ModelSpec
 from lightning_mics.metrics import format_bytes
 from lightning_mics.units import plan_units
 
@@ -163,22 +164,11 @@ def plain_mesh(shape: tuple[int, ...]) -> DeviceMesh:
 
 
 def build_model(options: argparse.Namespace) -> nn.Module:
-    config = GPT2Config(
-        vocab_size=options.vocabulary,
-        n_positions=options.sequence,
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=max(1, options.width // 64),
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
+    spec = ModelSpec(
+        layers=options.layers, width=options.width, sequence=options.sequence, vocabulary=options.vocabulary
     )
-    torch.manual_seed(0)
     with DEVICE:
-        return GPT2LMHeadModel(config)
+        return workload.build_model(spec)
 
 
 def accumulate(model: nn.Module, tokens: Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -153,6 +154,7 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
     """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
     gather, reduce, replicate = (hop.value for hop in Hop)
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_fsdp_collectives, "dist", _FsdpDist()))
         for owner, name, hop in (
             (_fsdp_collectives.DefaultAllGather, "__call__", gather),
             (_fsdp_collectives.DefaultReduceScatter, "__call__", reduce),
@@ -173,7 +175,8 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
 class _FsdpDist:
     """Stands for ``torch.distributed`` in FSDP2's collectives, so that its all-reduce can be timed apart."""
 
-    all_reduce = staticmethod(dist.all_reduce)
+    def all_reduce(self, *args: Any, **kwargs: Any) -> Any:
+        return dist.all_reduce(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
@@ -185,26 +188,18 @@ _running: list[str] = []  # timed calls of the main thread
 @contextmanager
 def _timed(owner: Any, name: str, note: Callable[[float], None]) -> Iterator[None]:
     original = owner.__dict__[name]
-    call = original.__func__ if isinstance(original, staticmethod) else original
 
-    @functools.wraps(call)
+    @functools.wraps(original)
     def timed(*args: Any, **kwargs: Any) -> Any:
         if _running:  # what is inside of another counts with that
-            return call(*args, **kwargs)
+            return original(*args, **kwargs)
         _running.append(name)
         begin = time.perf_counter()
         try:
-            return call(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             note(time.perf_counter() - begin)
             _running.pop()
 
-    setattr(owner, name, staticmethod(timed) if isinstance(original, staticmethod) else timed)
-    module_dist = _fsdp_collectives.dist
-    if owner is _FsdpDist:
-        _fsdp_collectives.dist = _FsdpDist()  # type: ignore[assignment]
-    try:
+    with mock.patch.object(owner, name, timed):
         yield
-    finally:
-        setattr(owner, name, original)
-        _fsdp_collectives.dist = module_dist

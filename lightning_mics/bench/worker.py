@@ -18,7 +18,7 @@ from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import ResidentMemory, StepClock, timed_hops
 from lightning_mics.bench.records import Case, Contender, Record, append
-from lightning_mics.bench.workload import blocks_of, build_model
+from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.metrics import Hop
 
 
@@ -62,21 +62,18 @@ def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[s
     with timed_hops(clock):
         train(case, contender, clock)
     grown = memory.peak_growth()
-    model = build_model(model_spec(case))
-    blocks = sum(param.numel() * 4 for block in blocks_of(model) for param in block.parameters())
-    root = sum(param.numel() * 4 for param in model.parameters()) - blocks
     facts = {
         "step_seconds": clock.step_seconds,
         "losses": _mean_losses(clock, case.accumulation),
         "sent_bytes": _from_each_node(clock.sent_a_step, case.node_size),
-        "minimum_bytes": least_bytes(case, contender, blocks, root),
+        "minimum_bytes": least_bytes(case, contender, *unit_bytes(model_spec(case))),
         "hop_seconds": clock.hop_seconds(),
         "gradient_bytes": _largest(clock.gradient_bytes),
         "process_bytes": _largest(grown),
         "samples": dist.get_world_size() * case.microbatch_size * case.accumulation,
         **_ledger_facts(clock),
     }
-    del model, clock
+    del clock
     gc.collect()
     return facts
 

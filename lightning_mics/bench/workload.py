@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-VOCABULARY = 256  # bytes
 _TEXT_BYTES = 1_000_000
 
 
@@ -24,18 +23,20 @@ class ModelSpec:
         layers: Number of blocks.
         width: Hidden size.
         sequence: Tokens of a sample.
+        vocabulary: Different tokens; bytes by default.
     """
 
     layers: int = 8
     width: int = 192
     sequence: int = 16
+    vocabulary: int = 256
 
 
 def build_model(spec: ModelSpec, seed: int = 0) -> GPT2LMHeadModel:
     """Returns the model with the same weights on every rank; without dropout, so that losses can be compared."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=spec.vocabulary,
         n_positions=spec.sequence,
         n_embd=spec.width,
         n_layer=spec.layers,
@@ -48,6 +49,14 @@ def build_model(spec: ModelSpec, seed: int = 0) -> GPT2LMHeadModel:
         use_cache=False,
     )
     return GPT2LMHeadModel(config)
+
+
+@functools.cache
+def unit_bytes(spec: ModelSpec) -> tuple[int, int]:
+    """Returns the bytes of the parameters of all blocks, and of what is outside of them."""
+    model = build_model(spec)
+    blocks = sum(param.nbytes for block in blocks_of(model) for param in block.parameters())
+    return blocks, sum(param.nbytes for param in model.parameters()) - blocks
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_emulated_cluster import eventually, folders, namespaces, processes_naming
+from process_tools import processes_naming
+from test_emulated_cluster import eventually, folders, namespaces
 
 from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, missing_requirements
 from lightning_mics.bench.experiments import load_experiment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_tools import processes_naming
 
 COMMAND = [sys.executable, "-m", "lightning_mics.cli", "demo", "--steps", "3"]
 
@@ -60,18 +60,6 @@ def test_ctrl_c_ends_the_processes_and_leaves_nothing() -> None:
 def list_events(folders: set[Path]) -> list[Path]:
     """Returns the logs of runs that have started their processes."""
     return [path for folder in folders for path in folder.glob("logs-*/*/*/*/stdout.log")]
-
-
-def processes_naming(text: str) -> list[str]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_text().replace("\0", " ")
-        except OSError:
-            continue
-        if text in command and entry.parent.name != str(os.getpid()):
-            found.append(command)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from process_tools import processes_naming
 
 from lightning_mics.bench import cluster as cluster_module
 from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, EmulatorError, clean, missing_requirements
@@ -57,18 +58,6 @@ def namespaces(pid: int) -> list[str]:
 
 def folders(pid: int) -> list[Path]:
     return list(Path(tempfile.gettempdir()).glob(f"mics-{pid}-*"))
-
-
-def processes_naming(text: str) -> list[str]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_text().replace("\0", " ")
-        except OSError:
-            continue
-        if text in command and entry.parent.name != str(os.getpid()):
-            found.append(command)
-    return found
 
 
 def eventually(condition: Callable[[], bool], seconds: float) -> bool:
