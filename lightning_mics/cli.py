@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mics", description="MiCS: sharded training on ordinary clusters.")
     parser.add_argument("--version", action="version", version=f"lightning-mics {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    words = sys.argv[1:] if arguments is None else arguments
     for name, (summary, configure) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        command.set_defaults(run=configure(command))
+        if name in words:  # the options of others would be imported for nothing
+            command.set_defaults(run=configure(command))
     options = parser.parse_args(arguments)
     try:
         return options.run(options) or 0
@@ -203,11 +205,18 @@ def _configure_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     return configure(parser)
 
 
+def _configure_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    from lightning_mics.plan.cli import configure
+
+    return configure(parser)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
     "demo": ("train, save and resume a small GPT-2 on this machine, to see MiCS at work", _configure_demo),
     "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
     "config": ("write or check a file for accelerate launch --config_file", _configure_config),
     "convert-config": ("turn a DeepSpeed configuration into MiCS settings, with a report", _configure_convert_config),
+    "plan": ("predict memory, time and traffic of training a model, and rank what fits", _configure_plan),
     "bench": ("emulate a cluster with slow links on this machine; compare training on it", _configure_bench),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,11 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _ENV_PREFIX = "MICS_"
+_BYTE_UNITS = {"": 1, "B": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,8 @@ class MiCSConfig:
 
     Attributes:
         shard_size: Ranks in a partition group: a number, ``"node"`` (all ranks of a node) or ``"world"`` (all ranks,
-            which is plain full sharding). The smallest size whose shards fit into memory communicates least.
+            which is plain full sharding). The smallest size whose shards fit into memory communicates least;
+            ``"auto"`` takes that one, from a prediction at set-up.
         node_size: Ranks on a node. ``None`` asks the launcher's variables, then the host names.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages, across nodes and inside
             them. ``"auto"`` measures at set-up which messages that makes faster on this cluster.
@@ -55,6 +62,8 @@ class MiCSConfig:
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas).
             It costs a few passes over the local shard and a handful of small messages, once.
+        memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
+            the device's memory; on CPUs the rank's share of what is free on its machine.
 
     Raises:
         MiCSConfigError: If a value has the wrong type or range.
@@ -72,6 +81,7 @@ class MiCSConfig:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     verify: bool = True
+    memory_limit: int | str | None = None
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -85,7 +95,14 @@ class MiCSConfig:
             self._check_bool(name, "True or False")
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             object.__setattr__(self, name, as_dtype(getattr(self, name), name))
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", as_bytes(self.memory_limit, "memory_limit"))
         self._check_wrap()
+        if self.shard_size == "auto" and self.cpu_offload:
+            raise MiCSConfigError(
+                "shard_size='auto' plans the memory of devices, but cpu_offload=True keeps states in that of hosts. "
+                "Give a number or 'node' as shard_size, or use cpu_offload=False."
+            )
 
     def _check_bool(self, name: str, works: str) -> None:
         if not isinstance(getattr(self, name), bool):
@@ -93,10 +110,10 @@ class MiCSConfig:
 
     def _check_shard_size(self) -> None:
         if isinstance(self.shard_size, str):
-            if self.shard_size not in ("node", "world"):
+            if self.shard_size not in ("node", "world", "auto"):
                 raise MiCSConfigError(
                     f"shard_size={self.shard_size!r} is not a known word. Values that work: a whole number such as 8, "
-                    "'node' or 'world'."
+                    "'node', 'world' or 'auto'."
                 )
             return
         _check_positive_int("shard_size", self.shard_size, "node")
@@ -215,3 +232,24 @@ def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torc
             f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', 'float16'."
         )
     return dtype
+
+
+def as_bytes(value: int | str, name: str = "memory_limit") -> int:
+    """Returns the bytes that a setting means: a number, or text such as ``"36GiB"``, ``"1.5 GB"`` or ``"800MiB"``.
+
+    Raises:
+        MiCSConfigError: If it is neither, or nothing.
+    """
+    count = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)\s*", value)
+        if match is not None and match[2] in _BYTE_UNITS:
+            count = float(match[1]) * _BYTE_UNITS[match[2]]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        count = value
+    if count is None or not 1 <= count < 2**63:
+        raise MiCSConfigError(
+            f"{name}={value!r} is not an amount of memory. Values that work: a number of bytes, or text such as "
+            "'36GiB'."
+        )
+    return int(count)

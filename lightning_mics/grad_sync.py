@@ -298,6 +298,7 @@ class ReplicationSync:
         ledger: Where collectives are recorded.
         overlap: Whether hop two may start during the backward pass (not with gradients in host memory).
         self_check: Watches the first window, if given.
+        after_window: Called at the end of each window, until it returns ``True``.
     """
 
     def __init__(
@@ -309,6 +310,7 @@ class ReplicationSync:
         *,
         overlap: bool,
         self_check: SelfCheck | None,
+        after_window: Callable[[], bool] | None = None,
     ) -> None:
         self.deferring = False
         self.pending = False
@@ -317,6 +319,7 @@ class ReplicationSync:
         self._ledger = ledger
         self._overlap = overlap
         self._self_check = self_check
+        self._after_window = after_window
         self._pass: weakref.ref[Callable[[], None]] | None = None
         self._ready: set[UnitGradients] = set()
         self._unsettled: UnitGradients | None = None
@@ -461,6 +464,8 @@ class ReplicationSync:
         self.pending = False
         if self._self_check is not None and self._self_check.after_window(self):
             self._self_check = None
+        if self._after_window is not None and self._after_window():
+            self._after_window = None
         self._forget_launches()
         self.num_microsteps = 0
         for unit in self.units:

@@ -101,14 +101,16 @@ class _RunAccelerator(MiCSAccelerator):
         if not _RunAccelerator.said:
             _RunAccelerator.said = True
             config = self.mics_plugin.config
-            if self.layout is None or config is None:
+            if self.topology is None or config is None:
                 _say("there is one process only, so the script runs as it is")
+            elif self.layout is None:
+                _say("the script runs under MiCS (shard_size='auto')")
             else:
                 _say(f"the script runs under MiCS (shard_size={self.layout.shard_size}), on\n{self.layout}")
 
-    def _shard(self, model: nn.Module, optimizers: Any = ()) -> None:
+    def _shard(self, model: nn.Module, *args: Any) -> None:
         was_sharded = is_sharded(model)
-        super()._shard(model, optimizers)
+        super()._shard(model, *args)
         if is_sharded(model) and not was_sharded:
             self.ledgers.append(self.ledger(model))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,13 @@ from lightning_mics.mesh import (
 )
 from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.prefetch import ForwardPrefetch
-from lightning_mics.topology import ClusterTopology
+from lightning_mics.topology import ClusterTopology, GroupLayout
 from lightning_mics.tuning import choose_stages
 from lightning_mics.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
+
+if TYPE_CHECKING:
+    from lightning_mics.auto import AutoChoice, MemoryCheck
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,14 @@ class MiCSRuntime:
         mesh: The groups it communicates in.
         ledger: The counts of its collectives.
         unit_names: Names of its FSDP units, root first (the root's name is ``"(root)"``).
+        choice: What ``shard_size="auto"`` decided, and why; ``config`` holds the number.
     """
 
     config: MiCSConfig
     mesh: MiCSMesh
     ledger: CommLedger
     unit_names: tuple[str, ...]
+    choice: AutoChoice | None = None
 
 
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, MiCSRuntime] = weakref.WeakKeyDictionary()
@@ -117,6 +123,8 @@ def mics_shard(
     topology: ClusterTopology | None = None,
     device_type: str | None = None,
     entries: Sequence[nn.Module] = (),
+    optimizer: Optimizer | Sequence[Optimizer] | type[Optimizer] | str | None = None,
+    sample: Any = None,
 ) -> nn.Module:
     """Shards a model over its partition group and replicates it over the others. Collective over the world.
 
@@ -129,6 +137,10 @@ def mics_shard(
         topology: The cluster, if the caller knows it better than the launcher's variables and host names.
         device_type: Where to train, ``"cuda"`` or ``"cpu"``; by default CUDA where there is one.
         entries: Modules inside ``model`` that are called, and run backward, outside of ``model.forward``.
+        optimizer: Optimizers over the model's parameters that have not taken a step; they are pointed to the shards.
+            ``shard_size="auto"`` counts their states. A class will do for that, or a name from ``torch.optim``;
+            without any of them it assumes AdamW.
+        sample: A micro-batch as ``model`` takes it, for ``shard_size="auto"`` to count activations.
 
     Returns:
         ``model``, whose parameters are now DTensors: shards on this rank's partition group.
@@ -149,23 +161,65 @@ def mics_shard(
         topology = ClusterTopology(world_size=dist.get_world_size(), node_size=config.node_size)
     # What every rank can tell alone is checked before the first collective.
     known = topology or ClusterTopology(world_size=dist.get_world_size(), node_size=dist.get_world_size())
-    known.layout(config.shard_size)
+    if config.shard_size != "auto":
+        known.layout(config.shard_size)
     check_model(model)
     units = plan_units(model, config.wrap, entries)
     if config.param_dtype is not None:
         units = separate_batch_norms(model, units)
-    layout = (topology or detect_topology()).layout(config.shard_size)
-    resolve_hierarchical(config, layout)
-    # A function's repr holds its address; what it selects is compared instead.
-    require_agreement("settings", (repr(config.replace(wrap="auto")), layout))
+    topology = topology or detect_topology()
+    layout = check_layout(config, topology)
+    # A function's repr holds its address; what it selects is compared instead. Ranks may differ in memory.
+    require_agreement("settings", (repr(config.replace(wrap="auto", memory_limit=None)), layout or topology))
     require_agreement("the units that wrap= selects", _unit_names(model, units))
     require_agreement("the model's parameters", _structure(model))
+    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer] if optimizer else []
+    choice, check = None, None
+    if layout is None:
+        choice, check = _decide(model, config, topology, device_type, optimizers, sample)
+        config = config.replace(shard_size=choice.shard_size)
+        layout = topology.layout(choice.shard_size)
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
         check_groups(mesh)
-    if config.activation_checkpointing:
-        _checkpoint_activations([unit for unit in units if unit[0] not in entries])
-    return _shard(model, units, config, mesh)
+
+    def shard() -> None:
+        if config.activation_checkpointing:
+            _checkpoint_activations([unit for unit in units if unit[0] not in entries])
+        _shard(model, units, config, mesh, choice, check)
+
+    shard_with_optimizers(model, [entry for entry in optimizers if isinstance(entry, Optimizer)], shard)
+    return model
+
+
+def check_layout(config: MiCSConfig, topology: ClusterTopology) -> GroupLayout | None:
+    """Lays out a cluster; ``None`` where ``shard_size="auto"`` leaves that to the model.
+
+    Raises:
+        MiCSConfigError: If a setting does not fit the cluster.
+    """
+    layout = topology.layout("world" if config.shard_size == "auto" else config.shard_size)
+    resolve_hierarchical(config, layout)
+    return None if config.shard_size == "auto" else layout
+
+
+def _decide(
+    model: nn.Module,
+    config: MiCSConfig,
+    topology: ClusterTopology,
+    device_type: str,
+    optimizers: Sequence[Any],
+    sample: Any,
+) -> tuple[AutoChoice, MemoryCheck]:
+    """Decides what ``shard_size="auto"`` leaves open, and says so; prepares to see how true it comes."""
+    # Planning needs PyTorch's tracers, which other settings do without.
+    from lightning_mics.auto import MemoryCheck, choose_shard_size
+    from lightning_mics.resources import Usage
+
+    choice = choose_shard_size(model, config, topology, device_type=device_type, optimizers=optimizers, sample=sample)
+    if dist.get_rank() == 0:
+        print(f"lightning-mics: {choice}", file=sys.stderr, flush=True)
+    return choice, MemoryCheck(choice, Usage(model, communication_device(device_type)))
 
 
 def check_model(model: nn.Module) -> None:
@@ -222,7 +276,14 @@ def _structure(model: nn.Module) -> list[str]:
     return [f"{n} {tuple(p.shape)} {p.dtype} grad={p.requires_grad}" for n, p in model.named_parameters()]
 
 
-def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMesh) -> nn.Module:
+def _shard(
+    model: nn.Module,
+    units: list[Unit],
+    config: MiCSConfig,
+    mesh: MiCSMesh,
+    choice: AutoChoice | None,
+    check: MemoryCheck | None,
+) -> None:
     device = communication_device(mesh.device_mesh.device_type)
     ledger = CommLedger(mesh.layout)
     for unit in [*units, (model,)]:
@@ -235,7 +296,7 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
         _cast_inputs_of_norms([module for module in _modules_outside(model, {m for unit in units for m in unit})])
     # The hazard it tells of, changing a returned view in place, ends in an error; and nothing need be done about it.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view")
-    sync, prefetch = _connect(leaders, unit_names, config, mesh, ledger)
+    sync, prefetch = _connect(leaders, unit_names, config, mesh, ledger, check)
     tend_root(
         model,
         on_forward_begin=prefetch.forward_begins if prefetch is not None else _nothing,
@@ -244,8 +305,9 @@ def _shard(model: nn.Module, units: list[Unit], config: MiCSConfig, mesh: MiCSMe
         on_failure=sync.abandon,
     )
     attach_sync(model, sync)
-    _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names))
-    return model
+    _RUNTIMES[model] = MiCSRuntime(config, mesh, ledger, tuple(unit_names), choice)
+    if check is not None:
+        check.begin()
 
 
 def _cast_inputs_of_norms(modules: list[nn.Module]) -> None:
@@ -321,7 +383,12 @@ def _nothing() -> None:
 
 
 def _connect(
-    leaders: list[Unit], names: list[str], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger
+    leaders: list[Unit],
+    names: list[str],
+    config: MiCSConfig,
+    mesh: MiCSMesh,
+    ledger: CommLedger,
+    check: MemoryCheck | None,
 ) -> tuple[ReplicationSync, ForwardPrefetch | None]:
     """Gives each unit its collectives, all units their second hop, and what has no streams its overlap."""
     groups = {name: unit_param_groups(unit[0]) for unit, name in zip(leaders, names, strict=True)}
@@ -335,6 +402,7 @@ def _connect(
         ledger,
         overlap=not config.cpu_offload,
         self_check=SelfCheck(mesh, ledger) if config.verify else None,
+        after_window=None if check is None else check.after_window,
     )
     # An accelerator's streams overlap by themselves.
     overlaps = mesh.device_mesh.device_type == "cpu" and not config.cpu_offload

@@ -15,7 +15,7 @@ from typing import Literal
 
 from lightning_mics.errors import MiCSConfigError
 
-ShardSize = int | Literal["node", "world"]
+ShardSize = int | Literal["node", "world", "auto"]
 Group = tuple[int, ...]
 
 
@@ -137,6 +137,8 @@ class ClusterTopology:
         if shard_size == "world":
             return self.world_size
         works = f"Values that work on this cluster: {_listing(self.valid_shard_sizes())}, 'node' or 'world'."
+        if shard_size == "auto":
+            raise MiCSConfigError(f"shard_size='auto' needs a model, and there is none here. {works}")
         cluster = f"a world of {self.world_size} ranks ({self.num_nodes} x {self.node_size})"
         if isinstance(shard_size, bool) or not isinstance(shard_size, int):
             raise MiCSConfigError(f"shard_size={shard_size!r} is neither a whole number nor a known word. {works}")

@@ -64,7 +64,7 @@ class MiCSTrainerMixin:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def _move_model_to_device(self: Any, model: nn.Module, device: torch.device) -> None:
-        if self.accelerator.layout is None:
+        if self.accelerator.topology is None:
             super()._move_model_to_device(model, device)  # type: ignore[misc]
         # Otherwise sharding places the parameters; the whole model may not fit.
 

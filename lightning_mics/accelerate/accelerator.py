@@ -6,10 +6,11 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -27,16 +28,27 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
 from lightning_mics.grad_sync import defer_replication_sync
-from lightning_mics.mesh import detect_topology, resolve_hierarchical
+from lightning_mics.mesh import detect_topology
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import apply_precision, use_sharded_scaler
-from lightning_mics.sharding import ShardedParams, clip_parameters_, is_sharded, mics_shard, runtime_of
+from lightning_mics.sharding import (
+    ShardedParams,
+    check_layout,
+    clip_parameters_,
+    is_sharded,
+    mics_shard,
+    runtime_of,
+)
 from lightning_mics.topology import ClusterTopology, GroupLayout
+
+if TYPE_CHECKING:
+    from lightning_mics.auto import Sample
 
 _PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _OTHER_ENGINES = ("fsdp_plugin", "deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin")
@@ -74,6 +86,7 @@ class MiCSAccelerator(Accelerator):
         take_over_launch()
         _forget_lonely_state()
         options["parallelism_config"] = None
+        self._topology: ClusterTopology | None = None
         self._layout: GroupLayout | None = None
         self._sharded = ShardedParams()
         del options["self"]
@@ -83,12 +96,20 @@ class MiCSAccelerator(Accelerator):
         if dist.is_initialized():
             assert self.mics_plugin.config is not None
             config = self.mics_plugin.config
-            self._layout = detect_topology(config.node_size).layout(config.shard_size)
-            resolve_hierarchical(config, self._layout)
+            self._topology = detect_topology(config.node_size)
+            self._layout = check_layout(config, self._topology)
+
+    @property
+    def topology(self) -> ClusterTopology | None:
+        """The cluster; ``None`` without other processes."""
+        return self._topology
 
     @property
     def layout(self) -> GroupLayout | None:
-        """Which rank holds which shard of which replica; ``None`` without other processes."""
+        """Which rank holds which shard of which replica.
+
+        ``None`` without other processes, and until ``prepare`` has decided what ``shard_size="auto"`` leaves open.
+        """
         return self._layout
 
     def ledger(self, model: nn.Module) -> CommLedger:
@@ -108,7 +129,11 @@ class MiCSAccelerator(Accelerator):
             MiCSConfigError: On every rank, if a model cannot be sharded or an optimizer has taken steps already.
         """
         for model in (arg for arg in args if isinstance(arg, nn.Module)):
-            self._shard(model, [arg for arg in args if isinstance(arg, Optimizer)])
+            self._shard(
+                model,
+                [arg for arg in args if isinstance(arg, Optimizer)],
+                [arg for arg in args if isinstance(arg, DataLoader)],
+            )
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
@@ -127,19 +152,39 @@ class MiCSAccelerator(Accelerator):
             self._sharded.rebind(optimizer)
         return super().prepare_optimizer(optimizer, device_placement)
 
-    def _shard(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
-        if self._layout is None or is_sharded(model) or next(model.parameters(), None) is None:
+    def _shard(
+        self, model: nn.Module, optimizers: Sequence[Optimizer] = (), loaders: Sequence[DataLoader[Any]] = ()
+    ) -> None:
+        if self._topology is None or is_sharded(model) or next(model.parameters(), None) is None:
             return
         for optimizer in optimizers:
             self._sharded.check(optimizer, model)
         assert self.mics_plugin.config is not None
         config = apply_precision(self.mics_plugin.config, _PRECISIONS[self.mixed_precision])
-        topology = self._layout.topology
+        params = set(model.parameters())
+        own = [entry for entry in optimizers if params.issuperset(p for g in entry.param_groups for p in g["params"])]
         with self._sharded.remember(model):
-            mics_shard(model, config, topology=topology, device_type=self.device.type)
+            mics_shard(
+                model,
+                config,
+                topology=self._topology,
+                device_type=self.device.type,
+                optimizer=own if config.shard_size == "auto" else None,
+                sample=self._find_sample(loaders) if config.shard_size == "auto" else None,
+            )
+        self._layout = runtime_of(model).mesh.layout
         _prepare_generation(model)
         if hasattr(model, "save_pretrained"):
             self._gather_before_saving(model)
+
+    def _find_sample(self, loaders: Sequence[Any]) -> Sample | None:
+        """Takes a sample of the DataLoader that is prepared together with the model, or was before it."""
+        from lightning_mics.auto import sample_of
+
+        sample = sample_of(next(iter([*loaders, *self._dataloaders]), None))
+        if sample is not None and self.split_batches:
+            return replace(sample, micro_batch=max(1, sample.micro_batch // self.num_processes))
+        return sample
 
     def _gather_before_saving(self, model: Any) -> None:
         """Lets ``model.save_pretrained(folder)``, called on every rank, write whole weights once."""
@@ -462,7 +507,7 @@ def _check_world(plugin: MiCSPlugin) -> None:
     topology = ClusterTopology.from_env(world)
     if plugin.config.node_size is not None or topology is None:
         topology = ClusterTopology(world_size=world, node_size=plugin.config.node_size or world)
-    resolve_hierarchical(plugin.config, topology.layout(plugin.config.shard_size))
+    check_layout(plugin.config, topology)
 
 
 def _forget_lonely_state() -> None:

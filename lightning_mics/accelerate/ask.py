@@ -46,7 +46,9 @@ def write_by_flags(options: argparse.Namespace) -> None:
     except EOFError as error:
         print()
         raise MiCSConfigError("The input ended before the last answer. Try again, or give flags and --yes.") from error
-    layout = check_environment(settings, environment)
+    layout: object = check_environment(settings, environment)
+    if options.shard_size == "auto":
+        layout = f"The shard size is decided from the model; without MICS_SHARD_SIZE=auto it is {settings.shard_size}."
     write_launch_file(options.output, settings, environment=environment, force=options.force)
     print(f"\n{layout}\n\nWrote {options.output}. {_how_to_start(options.output, settings, environment)}")
 
@@ -83,6 +85,7 @@ def _how_to_start(path: Path, settings: LaunchSettings, environment: Mapping[str
 def environment_by_flags(options: argparse.Namespace) -> dict[str, str]:
     """Returns the ``MICS_*`` variables for the flags that Accelerate does not carry."""
     given = {
+        "MICS_SHARD_SIZE": "auto" if options.shard_size == "auto" else None,
         "MICS_HIERARCHICAL": options.hierarchical,
         "MICS_NODE_SIZE": options.node_size,
         "MICS_REDUCE_DTYPE": options.reduce_dtype,
@@ -153,7 +156,7 @@ def _shard_size(asker: _Asker, given: ShardSize | None, topology: ClusterTopolog
     if given is None and asker.interactive:
         works = topology.valid_shard_sizes()
         return asker.choice("Shard size: ranks that hold one replica together", works, topology.node_size)
-    return topology.resolve_shard_size("node" if given is None else given)
+    return topology.resolve_shard_size("node" if given in (None, "auto") else given)
 
 
 class _Asker:

@@ -388,7 +388,7 @@ def _check_product(file: _LaunchFile, topology: ClusterTopology, shard: int, rep
         else:
             file.problem(replica_line, f"{why}. Change it to {world // shard}")
     variable = os.environ.get("MICS_SHARD_SIZE")
-    if variable is not None and variable.strip() != str(shard):
+    if variable is not None and variable.strip() not in (str(shard), "auto"):
         file.problem(
             shard_line,
             f"contradicts MICS_SHARD_SIZE={variable} of the environment. Unset the variable, or change the line",

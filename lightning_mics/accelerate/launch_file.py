@@ -236,7 +236,7 @@ def check_environment(settings: LaunchSettings, environment: Mapping[str, str]) 
         if name not in known:
             raise MiCSConfigError(f"{name} is not a variable of MiCS. {_did_you_mean(name, known)}")
     shard_size = environment.get("MICS_SHARD_SIZE")
-    if shard_size not in (None, str(settings.shard_size)):
+    if shard_size not in (None, str(settings.shard_size), "auto"):
         raise MiCSConfigError(
             f"MICS_SHARD_SIZE={shard_size} contradicts shard_size={settings.shard_size}. Leave the variable out: the "
             "launch file carries the shard size."

@@ -35,7 +35,8 @@ class MiCSPlugin:
     --config_file`` was given, then from the defaults. An explicit argument always wins.
 
     Args:
-        shard_size: Ranks in a partition group: a number, ``"node"`` or ``"world"``.
+        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
+            that is predicted to fit into memory.
         node_size: Ranks on a node; by default what the launcher says.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
         wrap: What becomes an FSDP unit.
@@ -47,6 +48,7 @@ class MiCSPlugin:
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
         full_checkpoint: Whether ``save_state`` also writes the whole weights, for ``from_pretrained``.
         config: A whole :class:`~lightning_mics.MiCSConfig` instead of variables and file; arguments override it.
 
@@ -68,6 +70,7 @@ class MiCSPlugin:
     activation_checkpointing: bool | None = None
     cpu_offload: bool | None = None
     verify: bool | None = None
+    memory_limit: int | str | None = None
     full_checkpoint: bool | None = None
     config: MiCSConfig | None = None
 
@@ -132,7 +135,8 @@ def _launched_shard_size(environ: Mapping[str, str]) -> int:
             "'mics config --check FILE' checks a file before it is launched."
         )
     variable = environ.get("MICS_SHARD_SIZE")
-    if variable is not None and variable.strip() != str(shard):
+    # The file has no word for "auto", so its number is a placeholder then.
+    if variable is not None and variable.strip() not in (str(shard), "auto"):
         raise MiCSConfigError(
             f"MICS_SHARD_SIZE={variable} contradicts the launch file's parallelism_config_dp_shard_size: {shard}. "
             "Unset the variable, or change the line."

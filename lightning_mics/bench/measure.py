@@ -134,8 +134,16 @@ class ResidentMemory:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         self._before = _status("VmRSS")
+        self.restart_peak()
+
+    def restart_peak(self) -> None:
+        """Forgets the peak so far, but not where growth is counted from."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def growth(self) -> int:
+        """Returns the bytes that the process has grown by."""
+        return max(0, _status("VmRSS") - self._before)
 
     def peak_growth(self) -> int:
         """Returns the most bytes that the process has grown by."""

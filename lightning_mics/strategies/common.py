@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,24 +18,46 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
-from lightning_mics.errors import MiCSConfigError
-from lightning_mics.mesh import resolve_hierarchical
+from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.precision import check_precision
+from lightning_mics.sharding import check_layout
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
+if TYPE_CHECKING:
+    from lightning_mics.auto import Sample
 
-def plan_layout(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> GroupLayout:
-    """Lays out the cluster that Lightning was told about; ``node_size`` overrides its idea of a node.
+
+def plan_topology(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> ClusterTopology:
+    """Returns the cluster that Lightning was told about; ``node_size`` overrides its idea of a node.
+
+    Raises:
+        MiCSConfigError: If ``node_size`` does not fit it.
+    """
+    return ClusterTopology(world_size=num_nodes * ranks_per_node, node_size=config.node_size or ranks_per_node)
+
+
+def plan_layout(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> GroupLayout | None:
+    """Lays out the cluster; ``None`` where ``shard_size="auto"`` leaves that to the model.
 
     Pure, so that a wrong setting fails before any process is started.
 
     Raises:
         MiCSConfigError: If a setting does not fit the cluster.
     """
-    world_size = num_nodes * ranks_per_node
-    topology = ClusterTopology(world_size=world_size, node_size=config.node_size or ranks_per_node)
-    layout = topology.layout(config.shard_size)
-    resolve_hierarchical(config, layout)
+    return check_layout(config, plan_topology(config, num_nodes, ranks_per_node))
+
+
+def require_layout(layout: GroupLayout | None) -> GroupLayout:
+    """Returns a layout that is decided.
+
+    Raises:
+        MiCSError: If it is not.
+    """
+    if layout is None:
+        raise MiCSError(
+            "shard_size='auto' is decided when the module is set up, so there is no layout yet. Ask again after that, "
+            "or give a number."
+        )
     return layout
 
 
@@ -67,6 +90,23 @@ def check_sync_batchnorm(device: torch.device) -> None:
     """
     if device.type == "cpu":
         raise MiCSConfigError("sync_batchnorm=True needs GPUs: PyTorch has no SyncBatchNorm for CPUs. Use False there.")
+
+
+def find_sample(module: nn.Module, loader: Any) -> Sample | None:
+    """Finds what a rank computes with in a microstep, for ``shard_size="auto"``.
+
+    A module's ``example_input_array`` has the inputs; the DataLoader knows how many of them make a micro-batch, and has
+    a sample itself.
+    """
+    from lightning_mics.auto import Sample, sample_of
+
+    first, example = sample_of(loader), getattr(module, "example_input_array", None)
+    if example is not None:
+        sample = Sample.of(example, through_forward=True)
+        return sample if first is None else replace(sample, micro_batch=first.micro_batch)
+    # With manual optimisation, steps run backward passes of their own.
+    is_manual = not getattr(module, "automatic_optimization", True)
+    return None if first is None else replace(first, through_forward=is_manual)
 
 
 def gather_in_steps(module: nn.Module) -> None:

@@ -26,7 +26,7 @@ from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.grad_sync import defer_replication_sync
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import apply_precision, use_sharded_scaler
-from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of, shard_with_optimizers
+from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of
 from lightning_mics.strategies import common
 from lightning_mics.topology import GroupLayout, ShardSize
 
@@ -38,7 +38,8 @@ class MiCSStrategy(ParallelStrategy):
     loops ``fabric.no_backward_sync(model, enabled=...)`` defers the all-reduce between replicas.
 
     Args:
-        shard_size: Ranks in a partition group: a number, ``"node"`` or ``"world"``.
+        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
+            that is predicted to fit into memory.
         node_size: Ranks on a node; by default Fabric's number of devices.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
         wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
@@ -48,6 +49,7 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
         config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
@@ -69,6 +71,7 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: bool | None = None,
         cpu_offload: bool | None = None,
         verify: bool | None = None,
+        memory_limit: int | str | None = None,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -85,6 +88,7 @@ class MiCSStrategy(ParallelStrategy):
             "activation_checkpointing": activation_checkpointing,
             "cpu_offload": cpu_offload,
             "verify": verify,
+            "memory_limit": memory_limit,
         }
         self.config = build_config(config, settings)
         super().__init__()
@@ -92,6 +96,8 @@ class MiCSStrategy(ParallelStrategy):
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._process_group_backend = process_group_backend
         self._timeout = timeout
+        self._decided: GroupLayout | None = None
+        self._loader: Any = None
         self._backward_sync_control = _DeferReplicationSync()
 
     @property
@@ -135,8 +141,13 @@ class MiCSStrategy(ParallelStrategy):
 
     @property
     def layout(self) -> GroupLayout:
-        """Which rank holds which shard of which replica; print it to see it."""
-        return common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        """Which rank holds which shard of which replica; print it to see it.
+
+        Raises:
+            MiCSError: If ``shard_size="auto"`` has not been decided yet.
+        """
+        planned = common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        return common.require_layout(planned or self._decided)
 
     @property
     def precision(self) -> Precision:
@@ -170,17 +181,29 @@ class MiCSStrategy(ParallelStrategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shards a module in place."""
-        config = apply_precision(self.config, str(self.precision.precision))
-        mics_shard(module, config, topology=self.layout.topology, device_type=self.root_device.type)
-        common.gather_in_steps(module)
-        return module
+        return self.setup_module_and_optimizers(module, [])[0]
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shards a module in place and points its optimizers, created before, to the shards."""
-        shard_with_optimizers(module, optimizers, lambda: self.setup_module(module))
+        config = apply_precision(self.config, str(self.precision.precision))
+        mics_shard(
+            module,
+            config,
+            topology=common.plan_topology(config, self.num_nodes, self.num_processes),
+            device_type=self.root_device.type,
+            optimizer=optimizers,
+            sample=common.find_sample(module, self._loader) if config.shard_size == "auto" else None,
+        )
+        self._decided = runtime_of(module).mesh.layout
+        common.gather_in_steps(module)
         return module, optimizers, scheduler
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Remembers the first DataLoader that is set up: ``shard_size="auto"`` may need a sample of it."""
+        self._loader = dataloader if self._loader is None else self._loader
+        return super().process_dataloader(dataloader)
 
     def module_to_device(self, module: nn.Module) -> None:
         """Does nothing: sharding places the parameters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _configure_optimizers
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -46,7 +46,8 @@ class MiCSStrategy(ParallelStrategy):
     meta device. With ``accumulate_grad_batches`` replicas synchronise once per optimizer step.
 
     Args:
-        shard_size: Ranks in a partition group: a number, ``"node"`` or ``"world"``.
+        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
+            that is predicted to fit into memory.
         node_size: Ranks on a node; by default Lightning's number of devices.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
         wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
@@ -56,6 +57,7 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
         config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
@@ -83,6 +85,7 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: bool | None = None,
         cpu_offload: bool | None = None,
         verify: bool | None = None,
+        memory_limit: int | str | None = None,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -99,6 +102,7 @@ class MiCSStrategy(ParallelStrategy):
             "activation_checkpointing": activation_checkpointing,
             "cpu_offload": cpu_offload,
             "verify": verify,
+            "memory_limit": memory_limit,
         }
         self.config = build_config(config, settings)
         super().__init__()
@@ -137,8 +141,15 @@ class MiCSStrategy(ParallelStrategy):
 
     @property
     def layout(self) -> GroupLayout:
-        """Which rank holds which shard of which replica; print it to see it."""
-        return common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        """Which rank holds which shard of which replica; print it to see it.
+
+        Raises:
+            MiCSError: If ``shard_size="auto"`` has not been decided yet.
+        """
+        planned = common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        if planned is None and self.lightning_module is not None and is_sharded(self.lightning_module):
+            return runtime_of(self.lightning_module).mesh.layout
+        return common.require_layout(planned)
 
     @property
     def ledger(self) -> CommLedger:
@@ -207,7 +218,7 @@ class MiCSStrategy(ParallelStrategy):
         _refuse_averaging(trainer)
         self.accelerator.setup(trainer)
         _disable_inference_mode(trainer)
-        self._shard(self.lightning_module)
+        self._shard(self.lightning_module, trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)
@@ -215,7 +226,7 @@ class MiCSStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: pl.LightningModule) -> None:
+    def _shard(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
         if is_sharded(module):
             self._check_same_layout(module)
             return
@@ -224,13 +235,18 @@ class MiCSStrategy(ParallelStrategy):
             common.check_sync_batchnorm(self.root_device)
             self._layer_sync.apply(module)
         config = apply_precision(self.config, str(self.precision_plugin.precision))
-        mics_shard(
-            module,
-            config,
-            topology=self.layout.topology,
-            device_type=self.root_device.type,
-            entries=[] if module.automatic_optimization else _manual_entries(module),
-        )
+        entries = [] if module.automatic_optimization else _manual_entries(module)
+        is_auto = config.shard_size == "auto"
+        with _logging_off(module) if is_auto else nullcontext():
+            mics_shard(
+                module,
+                config,
+                topology=common.plan_topology(config, self.num_nodes, self.num_processes),
+                device_type=self.root_device.type,
+                entries=entries,
+                optimizer=_future_optimizers(module) if is_auto else None,
+                sample=common.find_sample(module, _train_loader(trainer)) if is_auto else None,
+            )
         common.gather_in_steps(module)
         module._device_mesh = runtime_of(module).mesh.device_mesh
 
@@ -375,6 +391,42 @@ def _disable_inference_mode(trainer: pl.Trainer) -> None:
         trainer.predict_loop,
     ):
         loop.inference_mode = False
+
+
+@contextmanager
+def _logging_off(module: pl.LightningModule) -> Generator[None, None, None]:
+    """Lets steps run before there is a loop that takes what they log."""
+    names = ("log", "log_dict")
+    module.__dict__.update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
+    """Asks a module for optimizers over its whole parameters, to learn their classes and settings."""
+    from lightning_mics.auto import random_states_kept
+
+    attributes = dict(module.__dict__)
+    try:
+        with random_states_kept():
+            return _configure_optimizers(module.configure_optimizers())[0]  # type: ignore[arg-type]
+    except Exception:
+        return None
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+
+
+def _train_loader(trainer: pl.Trainer) -> Any:
+    """Returns what was passed to ``fit``; what hooks would return is not asked for a second time."""
+    return getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
 
 
 def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:

@@ -34,7 +34,7 @@ SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"shard_size": 0}, ["shard_size=0", "at least 1", "Try shard_size='node'"]),
     ({"shard_size": -3}, ["shard_size=-3", "at least 1", "Try shard_size='node'"]),
     ({"shard_size": 2.5}, ["shard_size=2.5", "not a whole number", "Try shard_size='node'"]),
-    ({"shard_size": "two"}, ["shard_size='two'", "'node' or 'world'"]),
+    ({"shard_size": "two"}, ["shard_size='two'", "'node', 'world' or 'auto'"]),
     ({"shard_size": 8, **NODES_OF_2}, ["shard_size=8", "a world of 4 ranks (2 x 2)", "1, 2, 4, 'node' or 'world'"]),
     ({"shard_size": 3, **NODES_OF_2}, ["shard_size=3", "does not divide", "4 ranks (2 x 2)", "1, 2, 4,"]),
     ({"node_size": 3}, ["node_size=3", "does not divide the world of 4 ranks", "1, 2, 4"]),

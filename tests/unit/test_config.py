@@ -40,7 +40,7 @@ def test_dtypes_have_several_spellings(spelling: object) -> None:
         ("shard_size", 2.0, "Try shard_size="),
         ("shard_size", True, "Try shard_size="),
         ("shard_size", None, "Try shard_size="),
-        ("shard_size", "rack", "'node' or 'world'"),
+        ("shard_size", "rack", "'node', 'world' or 'auto'"),
         ("node_size", 0, "Try node_size="),
         ("node_size", "8", "Try node_size="),
         ("hierarchical", "yes", "'auto', True, False"),

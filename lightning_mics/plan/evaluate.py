@@ -1,0 +1,213 @@
+"""What one candidate would need, take and send."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning_mics.metrics import Hop, Traffic, partition_share, replication_share
+from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
+from lightning_mics.plan.hardware import Cluster
+from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
+from lightning_mics.plan.optimizers import optimizer_footprint
+from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
+from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A candidate, and what is predicted for it.
+
+    Attributes:
+        candidate: The settings.
+        world_size: Number of ranks.
+        memory: Bytes of a rank at the peak of a step, by part.
+        memory_limit: Bytes that a rank has.
+        time: Seconds of an optimizer step, by stream, with its events.
+        traffic: Collectives and bytes of an optimizer step for each hop, of one node.
+        samples_per_second: Of all ranks.
+        model_flops: FLOP/s of a rank that train the model; without recomputation.
+        hardware_flops: FLOP/s of a rank, with recomputation.
+        mfu: ``model_flops`` in relation to the accelerator's peak.
+    """
+
+    candidate: Candidate
+    world_size: int
+    memory: MemoryBreakdown
+    memory_limit: float
+    time: StepTime = field(repr=False)
+    traffic: Mapping[Hop, Traffic] = field(repr=False)
+    samples_per_second: float
+    model_flops: float
+    hardware_flops: float
+    mfu: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank has the memory."""
+        return self.memory.total <= self.memory_limit
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step."""
+        return self.world_size * self.candidate.micro_batch * self.candidate.accumulation
+
+
+def evaluate(
+    profile: ModelProfile,
+    cluster: Cluster,
+    candidate: Candidate,
+    training: Training,
+    *,
+    memory: MemoryBreakdown | None = None,
+    memory_limit: float | None = None,
+    engine: Engine | None = None,
+) -> Plan:
+    """Predicts memory, time and traffic of a candidate.
+
+    Args:
+        profile: The model.
+        cluster: The hardware.
+        candidate: The settings.
+        training: Dtypes and the optimizer.
+        memory: The memory, where it is known already.
+        memory_limit: Bytes that a rank has; by default those of the accelerator.
+        engine: How collectives overlap; by default what the scheme does on such devices.
+
+    Raises:
+        MiCSConfigError: If the shard size cannot work on the cluster.
+    """
+    accelerator = cluster.node.accelerator
+    memory = memory or predict_memory(profile, candidate, training, accelerator)
+    time = simulate(_work(profile, cluster, candidate, training, engine))
+    samples = candidate.micro_batch * candidate.accumulation
+    again = sum(unit.forward_flops for unit in profile.blocks if unit.can_checkpoint)
+    recomputed = again if candidate.activation_checkpointing else 0.0
+    model_flops = profile.flops * samples / time.seconds
+    return Plan(
+        candidate=candidate,
+        world_size=cluster.world_size,
+        memory=memory,
+        memory_limit=accelerator.memory if memory_limit is None else memory_limit,
+        time=time,
+        traffic=predict_traffic(profile, cluster, candidate, training),
+        samples_per_second=cluster.world_size * samples / time.seconds,
+        model_flops=model_flops,
+        hardware_flops=model_flops + recomputed * samples / time.seconds,
+        mfu=model_flops / peak_flops(cluster, training),
+    )
+
+
+def peak_flops(cluster: Cluster, training: Training) -> float:
+    """Returns the accelerator's peak rate in the dtype of the computation, in FLOP/s."""
+    peaks = cluster.node.accelerator.peak_flops
+    return peaks.get(training.param_dtype, peaks.get("float32", 0.0)) or max(peaks.values())
+
+
+def _work(
+    profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training, engine: Engine | None
+) -> StepWork:
+    layout = candidate.layout(cluster.topology)
+    costs = NetworkCosts(cluster, layout, candidate.hierarchical)
+    device = cluster.node.accelerator.device_type
+    engine = engine or engine_of(candidate.scheme, device, spans_nodes=layout.spans_nodes)
+    least = engine.least_message
+    times = functools.cache(lambda unit: _unit_times(unit, cluster, candidate, training, costs, least))
+    return StepWork(
+        root=times(profile.root),
+        blocks=[times(unit) for unit in profile.blocks],
+        accumulation=candidate.accumulation,
+        replicates_always=candidate.scheme == "mesh-2d",
+        gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
+        optimizer=_optimizer_seconds(profile, cluster, candidate, training),
+        agreement=costs.agreement() if candidate.scheme == "mics" else 0.0,
+        engine=engine,
+    )
+
+
+def _unit_times(
+    unit: Unit,
+    cluster: Cluster,
+    candidate: Candidate,
+    training: Training,
+    costs: NetworkCosts,
+    least_message: int | None,
+) -> UnitTimes:
+    accelerator, samples = cluster.node.accelerator, candidate.micro_batch
+    rate = peak_flops(cluster, training) * accelerator.compute_efficiency
+    gathered = unit.numel * DTYPE_BYTES[training.param_dtype]
+    reduced = unit.trainable_numel * DTYPE_BYTES[training.reduce_dtype]
+    again = unit.forward_flops if candidate.activation_checkpointing and unit.can_checkpoint else 0.0
+    forward, backward = unit.forward_flops * samples / rate, (unit.backward_flops + again) * samples / rate
+    if candidate.scheme == "ddp":
+        whole = sum(param.numel * DTYPE_BYTES[param.dtype] for param in unit.params if param.trainable)
+        return UnitTimes(name=unit.name, forward=forward, backward=backward, replicate=costs.replication(whole))
+    # Gathered messages are copied into parameters, gradients into the message of the reduction.
+    copied = 2 * gathered / accelerator.memory_bandwidth
+    return UnitTimes(
+        name=unit.name,
+        forward=forward + copied,
+        backward=backward + copied + (gathered + reduced) / accelerator.memory_bandwidth,
+        gather=_messages(unit, training.param_dtype, costs, least_message),
+        reduce=_messages(unit, training.reduce_dtype, costs, least_message, only_trainable=True),
+        replicate=costs.replication(reduced / candidate.shard_size) if reduced else FREE,
+    )
+
+
+def _messages(
+    unit: Unit, dtype: str, costs: NetworkCosts, least_message: int | None, *, only_trainable: bool = False
+) -> Cost:
+    """Returns the cost of the collectives of a unit's parameters: of one message, or of one for each of them."""
+    numel = unit.trainable_numel if only_trainable else unit.numel
+    if numel == 0:
+        return FREE
+    if least_message is None:
+        return costs.partition(numel * DTYPE_BYTES[dtype])
+    large = [param.numel for param in unit.params if param.numel >= least_message]
+    return sum((costs.partition(count * DTYPE_BYTES[dtype]) for count in large), FREE)
+
+
+def _optimizer_seconds(profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training) -> float:
+    """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
+    shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
+    numel = profile.trainable_numel / shard_size
+    sample = next((unit for unit in profile.units if unit.trainable_numel), None)
+    if sample is None:
+        return 0.0
+    trainable = tuple(param for param in sample.params if param.trainable)
+    states = optimizer_footprint(training.optimizer, trainable, foreach=False).state_bytes / sample.trainable_numel
+    width = DTYPE_BYTES[training.state_dtype or trainable[0].dtype]
+    return numel * (3 * width + 2 * states) / cluster.node.accelerator.memory_bandwidth
+
+
+def predict_traffic(
+    profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training
+) -> dict[Hop, Traffic]:
+    """Returns the collectives of an optimizer step and the bytes that one node sends, as the ledger counts them."""
+    layout = candidate.layout(cluster.topology)
+    microsteps = candidate.accumulation
+    trainable = [unit for unit in profile.units if unit.trainable_numel]
+    reduced = sum(unit.trainable_numel for unit in trainable) * DTYPE_BYTES[training.reduce_dtype]
+    replications = microsteps if candidate.scheme == "mesh-2d" else 1
+    partition, replication = partition_share(layout, candidate.hierarchical), replication_share(layout)
+
+    def traffic(calls: int, message_bytes: float, intra: float, inter: float) -> Traffic:
+        return Traffic(calls, int(message_bytes), int(message_bytes * intra), int(message_bytes * inter))
+
+    result = {hop: Traffic() for hop in Hop}
+    if candidate.scheme != "ddp":
+        times = 2 if candidate.reshard_after_forward else 1
+        units = sum(1 for unit in profile.units if unit.numel)
+        elements = profile.root.numel + times * sum(unit.numel for unit in profile.blocks)
+        calls = microsteps * (1 + times * (units - 1) if profile.root.numel else times * units)
+        gathered = microsteps * elements * DTYPE_BYTES[training.param_dtype]
+        share = float(partition.intra), float(partition.inter)
+        result[Hop.PARTITION_GATHER] = traffic(calls, gathered, *share)
+        result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, *share)
+    if layout.num_replicas > 1:
+        message = replications * reduced / layout.shard_size
+        share = float(replication.intra), float(replication.inter)
+        result[Hop.REPLICATION_REDUCE] = traffic(replications * len(trainable), message, *share)
+    return result

@@ -1,0 +1,379 @@
+"""Accelerators, links, nodes and clusters: those of the catalogue, and the user's own from YAML."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.resources
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.topology import ClusterTopology, _check_positive_int
+
+_SECTIONS = ("accelerators", "networks", "fabrics", "instances")
+_CATALOGUE = "catalogue.yaml"
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What carries collectives, inside a node or between nodes.
+
+    Attributes:
+        bandwidth: Nominal bytes a second, one way: of one accelerator inside a node, of the whole node between nodes.
+        efficiency: Share of the bandwidth that large collectives reach, above 0 and at most 1.
+        latency: Seconds that a step of a ring takes whatever its size.
+        source: Where the figures are from.
+    """
+
+    bandwidth: float
+    efficiency: float
+    latency: float
+    source: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that large collectives reach."""
+        return self.bandwidth * self.efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """A device that computes for one rank.
+
+    Attributes:
+        name: What to call it.
+        memory: Its bytes.
+        peak_flops: Dense FLOP/s by dtype of the matrix products, for example ``"bfloat16"``.
+        memory_bandwidth: Bytes a second between the device and its memory.
+        compute_efficiency: Share of the peak that a model's passes reach, above 0 and at most 1.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        source: Where the figures are from.
+    """
+
+    name: str
+    memory: int
+    peak_flops: Mapping[str, float]
+    memory_bandwidth: float
+    compute_efficiency: float
+    device_type: str = "cuda"
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine with equal accelerators.
+
+    Attributes:
+        name: What to call it.
+        accelerator: What it has.
+        num_accelerators: How many of them.
+        intra: The link between its accelerators, as one of them sees it.
+        inter: The link to other nodes, of the whole node.
+        source: Where the figures are from.
+    """
+
+    name: str
+    accelerator: Accelerator
+    num_accelerators: int
+    intra: Link
+    inter: Link
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal nodes.
+
+    Attributes:
+        node: What each of them is.
+        num_nodes: How many there are.
+
+    Raises:
+        MiCSConfigError: If ``num_nodes`` is not a positive whole number.
+    """
+
+    node: Node
+    num_nodes: int
+
+    def __post_init__(self) -> None:
+        _check_positive_int("num_nodes", self.num_nodes, 2)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: one for each accelerator."""
+        return self.num_nodes * self.node.num_accelerators
+
+    @property
+    def topology(self) -> ClusterTopology:
+        """Its ranks and nodes."""
+        return ClusterTopology(world_size=self.world_size, node_size=self.node.num_accelerators)
+
+    def with_nodes(self, num_nodes: int) -> Cluster:
+        """Returns the same with another number of nodes."""
+        return replace(self, num_nodes=num_nodes)
+
+
+def find_instance(name: str, num_nodes: int) -> Cluster:
+    """Returns a cluster of a cloud's instances, or of a generic node of the catalogue.
+
+    Raises:
+        MiCSConfigError: If the name is unknown (the nearest known one is suggested), or ``num_nodes`` is not positive.
+    """
+    catalogue = _catalogue()
+    return Cluster(node=_Reader(catalogue, "instance").instance(name), num_nodes=num_nodes)
+
+
+def load_cluster(path: str | os.PathLike[str], num_nodes: int | None = None) -> Cluster:
+    """Reads a cluster from a YAML file.
+
+    Args:
+        path: A file with ``instance``, or with ``accelerator``, ``num_accelerators``, ``intra`` and ``inter``, each by
+            its name in the catalogue or in full; and with ``num_nodes``. Sections named like the catalogue's extend
+            it.
+        num_nodes: Number of nodes; wins over the file's.
+
+    Raises:
+        MiCSConfigError: If the file cannot be read, or something in it is unknown or cannot work; names the key.
+    """
+    values = _read_yaml(Path(path))
+    reader = _Reader(_extended(_catalogue(), values, str(path)), str(path))
+    return reader.cluster({key: value for key, value in values.items() if key not in _SECTIONS}, num_nodes)
+
+
+def cluster_to_yaml(cluster: Cluster) -> str:
+    """Returns the text of a file that :func:`load_cluster` reads as this cluster, with all figures in full."""
+    node = cluster.node
+    accelerator = {**asdict(node.accelerator), "peak_flops": dict(node.accelerator.peak_flops)}
+    values = {
+        "name": node.name,
+        "num_nodes": cluster.num_nodes,
+        "accelerator": accelerator,
+        "num_accelerators": node.num_accelerators,
+        "intra": asdict(node.intra),
+        "inter": asdict(node.inter),
+        "source": node.source,
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def known_names(section: str) -> list[str]:
+    """Returns the names in a section of the catalogue: accelerators, networks, fabrics or instances."""
+    return list(_catalogue()[section])
+
+
+def as_bytes(value: object, key: str = "memory") -> int:
+    """Returns the bytes that a number or a text such as ``"36 GiB"`` means.
+
+    Raises:
+        MiCSConfigError: If it means none.
+    """
+    return int(_quantity(value, key, "B", "40 GiB"))
+
+
+@functools.cache
+def _catalogue() -> dict[str, dict[str, Any]]:
+    text = (importlib.resources.files("lightning_mics.plan") / _CATALOGUE).read_text(encoding="utf-8")
+    content: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return content
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MiCSConfigError(f"{path}: the file cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise MiCSConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise MiCSConfigError(f"{path} must hold lines like 'instance: p4d.24xlarge', not {values!r}.")
+    return values
+
+
+def _extended(catalogue: dict[str, dict[str, Any]], values: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    result = dict(catalogue)
+    for section in _SECTIONS:
+        own = values.get(section, {})
+        if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
+            raise MiCSConfigError(f"{where}: {section} must hold names, each with lines of its own, not {own!r}.")
+        result[section] = {**catalogue[section], **own}
+    return result
+
+
+class _Reader:
+    """Builds hardware from mappings, and says where something is wrong.
+
+    Args:
+        catalogue: What names mean.
+        where: The file, for messages.
+    """
+
+    def __init__(self, catalogue: Mapping[str, Mapping[str, Any]], where: str) -> None:
+        self._catalogue, self._where = catalogue, where
+
+    def cluster(self, values: dict[str, Any], num_nodes: int | None) -> Cluster:
+        count = values.pop("num_nodes", 1)
+        with_default = num_nodes if num_nodes is not None else count
+        instance = values.pop("instance", None)
+        if instance is not None:
+            values = {**self._known("instances", instance), "name": instance, **values}
+        return Cluster(node=self._node(values), num_nodes=with_default)
+
+    def instance(self, name: str) -> Node:
+        return self._node({**self._known("instances", name), "name": name})
+
+    def _node(self, values: dict[str, Any]) -> Node:
+        if "network" in values:
+            values = {**values, "inter": values["network"]}
+            del values["network"]
+        self._check_keys(values, Node, "", extra=("network", "instance", "num_nodes", *_SECTIONS))
+        for key in ("accelerator", "num_accelerators", "intra", "inter"):
+            if key not in values:
+                names = {"accelerator": "accelerators", "intra": "fabrics", "inter": "networks"}.get(key)
+                example = f"{key}: {next(iter(self._catalogue[names]))}" if names else f"{key}: 8"
+                raise self._error(f"{key} is missing. Add a line such as '{example}', or 'instance: p4d.24xlarge'")
+        return Node(
+            name=str(values.get("name", "cluster")),
+            accelerator=self._accelerator(values["accelerator"]),
+            num_accelerators=_check_positive_int(f"{self._where}: num_accelerators", values["num_accelerators"], 8),
+            intra=self._link("intra", "fabrics", values["intra"]),
+            inter=self._link("inter", "networks", values["inter"]),
+            source=str(values.get("source", "")),
+        )
+
+    def _accelerator(self, value: Any) -> Accelerator:
+        values = {"name": value, **self._known("accelerators", value)} if not isinstance(value, dict) else dict(value)
+        self._check_keys(values, Accelerator, "accelerator.")
+        self._require(values, Accelerator, "accelerator.")
+        peaks = values["peak_flops"]
+        if not isinstance(peaks, dict) or not peaks:
+            raise self._error(f"accelerator.peak_flops is {peaks!r}. Try peak_flops: {{bfloat16: 312 TFLOP/s}}")
+        kind = values.get("device_type", "cuda")
+        if kind not in ("cuda", "cpu"):
+            raise self._error(f"accelerator.device_type is {kind!r}. Values that work: cuda, cpu")
+        return Accelerator(
+            name=str(values["name"]),
+            memory=int(self._number(values, "memory", "B", "40 GiB", "accelerator.")),
+            peak_flops={
+                str(dtype): self._number(peaks, dtype, "FLOP/s", "312 TFLOP/s", "accelerator.peak_flops.")
+                for dtype in peaks
+            },
+            memory_bandwidth=self._number(values, "memory_bandwidth", "B/s", "1555 GB/s", "accelerator."),
+            compute_efficiency=self._share(values, "compute_efficiency", "accelerator."),
+            device_type=kind,
+            source=str(values.get("source", "")),
+        )
+
+    def _link(self, name: str, section: str, value: Any) -> Link:
+        values = self._known(section, value) if not isinstance(value, dict) else dict(value)
+        self._check_keys(values, Link, f"{name}.")
+        self._require(values, Link, f"{name}.")
+        return Link(
+            bandwidth=self._number(values, "bandwidth", "B/s", "100 Gbit/s", f"{name}."),
+            efficiency=self._share(values, "efficiency", f"{name}."),
+            latency=self._number(values, "latency", "s", "20 us", f"{name}.", least=0.0),
+            source=str(values.get("source", "")),
+        )
+
+    def _known(self, section: str, name: object) -> dict[str, Any]:
+        known = self._catalogue[section]
+        if name not in known:
+            raise self._error(f"{section[:-1]} {name!r} is unknown. {_suggest(str(name), known)}")
+        return dict(known[str(name)])
+
+    def _check_keys(self, values: Mapping[str, Any], kind: type, prefix: str, extra: Iterable[str] = ()) -> None:
+        known = [entry.name for entry in fields(kind)]
+        for key in values:
+            if key not in known:
+                raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), [*known, *extra])}")
+
+    def _require(self, values: Mapping[str, Any], kind: type, prefix: str) -> None:
+        optional = {"source", "device_type"}
+        missing = [entry.name for entry in fields(kind) if entry.name not in values and entry.name not in optional]
+        if missing:
+            raise self._error(f"{prefix}{missing[0]} is missing")
+
+    def _number(
+        self, values: Mapping[str, Any], key: str, unit: str, example: str, prefix: str, *, least: float | None = None
+    ) -> float:
+        return _quantity(values[key], f"{self._where}: {prefix}{key}", unit, example, least=least)
+
+    def _share(self, values: Mapping[str, Any], key: str, prefix: str) -> float:
+        share = self._number(values, key, "", "0.8", prefix)
+        if share > 1:
+            raise self._error(f"{prefix}{key} is {share:g}, and must be at most 1. Try 0.8")
+        return share
+
+    def _error(self, message: str) -> MiCSConfigError:
+        return MiCSConfigError(
+            f"{self._where}: {message}." if not message.endswith(".") else f"{self._where}: {message}"
+        )
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    by_case = {entry.lower(): entry for entry in known}
+    near = [by_case[found] for found in difflib.get_close_matches(name.lower(), by_case, n=3, cutoff=0.5)]
+    if near:
+        return f"Did you mean {' or '.join(map(repr, near[:2]))}?"
+    return f"Known: {', '.join(by_case.values())}."
+
+
+def _quantity(value: object, key: str, unit: str, example: str, *, least: float | None = None) -> float:
+    """Returns a number in bytes, bytes a second, FLOP/s or seconds.
+
+    Raises:
+        MiCSConfigError: If it is none, or not positive (or below ``least``).
+    """
+    number: float | None = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    elif isinstance(value, str):
+        number = _parse(value, unit)
+    if number is None:
+        raise MiCSConfigError(f"{key} is {value!r}, which is no quantity. Try {example!r}.")
+    if not math.isfinite(number) or (number <= 0 if least is None else number < least):
+        raise MiCSConfigError(f"{key} is {value!r}, and must be positive and finite. Try {example!r}.")
+    return number
+
+
+def _parse(text: str, unit: str) -> float | None:
+    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([a-zA-Zµ/]*)\s*", text)
+    if match is None:
+        return None
+    try:
+        number = float(match[1])
+    except ValueError:
+        return None
+    factor = _factor(match[2], unit)
+    return None if factor is None else number * factor
+
+
+def _factor(word: str, unit: str) -> float | None:
+    """Returns what one of a unit is in the base unit, for example 1.25e8 for ``Gbit/s`` in ``B/s``."""
+    if not word:
+        return 1.0
+    if unit == "s":
+        return _SECONDS.get(word)
+    lower = word.lower()
+    if unit == "FLOP/s":
+        stem = re.fullmatch(r"([kmgtp]?)flops?(?:/s)?", lower)
+        return _PREFIXES[stem[1]] if stem else None
+    stem = re.fullmatch(r"([kmgt]?i?)(b|bit|bytes?)(/s|ps)?", lower)
+    if stem is None or unit not in ("B", "B/s") or (unit == "B" and stem[3]):
+        return None
+    factor = _BINARY.get(stem[1], _PREFIXES.get(stem[1]))
+    if factor is None:
+        return None
+    # "GB" are bytes; a lower-case b after a prefix means bits.
+    is_bits = stem[2] == "bit" or (stem[2] == "b" and word.rstrip("/sp")[-1:] == "b")
+    return factor / 8 if is_bits else factor

@@ -1,0 +1,222 @@
+"""The memory of one rank, by part, at the moment of a step when it is highest.
+
+States follow from shapes: FSDP2 divides the first dimension of each parameter, rounding up, and the rank with the
+largest shards counts. What comes and goes is walked through in the order of FSDP2: in the forward pass a unit is there
+twice, as the gathered message and as its parameters; in the backward pass its whole gradients and the message of its
+reduce-scatter are added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
+
+from lightning_mics.plan.hardware import Accelerator
+from lightning_mics.plan.optimizers import optimizer_footprint
+from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Param, Unit
+from lightning_mics.plan.settings import Candidate, Training
+
+# What CUDA, its libraries and NCCL's channels take of a device (assumption, seen with PyTorch 2 on A100 and H100), and
+# what the caching allocator loses to fragments of its blocks (assumption).
+_CONTEXT_BYTES = 1.5 * 2**30
+_FRAGMENTS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBreakdown:
+    """Bytes of one rank at the peak of a step.
+
+    Attributes:
+        parameters: Shards of the parameters, and buffers.
+        gradients: Sharded gradients.
+        optimizer: Optimizer states.
+        partial_sums: Gradients of a window in ``reduce_dtype``, where that is wider than the parameters' own.
+        gathered: Units that are gathered, with their messages.
+        communication: Whole gradients of a unit, and messages of reductions.
+        activations: What the forward pass keeps for the backward pass.
+        temporaries: The rest of what a unit allocates while it computes; or the optimizer, while it steps.
+        reserve: The device's context, and fragments.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    partial_sums: float = 0.0
+    gathered: float = 0.0
+    communication: float = 0.0
+    activations: float = 0.0
+    temporaries: float = 0.0
+    reserve: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    @property
+    def states(self) -> float:
+        """What stays between steps: parameters, gradients, optimizer states and partial sums."""
+        return self.parameters + self.gradients + self.optimizer + self.partial_sums
+
+    def parts(self) -> dict[str, float]:
+        """Returns the parts by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True)
+class _Moment:
+    gathered: float = 0.0
+    communication: float = 0.0
+    activations: float = 0.0
+    temporaries: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gathered + self.communication + self.activations + self.temporaries
+
+
+def predict_memory(
+    profile: ModelProfile, candidate: Candidate, training: Training, accelerator: Accelerator
+) -> MemoryBreakdown:
+    """Returns the memory that a rank needs.
+
+    Args:
+        profile: The model.
+        candidate: How it is trained.
+        training: Dtypes and the optimizer.
+        accelerator: The device; decides what is lost to its context and allocator.
+    """
+    on_cpu = accelerator.device_type == "cpu"
+    shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
+    parameters = gradients = optimizer = partial_sums = step_extra = 0.0
+    for unit, count in Counter(profile.units).items():
+        shards = [_shard(param, shard_size, training) for param in unit.params]
+        trainable = tuple(shard for shard in shards if shard.trainable)
+        footprint = optimizer_footprint(training.optimizer, trainable, foreach=not on_cpu)
+        parameters += count * _bytes(shards)
+        gradients += count * _bytes(trainable)
+        optimizer += count * footprint.state_bytes
+        partial_sums += count * _partial_sums(trainable, candidate, training)
+        # One step over all parameters at once has all its temporaries at once.
+        here = footprint.step_extra_bytes
+        step_extra = max(step_extra, here) if on_cpu else step_extra + count * here
+    peak = max([*_moments(profile, candidate, training), _Moment(temporaries=step_extra)], key=lambda m: m.total)
+    parameters += profile.buffer_bytes
+    used = parameters + gradients + optimizer + partial_sums + peak.total
+    return MemoryBreakdown(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        partial_sums=partial_sums,
+        **asdict(peak),
+        reserve=0.0 if on_cpu else _CONTEXT_BYTES + _FRAGMENTS * used,
+    )
+
+
+def _shard(param: Param, shard_size: int, training: Training) -> Param:
+    return Param(
+        shape=param.shard_shape(shard_size), dtype=training.state_dtype or param.dtype, trainable=param.trainable
+    )
+
+
+def _bytes(params: Iterable[Param]) -> int:
+    return sum(param.numel * DTYPE_BYTES[param.dtype] for param in params)
+
+
+def _partial_sums(trainable: Iterable[Param], candidate: Candidate, training: Training) -> float:
+    width = DTYPE_BYTES[training.reduce_dtype]
+    if candidate.scheme != "mics":
+        return 0.0
+    return sum(param.numel * width for param in trainable if width > DTYPE_BYTES[param.dtype])
+
+
+def _moments(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
+    """Yields what comes and goes at the moments that can be the peak."""
+    if candidate.scheme == "ddp":
+        return _moments_of_replica(profile, candidate, training)
+    return _Walk(profile, candidate, training).moments()
+
+
+def _kept(unit: Unit, candidate: Candidate) -> float:
+    return (unit.checkpoint if _recomputes(unit, candidate) else unit.saved).at(candidate.micro_batch)
+
+
+def _recomputes(unit: Unit, candidate: Candidate) -> bool:
+    return candidate.activation_checkpointing and unit.can_checkpoint
+
+
+def _recomputed(unit: Unit, candidate: Candidate) -> float:
+    """Returns what a pass through a checkpointed unit allocates and lets go."""
+    return unit.saved.at(candidate.micro_batch) if _recomputes(unit, candidate) else 0.0
+
+
+def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
+    """DDP: whole parameters, cast by autocast; gradients a second time in its buckets."""
+    samples = candidate.micro_batch
+    widths = {param.dtype for unit in profile.units for param in unit.params}
+    casts = training.param_dtype not in widths
+    cast = profile.numel * DTYPE_BYTES[training.param_dtype] if casts else 0.0
+    buckets = sum(
+        param.numel * DTYPE_BYTES[param.dtype] for unit in profile.units for param in unit.params if param.trainable
+    )
+    activations = sum(_kept(unit, candidate) for unit in profile.units)
+    for unit in profile.units:
+        extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + _recomputed(unit, candidate)
+        yield _Moment(cast, buckets, activations, extra)
+
+
+class _Walk:
+    """Walks through the passes of a microstep of FSDP2."""
+
+    def __init__(self, profile: ModelProfile, candidate: Candidate, training: Training) -> None:
+        self.profile, self.candidate = profile, candidate
+        self._gather_width = DTYPE_BYTES[training.param_dtype]
+        self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
+
+    def _gathered(self, unit: Unit) -> float:
+        return unit.numel * self._gather_width
+
+    def _gradient(self, unit: Unit) -> float:
+        return unit.trainable_numel * self._gather_width
+
+    def _message(self, unit: Unit) -> float:
+        return unit.trainable_numel * self._reduce_width
+
+    def moments(self) -> Iterator[_Moment]:
+        """Yields the moments of the forward, then of the backward pass."""
+        candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
+        activations, resident = 0.0, self._gathered(root)
+        for unit in self.profile.blocks:
+            kept = _kept(unit, candidate)
+            passing = max(0.0, _recomputed(unit, candidate) - kept)
+            activations += kept
+            extra = unit.forward_extra.at(samples) + passing
+            yield _Moment(resident + 2 * self._gathered(unit), 0.0, activations, extra)
+            if not candidate.reshard_after_forward:
+                resident += self._gathered(unit)
+        activations += _kept(root, candidate)
+        yield _Moment(resident, 0.0, activations, root.forward_extra.at(samples))
+        yield from self._backward_moments(activations, resident)
+
+    def _backward_moments(self, activations: float, resident: float) -> Iterator[_Moment]:
+        candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
+        blocks = self.profile.blocks[::-1]
+        again = candidate.reshard_after_forward
+        first = self._gathered(blocks[0]) if blocks and again else 0.0
+        yield _Moment(resident + first, self._gradient(root), activations, root.backward_extra.at(samples))
+        activations -= _kept(root, candidate)
+        in_flight = 0.0
+        for unit, following in zip_longest(blocks, blocks[1:]):
+            here, gradients = resident, self._gradient(root) + self._gradient(unit)
+            if again:
+                here += self._gathered(unit) + (self._gathered(following) if following else 0.0)
+            extra = _recomputed(unit, candidate) + unit.backward_extra.at(samples)
+            yield _Moment(here, gradients + in_flight, activations, extra)
+            activations -= _kept(unit, candidate)
+            in_flight = self._message(unit)
+            yield _Moment(here, gradients + in_flight, activations, 0.0)
+            if not again:
+                resident -= self._gathered(unit)
+        yield _Moment(self._gathered(root), self._gradient(root) + max(in_flight, self._message(root)))

@@ -1,0 +1,145 @@
+"""What the planner knows of a model: its units in the order of a forward pass, and what each of them costs.
+
+A profile comes from a trace (:func:`lightning_mics.trace.profile_model`) or from a formula. It is all that
+planning needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """A parameter.
+
+    Attributes:
+        shape: Its whole shape.
+        dtype: Its own dtype, for example ``"float32"``.
+        trainable: Whether it gets a gradient.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def shard_shape(self, shard_size: int) -> tuple[int, ...]:
+        """Returns the largest shard's shape: FSDP2 divides the first dimension, rounding up."""
+        return (-(-self.shape[0] // shard_size), *self.shape[1:])
+
+    def shard_numel(self, shard_size: int) -> int:
+        """Returns the elements of the largest shard."""
+        return math.prod(self.shard_shape(shard_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """Bytes that grow with the samples of a microstep.
+
+    Attributes:
+        fixed: Bytes whatever the number of samples.
+        per_sample: Bytes of each sample.
+    """
+
+    fixed: float = 0.0
+    per_sample: float = 0.0
+
+    def at(self, samples: int) -> float:
+        """Returns the bytes of a microstep."""
+        return self.fixed + self.per_sample * samples
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(fixed=self.fixed + other.fixed, per_sample=self.per_sample + other.per_sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """An FSDP unit: parameters that are gathered together, and the compute between their gather and their release.
+
+    Attributes:
+        name: Name in the model.
+        params: Its parameters, without those of units inside of it.
+        forward_flops: Floating-point operations of a sample's forward pass.
+        backward_flops: The same of its backward pass, without recomputation.
+        saved: What its forward pass keeps for the backward pass, without parameters.
+        checkpoint: What it keeps with activation checkpointing: its inputs.
+        forward_extra: Most that is allocated during its forward pass beyond what is kept in the end.
+        backward_extra: Most that is allocated during its backward pass beyond what was kept; without gradients of
+            parameters.
+        can_checkpoint: Whether activation checkpointing applies to it.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    forward_flops: float
+    backward_flops: float
+    saved: Amount = field(default_factory=Amount)
+    checkpoint: Amount = field(default_factory=Amount)
+    forward_extra: Amount = field(default_factory=Amount)
+    backward_extra: Amount = field(default_factory=Amount)
+    can_checkpoint: bool = True
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(param.numel for param in self.params)
+
+    @cached_property
+    def trainable_numel(self) -> int:
+        """Number of elements that get gradients."""
+        return sum(param.numel for param in self.params if param.trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProfile:
+    """A model, as the planner sees it.
+
+    Attributes:
+        name: What to call it.
+        root: What is outside of all blocks: embeddings, head, loss. Gathered first, and until the end of the backward
+            pass.
+        blocks: The other units in the order of the forward pass. Equal units are one object, repeated.
+        sequence_length: Tokens of a sample; ``None`` where samples are not sequences.
+        buffer_bytes: Memory of the buffers, which every rank holds whole.
+        compute_dtype: Dtype in which the trace computed, for example ``"bfloat16"``.
+        source: Where the figures are from: ``"trace"``, ``"formula"`` or ``"shapes only"``.
+    """
+
+    name: str
+    root: Unit
+    blocks: tuple[Unit, ...]
+    sequence_length: int | None = None
+    buffer_bytes: int = 0
+    compute_dtype: str = "float32"
+    source: str = "trace"
+
+    @property
+    def units(self) -> Iterator[Unit]:
+        """All units, the root first."""
+        yield self.root
+        yield from self.blocks
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(unit.numel for unit in self.units)
+
+    @cached_property
+    def trainable_numel(self) -> int:
+        """Number of parameters that get gradients."""
+        return sum(unit.trainable_numel for unit in self.units)
+
+    @cached_property
+    def flops(self) -> float:
+        """Floating-point operations of a sample's forward and backward pass, without recomputation."""
+        return sum(unit.forward_flops + unit.backward_flops for unit in self.units)

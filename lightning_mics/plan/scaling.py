@@ -1,0 +1,89 @@
+"""Weak scaling: the same work on each rank of a cluster with fewer or more nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from lightning_mics.plan.evaluate import Plan, evaluate
+from lightning_mics.plan.hardware import Cluster
+from lightning_mics.plan.search import Planning
+from lightning_mics.plan.settings import Candidate
+
+# The curves go on to this many times the cluster, to show what a larger one would bring.
+_BEYOND = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingPoint:
+    """One way to train on one number of nodes.
+
+    Attributes:
+        label: What to call the way to train, the same for all numbers of nodes.
+        num_nodes: Number of nodes.
+        plan: What is predicted there.
+        efficiency: Throughput of a node, relative to the smallest cluster on which this way to train can run; ``None``
+            where it does not fit.
+    """
+
+    label: str
+    num_nodes: int
+    plan: Plan = field(repr=False)
+    efficiency: float | None = None
+
+
+def default_nodes(num_nodes: int) -> list[int]:
+    """Returns 1, 2, 4 ... up to the nodes of a cluster, and to four times of them."""
+    counts = {num_nodes * times for times in (1, 2, _BEYOND)}
+    count = 1
+    while count < num_nodes:
+        counts.add(count)
+        count *= 2
+    return sorted(counts)
+
+
+def weak_scaling(planning: Planning, nodes: Iterable[int]) -> list[ScalingPoint]:
+    """Predicts the best plan and the ways to compare it with on other numbers of nodes.
+
+    Micro-batch, accumulation and all other settings of a rank stay the same, so that the global batch grows with the
+    nodes. Full sharding goes over all ranks that there are.
+
+    Args:
+        planning: The answer of the planner.
+        nodes: Numbers of nodes.
+
+    Returns:
+        Points, by way to train and nodes. Numbers of nodes that a partition cannot work on are left out.
+
+    Raises:
+        MiCSConfigError: If no plan fits.
+    """
+    counts = sorted(set(nodes))
+    ways = [planning.best, *planning.contenders]
+    return [point for way in ways for point in _with_efficiency(list(_points(planning, way, counts)))]
+
+
+def _points(planning: Planning, way: Plan, counts: Iterable[int]) -> Iterator[ScalingPoint]:
+    for count in counts:
+        cluster = planning.cluster.with_nodes(count)
+        candidate = _on(way.candidate, cluster)
+        if candidate.shard_size not in cluster.topology.valid_shard_sizes():
+            continue
+        plan = evaluate(
+            planning.profile, cluster, candidate, planning.training, memory_limit=planning.best.memory_limit
+        )
+        yield ScalingPoint(label=way.candidate.label, num_nodes=count, plan=plan)
+
+
+def _on(candidate: Candidate, cluster: Cluster) -> Candidate:
+    return replace(candidate, shard_size=cluster.world_size) if candidate.scheme == "full-sharding" else candidate
+
+
+def _with_efficiency(points: list[ScalingPoint]) -> Iterator[ScalingPoint]:
+    first = next((point for point in points if point.plan.fits), None)
+    for point in points:
+        if first is None or not point.plan.fits:
+            yield point
+            continue
+        of_a_node = point.plan.samples_per_second / point.num_nodes
+        yield replace(point, efficiency=of_a_node * first.num_nodes / first.plan.samples_per_second)

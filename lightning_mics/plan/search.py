@@ -1,0 +1,244 @@
+"""Which plans fit, which is the fastest, and why the others do not fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.metrics import format_bytes
+from lightning_mics.plan.evaluate import Plan, evaluate
+from lightning_mics.plan.hardware import Cluster
+from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
+from lightning_mics.plan.profile import ModelProfile
+from lightning_mics.plan.settings import Candidate, Training
+
+_MOST_NODES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A candidate that needs more memory than a rank has.
+
+    Attributes:
+        candidate: The settings.
+        memory: What it would need.
+        memory_limit: What there is, in bytes.
+    """
+
+    candidate: Candidate
+    memory: MemoryBreakdown
+    memory_limit: float
+
+    @property
+    def reason(self) -> str:
+        """Why it does not fit, for example ``"p=8 needs 61.2 GiB of 40.0 GiB"``."""
+        needed, limit = format_bytes(self.memory.total), format_bytes(self.memory_limit)
+        return f"p={self.candidate.shard_size} needs {needed} of {limit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the search may vary.
+
+    Attributes:
+        batches: Pairs of micro-batch and accumulation.
+        shard_sizes: Partition sizes; those that work on the cluster by default.
+        hierarchical: Whether to run partition collectives in two stages; both are tried by default.
+        activation_checkpointing: The same for recomputing blocks in the backward pass.
+        reshard_after_forward: The same for freeing blocks after the forward pass.
+        memory_limit: Bytes that a rank has; by default those of the accelerator.
+    """
+
+    batches: Sequence[tuple[int, int]]
+    shard_sizes: Sequence[int] | None = None
+    hierarchical: bool | None = None
+    activation_checkpointing: bool | None = None
+    reshard_after_forward: bool | None = None
+    memory_limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """The answer of the planner.
+
+    Attributes:
+        profile: The model.
+        cluster: The hardware.
+        training: Dtypes and the optimizer.
+        plans: What fits, the fastest first.
+        misfits: What does not fit, the closest first.
+        contenders: Other ways to train with the batch of the best plan, whether they fit or not.
+    """
+
+    profile: ModelProfile = field(repr=False)
+    cluster: Cluster
+    training: Training
+    choices: Choices
+    plans: Sequence[Plan]
+    misfits: Sequence[Misfit] = field(repr=False)
+    contenders: Sequence[Plan] = field(default=(), repr=False)
+
+    @property
+    def best(self) -> Plan:
+        """The fastest plan.
+
+        Raises:
+            MiCSConfigError: If none fits: with the closest one, and what would make it fit.
+        """
+        self._require()
+        return self.plans[0]
+
+    @property
+    def smallest(self) -> Plan:
+        """The fastest plan among those with the smallest partition.
+
+        Raises:
+            MiCSConfigError: If none fits.
+        """
+        self._require()
+        return min(self.plans, key=lambda plan: (plan.candidate.shard_size, plan.time.seconds / plan.global_batch))
+
+    def _require(self) -> None:
+        if not self.plans:
+            raise MiCSConfigError(explain_misfit(self))
+
+
+def search(profile: ModelProfile, cluster: Cluster, training: Training, choices: Choices) -> Planning:
+    """Tries all candidates.
+
+    Args:
+        profile: The model.
+        cluster: The hardware.
+        training: Dtypes and the optimizer.
+        choices: What may vary.
+
+    Raises:
+        MiCSConfigError: If a shard size cannot work on the cluster.
+    """
+    limit = cluster.node.accelerator.memory if choices.memory_limit is None else choices.memory_limit
+    plans, misfits = [], []
+    for candidate in _candidates(cluster, choices):
+        memory = predict_memory(profile, candidate, training, cluster.node.accelerator)
+        if memory.total > limit:
+            misfits.append(Misfit(candidate=candidate, memory=memory, memory_limit=limit))
+            continue
+        plans.append(evaluate(profile, cluster, candidate, training, memory=memory, memory_limit=limit))
+    # Among plans of the same speed, small partitions and simple settings come first.
+    plans.sort(key=lambda plan: (-float(f"{plan.samples_per_second:.3g}"), _simplicity(plan.candidate)))
+    misfits.sort(key=lambda misfit: misfit.memory.total)
+    contenders = _contenders(profile, cluster, training, plans[0], limit) if plans else []
+    return Planning(
+        profile=profile,
+        cluster=cluster,
+        training=training,
+        choices=choices,
+        plans=plans,
+        misfits=misfits,
+        contenders=contenders,
+    )
+
+
+def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int]:
+    return (
+        candidate.shard_size,
+        candidate.activation_checkpointing,
+        not candidate.reshard_after_forward,
+        candidate.hierarchical,
+        -candidate.micro_batch,
+    )
+
+
+def _candidates(cluster: Cluster, choices: Choices) -> Iterator[Candidate]:
+    topology = cluster.topology
+    sizes = choices.shard_sizes or topology.valid_shard_sizes()
+    for size, batch, checkpoints, reshards in itertools.product(
+        sizes, choices.batches, _both(choices.activation_checkpointing), _both(choices.reshard_after_forward)
+    ):
+        layout = topology.layout(size)
+        staged = [False]
+        if layout.spans_nodes and layout.local_size > 1:
+            staged = _both(choices.hierarchical)
+        for hierarchical in staged:
+            yield Candidate(
+                shard_size=size,
+                hierarchical=hierarchical,
+                micro_batch=batch[0],
+                accumulation=batch[1],
+                activation_checkpointing=checkpoints,
+                reshard_after_forward=reshards,
+            )
+
+
+def _both(choice: bool | None) -> list[bool]:
+    return [False, True] if choice is None else [choice]
+
+
+def _contenders(profile: ModelProfile, cluster: Cluster, training: Training, best: Plan, limit: float) -> list[Plan]:
+    """Other ways to train, with the batch and the settings of the best plan."""
+    same = replace(best.candidate, hierarchical=False)
+    others = [
+        replace(same, scheme="full-sharding", shard_size=cluster.world_size),
+        replace(same, scheme="mesh-2d"),
+        replace(same, scheme="ddp", shard_size=1),
+    ]
+    return [evaluate(profile, cluster, other, training, memory_limit=limit) for other in others]
+
+
+def explain_misfit(planning: Planning) -> str:
+    """Says that nothing fits: how close the closest candidate comes, and what would make it fit."""
+    if not planning.misfits:
+        return "There is nothing to plan: no candidate is left. Give fewer settings."
+    closest = planning.misfits[0]
+    parts = sorted(closest.memory.parts().items(), key=lambda part: -part[1])
+    largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:3])
+    remedies = list(_remedies(planning, closest))
+    advice = "; ".join(remedies) if remedies else "a smaller model, or accelerators with more memory"
+    return (
+        f"{planning.profile.name} does not fit into {format_bytes(closest.memory_limit)} a rank on "
+        f"{planning.cluster.num_nodes} node(s) x {planning.cluster.node.num_accelerators}. The closest plan, "
+        f"{describe(closest.candidate)}, needs {format_bytes(closest.memory.total)} ({largest}). What would make it "
+        f"fit: {advice}."
+    )
+
+
+def describe(candidate: Candidate) -> str:
+    """Returns a candidate in words, for example ``"p=8 with micro-batches of 2"``."""
+    words = f"p={candidate.shard_size} with micro-batches of {candidate.micro_batch}"
+    return words + (" and activation checkpointing" if candidate.activation_checkpointing else "")
+
+
+def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
+    """Yields changes that make the closest candidate fit, each alone, then more nodes."""
+    accelerator, candidate = planning.cluster.node.accelerator, closest.candidate
+
+    def needs(changed: Candidate, training: Training = planning.training) -> float:
+        return predict_memory(planning.profile, changed, training, accelerator).total
+
+    def try_out(words: str, size: float) -> Iterator[str]:
+        if size <= closest.memory_limit:
+            yield f"{words} ({format_bytes(size)})"
+
+    if not candidate.activation_checkpointing:
+        yield from try_out("activation_checkpointing=True", needs(replace(candidate, activation_checkpointing=True)))
+    for size in _halves(candidate.micro_batch):
+        found = list(try_out(f"micro-batches of {size}", needs(replace(candidate, micro_batch=size))))
+        if found:
+            yield from found
+            break
+    nodes = planning.cluster.num_nodes
+    while nodes < _MOST_NODES:
+        nodes *= 2
+        larger = replace(candidate, shard_size=nodes * planning.cluster.node.num_accelerators)
+        found = list(try_out(f"{nodes} nodes, shard_size={larger.shard_size}", needs(larger)))
+        if found:
+            yield from found
+            break
+    yield f"accelerators with {format_bytes(closest.memory.total)} of memory"
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size > 1:
+        size //= 2
+        yield size

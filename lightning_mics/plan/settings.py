@@ -1,0 +1,71 @@
+"""What is asked of the planner, and what it may vary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_mics.topology import ClusterTopology, GroupLayout
+
+Scheme = Literal["mics", "full-sharding", "mesh-2d", "ddp"]
+SCHEME_NAMES: dict[Scheme, str] = {
+    "mics": "MiCS",
+    "full-sharding": "full sharding (ZeRO-3)",
+    "mesh-2d": "2-D mesh, all-reduce every microstep",
+    "ddp": "DDP",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What stays the same in all candidates.
+
+    Attributes:
+        param_dtype: Dtype in which parameters are gathered and computed with, for example ``"bfloat16"``.
+        reduce_dtype: Dtype of gradient reduction.
+        optimizer: Name of a class in ``torch.optim``.
+        state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
+    """
+
+    param_dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
+    optimizer: str = "AdamW"
+    state_dtype: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to train.
+
+    Attributes:
+        scheme: ``"mics"``, or a way to compare with.
+        shard_size: Ranks that a replica is sharded over; 1 for DDP, all for full sharding.
+        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
+        micro_batch: Samples of a rank in a microstep.
+        accumulation: Microsteps of an optimizer step.
+        activation_checkpointing: Whether blocks are computed again in the backward pass.
+        reshard_after_forward: Whether blocks are freed between forward and backward.
+    """
+
+    scheme: Scheme = "mics"
+    shard_size: int
+    hierarchical: bool = False
+    micro_batch: int = 1
+    accumulation: int = 1
+    activation_checkpointing: bool = False
+    reshard_after_forward: bool = True
+
+    def layout(self, topology: ClusterTopology) -> GroupLayout:
+        """Returns its groups.
+
+        Raises:
+            MiCSConfigError: If the shard size cannot work on the cluster.
+        """
+        return topology.layout(self.shard_size)
+
+    @property
+    def label(self) -> str:
+        """What to call it in tables, for example ``"MiCS p=8"``."""
+        if self.scheme != "mics":
+            return SCHEME_NAMES[self.scheme]
+        return f"MiCS p={self.shard_size}" + (" two-stage" if self.hierarchical else "")

@@ -1,0 +1,233 @@
+"""A plan as files and as lines to paste: for Accelerate, LightningCLI and MiCSConfig, and everything as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from lightning_mics.accelerate.launch_file import LaunchSettings, Precision, launch_commands, write_launch_file
+from lightning_mics.deepspeed.conversion import Code, _layout_call, keyword_list
+from lightning_mics.deepspeed.write import write_text
+from lightning_mics.plan.precision import _PRECISIONS
+from lightning_mics.plan.profile import ModelProfile
+from lightning_mics.plan.scaling import ScalingPoint
+from lightning_mics.plan.search import Planning
+from lightning_mics.plan.settings import Training
+from lightning_mics.plan.simulate import StepTime
+
+FORMATS = ("accelerate", "lightning", "mics")
+# Stands for the address that nobody knows before the machines are there.
+MACHINE_0 = "ADDRESS_OF_MACHINE_0"
+_ACCELERATE_PRECISIONS = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
+
+
+def precision_of(training: Training) -> str:
+    """Returns Lightning's name of a precision."""
+    dtypes = training.param_dtype, training.state_dtype
+    return next((name for name, known in _PRECISIONS.items() if known == dtypes), training.param_dtype)
+
+
+def mics_settings(planning: Planning) -> dict[str, Any]:
+    """Returns the settings of the best plan that differ from the defaults, and the shard size.
+
+    ``hierarchical`` is left to the measurement at set-up, unless it was fixed.
+
+    Raises:
+        MiCSConfigError: If no plan fits.
+    """
+    candidate = planning.best.candidate
+    settings: dict[str, Any] = {"shard_size": candidate.shard_size}
+    if planning.choices.hierarchical is not None and candidate.layout(planning.cluster.topology).spans_nodes:
+        settings["hierarchical"] = candidate.hierarchical
+    if not candidate.reshard_after_forward:
+        settings["reshard_after_forward"] = False
+    if candidate.activation_checkpointing:
+        settings["activation_checkpointing"] = True
+    return settings
+
+
+def trainer_code(planning: Planning) -> str:
+    """Returns the line that creates a Lightning ``Trainer`` for the best plan.
+
+    Raises:
+        MiCSConfigError: If no plan fits.
+    """
+    strategy = Code(f"MiCSStrategy({', '.join(keyword_list(mics_settings(planning)))})")
+    return _layout_call("trainer = Trainer", {"strategy": strategy, **_trainer_arguments(planning)})
+
+
+def accelerate_code(planning: Planning) -> str:
+    """Returns the line that creates a ``MiCSAccelerator`` for the best plan.
+
+    Raises:
+        MiCSConfigError: If no plan fits.
+    """
+    plugin = Code(f"MiCSPlugin({', '.join(keyword_list(mics_settings(planning)))})")
+    arguments = {
+        "mics_plugin": plugin,
+        "gradient_accumulation_steps": planning.best.candidate.accumulation,
+        "mixed_precision": _mixed_precision(planning.training),
+    }
+    return _layout_call("accelerator = MiCSAccelerator", arguments)
+
+
+def _trainer_arguments(planning: Planning) -> dict[str, Any]:
+    node = planning.cluster.node
+    on_cpu = {"accelerator": "cpu"} if node.accelerator.device_type == "cpu" else {}
+    return {
+        **on_cpu,
+        "num_nodes": planning.cluster.num_nodes,
+        "devices": node.num_accelerators,
+        "precision": precision_of(planning.training),
+        "accumulate_grad_batches": planning.best.candidate.accumulation,
+    }
+
+
+def _mixed_precision(training: Training) -> str:
+    return _ACCELERATE_PRECISIONS.get(precision_of(training), "no")
+
+
+def write_plan(
+    planning: Planning, path: Path, kind: str = "accelerate", *, main_process_ip: str | None = None, force: bool = False
+) -> str:
+    """Writes the best plan into a file.
+
+    Args:
+        planning: The answer of the planner.
+        path: The file.
+        kind: One of :data:`FORMATS`.
+        main_process_ip: Address of machine 0, for ``"accelerate"``; without it the file has a placeholder.
+        force: Whether to replace the file if it exists.
+
+    Returns:
+        How to use it.
+
+    Raises:
+        MiCSConfigError: If no plan fits, or the file exists or cannot be written.
+    """
+    if kind == "accelerate":
+        return _write_for_accelerate(planning, path, main_process_ip, force)
+    if kind == "lightning":
+        write_text(path, _lightning_yaml(planning), force=force)
+        return f"Pass it to a script that uses LightningCLI: fit --config {path}"
+    write_text(path, _mics_yaml(planning), force=force)
+    return f"Read it with MiCSConfig.from_yaml({str(path)!r})."
+
+
+def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str | None, force: bool) -> str:
+    candidate, machines = planning.best.candidate, planning.cluster.num_nodes
+    mixed_precision = _mixed_precision(planning.training)
+    assert mixed_precision in get_args(Precision)
+    several = machines > 1
+    settings = LaunchSettings(
+        shard_size=candidate.shard_size,
+        num_processes=planning.cluster.world_size,
+        num_machines=machines,
+        main_process_ip=(main_process_ip or MACHINE_0) if several else main_process_ip,
+        mixed_precision=mixed_precision,  # type: ignore[arg-type]
+        cpu=planning.cluster.node.accelerator.device_type == "cpu",
+        reshard_after_forward=candidate.reshard_after_forward,
+        activation_checkpointing=candidate.activation_checkpointing,
+    )
+    hierarchical = mics_settings(planning).get("hierarchical")
+    variables = {} if hierarchical is None else {"MICS_HIERARCHICAL": str(hierarchical).lower()}
+    write_launch_file(path, settings, environment=variables, force=force)
+    use = f"Start a script with it: {launch_commands(path, variables, machines)[0]}"
+    if several and main_process_ip is None:
+        use += f"\nFirst put the address of machine 0 in the place of {MACHINE_0}, or add --main_process_ip."
+    return use
+
+
+def _lightning_yaml(planning: Planning) -> str:
+    strategy = {"class_path": "lightning_mics.MiCSStrategy", "init_args": mics_settings(planning)}
+    trainer = {**_trainer_arguments(planning), "strategy": strategy}
+    comments = _comments(planning, "For LightningCLI.", ["micro-batch of a rank"])
+    return comments + yaml.safe_dump({"trainer": trainer}, sort_keys=False)
+
+
+def _mics_yaml(planning: Planning) -> str:
+    settings = mics_settings(planning)
+    if planning.training.param_dtype != "float32":
+        settings["param_dtype"] = planning.training.param_dtype
+    comments = _comments(planning, "Read it with MiCSConfig.from_yaml(...).", ["micro-batch of a rank", "microsteps"])
+    return comments + yaml.safe_dump(settings, sort_keys=False)
+
+
+def _comments(planning: Planning, use: str, names: Sequence[str]) -> str:
+    candidate, cluster = planning.best.candidate, planning.cluster
+    outside = {"micro-batch of a rank": candidate.micro_batch, "microsteps": candidate.accumulation}
+    belongs = ", ".join(f"{name} {outside[name]}" for name in names)
+    lines = [
+        f"Written by `mics plan` for {planning.profile.name} on {cluster.num_nodes} x {cluster.node.name}. {use}",
+        f"For the training script: {belongs} (global batch {planning.best.global_batch}).",
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+# JSON.
+
+
+def to_json(planning: Planning, scaling: Sequence[ScalingPoint] = (), *, events: bool = False) -> str:
+    """Returns everything that is known, as JSON.
+
+    Args:
+        planning: The answer of the planner.
+        scaling: Points of weak scaling.
+        events: Whether the events of a step are there, of the best plan and of the ways to compare it with.
+    """
+    with_events = [plan.time for plan in (*planning.plans[:1], *planning.contenders)] if events else []
+    plain = _Plain(with_events)
+    answer = {**plain(planning), "precision": precision_of(planning.training), "scaling": plain(list(scaling))}
+    return json.dumps(answer, indent=2, allow_nan=False) + "\n"
+
+
+class _Plain:
+    """Turns dataclasses, mappings and sequences into what JSON has."""
+
+    # Properties that save readers arithmetic.
+    _PROPERTIES = (
+        "fits",
+        "global_batch",
+        "total",
+        "label",
+        "numel",
+        "trainable_numel",
+        "flops",
+        "world_size",
+        "reason",
+        "rate",
+    )
+
+    def __init__(self, with_events: Sequence[StepTime]) -> None:
+        self._with_events = {id(time) for time in with_events}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self._fields(value)
+        if isinstance(value, Mapping):
+            return {self(key): self(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def _fields(self, value: Any) -> dict[str, Any]:
+        names = [entry.name for entry in dataclasses.fields(value)]
+        if isinstance(value, StepTime) and id(value) not in self._with_events:
+            names.remove("events")
+        properties = [name for name in self._PROPERTIES if name not in names and hasattr(value, name)]
+        plain = {name: self(getattr(value, name)) for name in (*names, *properties)}
+        if isinstance(value, ModelProfile):
+            # Dozens of equal blocks are one entry with a count.
+            runs = [(unit, len(list(equal))) for unit, equal in itertools.groupby(value.blocks)]
+            plain["blocks"] = [{"count": count, **self._fields(unit)} for unit, count in runs]
+        return plain

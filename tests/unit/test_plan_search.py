@@ -1,0 +1,126 @@
+import dataclasses
+import itertools
+
+import pytest
+from plan_examples import GIB, make_cluster, make_profile
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.metrics import CommLedger, Hop
+from lightning_mics.plan.evaluate import evaluate, predict_traffic
+from lightning_mics.plan.search import Choices, search
+from lightning_mics.plan.settings import Candidate, Training
+
+TRAINING = Training(param_dtype="bfloat16", optimizer="AdamW")
+PROFILE = make_profile(layers=8, width=2048)
+ONE = Choices(batches=[(1, 4)], activation_checkpointing=False, reshard_after_forward=True)
+
+
+def find(limit=80 * GIB, *, profile=PROFILE, cluster=None, **changes):
+    choices = dataclasses.replace(ONE, memory_limit=limit, **changes)
+    return search(profile, cluster or make_cluster(2, 4), TRAINING, choices)
+
+
+def needs(shard_size, **settings):
+    candidate = Candidate(shard_size=shard_size, accumulation=4, **settings)
+    return evaluate(PROFILE, make_cluster(2, 4), candidate, TRAINING).memory.total
+
+
+def test_every_partition_that_works_is_tried():
+    found = find()
+    assert {plan.candidate.shard_size for plan in found.plans} == {1, 2, 4, 8}
+    assert not found.misfits
+
+
+@pytest.mark.parametrize(("fits", "not_yet"), [(2, 1), (4, 2), (8, 4)])
+def test_the_smallest_partition_that_fits_is_found(fits, not_yet):
+    limit = (needs(fits) + needs(not_yet)) / 2
+    found = find(limit)
+    assert found.smallest.candidate.shard_size == fits
+    assert {misfit.candidate.shard_size for misfit in found.misfits} == {p for p in (1, 2, 4, 8) if p < fits}
+    assert all(plan.fits for plan in found.plans)
+
+
+def test_misfits_say_what_they_need():
+    limit = (needs(4) + needs(2)) / 2
+    closest = find(limit).misfits[0]
+    assert closest.candidate.shard_size == 2
+    assert closest.reason.startswith("p=2 needs ") and " of " in closest.reason
+
+
+def test_plans_are_ranked_by_speed():
+    speeds = [plan.samples_per_second for plan in find(activation_checkpointing=None, hierarchical=None).plans]
+    assert all(before >= after * 0.995 for before, after in itertools.pairwise(speeds))
+
+
+def test_where_nothing_fits_the_error_shows_the_closest_and_what_would_help():
+    profile = make_profile(layers=8, width=2048, saved=400e6)
+    limit = 4 * GIB
+    found = find(limit, profile=profile)
+    assert not found.plans
+    with pytest.raises(MiCSConfigError) as error:
+        _ = found.best
+    message = str(error.value)
+    assert "p=8" in message and "GiB" in message
+    assert "activation_checkpointing=True" in message
+    assert "accelerators with" in message
+
+
+def test_more_nodes_are_suggested_where_they_help():
+    found = find(needs(8) * 0.9)
+    with pytest.raises(MiCSConfigError, match=r"4 nodes, shard_size=16"):
+        _ = found.smallest
+
+
+def test_smaller_micro_batches_are_suggested_where_they_help():
+    profile = make_profile(layers=8, width=2048, saved=100e6)
+    wide = find(10 * GIB, profile=profile, batches=[(16, 1)], shard_sizes=[8])
+    with pytest.raises(MiCSConfigError, match=r"micro-batches of \d"):
+        _ = wide.best
+
+
+def test_contenders_train_the_same_batch():
+    found = find()
+    assert [plan.candidate.scheme for plan in found.contenders] == ["full-sharding", "mesh-2d", "ddp"]
+    assert {plan.global_batch for plan in found.contenders} == {found.best.global_batch}
+
+
+def test_traffic_is_what_the_ledger_counts():
+    cluster = make_cluster(2, 4)
+    candidate = Candidate(shard_size=4, accumulation=3)
+    training = Training(param_dtype="float32")
+    layout = cluster.topology.layout(4)
+    ledger = CommLedger(layout)
+    for unit in PROFILE.units:
+        times = 1 if unit is PROFILE.root else 2
+        for _ in range(3 * times):
+            ledger.record(unit.name, Hop.PARTITION_GATHER, unit.numel * 4)
+        for _ in range(3):
+            ledger.record(unit.name, Hop.PARTITION_REDUCE, unit.numel * 4)
+        ledger.record(unit.name, Hop.REPLICATION_REDUCE, unit.numel)
+    assert predict_traffic(PROFILE, cluster, candidate, training) == ledger.by_hop()
+
+
+def test_flops_count_recomputation_apart():
+    plain = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4), TRAINING)
+    again = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4, activation_checkpointing=True), TRAINING)
+    assert plain.model_flops == plain.hardware_flops
+    assert again.hardware_flops / again.model_flops == pytest.approx(4 / 3, rel=0.02)
+    assert again.time.seconds > plain.time.seconds
+    assert again.mfu < plain.mfu <= 0.5
+
+
+def test_a_wider_world_keeps_mics_and_slows_full_sharding():
+    def speed(scheme, nodes):
+        cluster = make_cluster(nodes, 4)
+        size = 4 if scheme == "mics" else cluster.world_size
+        candidate = Candidate(scheme=scheme, shard_size=size, micro_batch=16, accumulation=4)
+        return evaluate(PROFILE, cluster, candidate, TRAINING).samples_per_second / nodes
+
+    mics, full = (speed(scheme, 32) / speed(scheme, 2) for scheme in ("mics", "full-sharding"))
+    assert mics > full
+    assert mics > 0.8
+
+
+def test_a_shard_size_that_does_not_work_is_refused():
+    with pytest.raises(MiCSConfigError, match="shard_size=3"):
+        find(shard_sizes=[3])
