@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from lightning_mics.topology import _check_positive_int
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lightning_mics.links import Measurement
     from lightning_mics.plan.hardware import Cluster
     from lightning_mics.plan.scaling import ScalingPoint
     from lightning_mics.plan.search import Planning
@@ -223,32 +225,48 @@ def _measure(options: argparse.Namespace, rank: int) -> Cluster | None:
     import torch.distributed as dist
 
     from lightning_mics.links import measure_cluster
+    from lightning_mics.plan.precision import training_for
 
-    assumed = None if options.instance is None and options.cluster is None else _given_cluster(options)
+    dtype = training_for(options.precision, options.optimizer).param_dtype
+    is_named = options.instance is not None or options.cluster is not None
+    assumed = _given_cluster(options) if is_named else None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend)
     try:
-        cluster = measure_cluster(assumed)
+        with _tell(rank) as tell:
+            measurement = measure_cluster(dtype=dtype, assumed=assumed, progress=tell)
     finally:
         dist.destroy_process_group()
     if rank:
         return None
-    _save_measured(options, cluster)
-    return cluster if options.nodes is None else cluster.with_nodes(options.nodes)
+    _save_measured(options, measurement)
+    return measurement.cluster if options.nodes is None else measurement.cluster.with_nodes(options.nodes)
 
 
-def _save_measured(options: argparse.Namespace, cluster: Cluster) -> None:
+@contextmanager
+def _tell(rank: int) -> Iterator[Callable[[str], None] | None]:
+    """Shows what is measured, on the first rank."""
+    from rich.console import Console
+
+    if rank:
+        yield None
+        return
+    with Console(stderr=True, highlight=False).status("Measuring ...") as status:
+        yield lambda text: status.update(f"Measuring {text} ...")
+
+
+def _save_measured(options: argparse.Namespace, measurement: Measurement) -> None:
     from rich.console import Console
 
     from lightning_mics.deepspeed.write import write_text
     from lightning_mics.plan.hardware import cluster_to_yaml
-    from lightning_mics.plan.screen import print_links
+    from lightning_mics.plan.screen import print_measurement
 
-    write_text(options.save_cluster, cluster_to_yaml(cluster), force=options.force)
+    write_text(options.save_cluster, cluster_to_yaml(measurement.cluster), force=options.force)
     console = Console(highlight=False, stderr=options.json == "-")
-    print_links(cluster, console)
+    print_measurement(measurement, console)
     use = f"Wrote {options.save_cluster}. Plan with it anywhere: mics plan --cluster {options.save_cluster}"
     console.print(f"{use} --model {options.model}\n", markup=False, soft_wrap=True)
 

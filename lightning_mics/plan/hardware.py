@@ -172,6 +172,20 @@ def known_names(section: str) -> list[str]:
     return list(_catalogue()[section])
 
 
+def find_accelerator(device_name: str, memory: int) -> Accelerator | None:
+    """Returns the accelerator of the catalogue that a driver's name and memory mean; ``None`` if there is none.
+
+    Args:
+        device_name: As the driver says it, for example ``"NVIDIA A100-SXM4-40GB"``.
+        memory: Its bytes.
+    """
+    reader = _Reader(_catalogue(), "device")
+    entries = [reader.accelerator(name) for name in known_names("accelerators")]
+    words = re.split(r"[^A-Za-z0-9]+", device_name)
+    same = [entry for entry in entries if entry.name.split("-")[0] in words]
+    return min(same, key=lambda entry: abs(entry.memory - memory), default=None)
+
+
 def as_bytes(value: object, key: str = "memory") -> int:
     """Returns the bytes that a number or a text such as ``"36 GiB"`` means.
 
@@ -244,14 +258,14 @@ class _Reader:
                 raise self._error(f"{key} is missing. Add a line such as '{example}', or 'instance: p4d.24xlarge'")
         return Node(
             name=str(values.get("name", "cluster")),
-            accelerator=self._accelerator(values["accelerator"]),
+            accelerator=self.accelerator(values["accelerator"]),
             num_accelerators=_check_positive_int(f"{self._where}: num_accelerators", values["num_accelerators"], 8),
             intra=self._link("intra", "fabrics", values["intra"]),
             inter=self._link("inter", "networks", values["inter"]),
             source=str(values.get("source", "")),
         )
 
-    def _accelerator(self, value: Any) -> Accelerator:
+    def accelerator(self, value: Any) -> Accelerator:
         values = {"name": value, **self._known("accelerators", value)} if not isinstance(value, dict) else dict(value)
         self._check_keys(values, Accelerator, "accelerator.")
         self._require(values, Accelerator, "accelerator.")

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_mics.errors import MiCSConfigError
 
@@ -319,3 +321,23 @@ def _working_directory() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def typical_layer(
+    name_or_path: str | os.PathLike[str], sequence_length: int | None, micro_batch: int
+) -> tuple[int, int]:
+    """Returns the width of a model's layers, and the tokens that they see in a microstep.
+
+    Args:
+        name_or_path: As for :func:`build_model`.
+        sequence_length: Tokens of a sample; by default the longest that the model takes.
+        micro_batch: Samples of a microstep.
+
+    Raises:
+        MiCSConfigError: As :func:`build_model` does.
+    """
+    model, sample, _ = build_model(name_or_path, sequence_length=sequence_length)
+    widths = Counter(param.shape[-1] for param in model.parameters() if param.dim() == 2)
+    width = widths.most_common(1)[0][0] if widths else 1024
+    lengths = [leaf.shape[1] for leaf in tree_leaves(sample) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    return width, (lengths[0] if lengths else 1) * micro_batch

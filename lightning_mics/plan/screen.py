@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -14,13 +15,16 @@ from rich.text import Text
 from lightning_mics.bench.report import format_number
 from lightning_mics.metrics import Hop, Traffic, format_bytes
 from lightning_mics.plan.evaluate import Plan
-from lightning_mics.plan.hardware import Cluster, Node
+from lightning_mics.plan.hardware import Node
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Misfit, Planning
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event, StepTime
 from lightning_mics.plan.write import accelerate_code, precision_of, trainer_code
 from lightning_mics.topology import GroupLayout
+
+if TYPE_CHECKING:
+    from lightning_mics.links import Measurement
 
 _GIB = 2**30
 _WIDEST = 100
@@ -118,16 +122,26 @@ def print_instances(nodes: Iterable[Node], console: Console) -> None:
     console.print()
 
 
-def print_links(cluster: Cluster, console: Console) -> None:
-    """Prints the links of a cluster, as they were measured."""
-    console.print(Text(f"Links of {_count(cluster.num_nodes, 'node')}", style="bold"), soft_wrap=True)
-    table = _table("link", "rate\nreached", "of\nnominal", "latency", left=1)
-    for name, link in (
-        ("inside a node, of a rank", cluster.node.intra),
-        ("between nodes, of a node", cluster.node.inter),
-    ):
-        table.add_row(name, _rate(link.rate), _rate(link.bandwidth), f"{format_number(link.latency * 1e6)} us")
+def print_measurement(measurement: Measurement, console: Console) -> None:
+    """Prints what was measured of a cluster."""
+    node, accelerator = measurement.cluster.node, measurement.cluster.node.accelerator
+    title = f"Measured on {_count(measurement.cluster.num_nodes, 'node')} x {node.num_accelerators} {accelerator.name}"
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = _table("link", "rate", "latency", "fits within")
+    links = (
+        ("inside a node, of a rank", node.intra, measurement.intra),
+        ("between nodes, of a node", node.inter, measurement.inter),
+    )
+    for name, link, fit in links:
+        within = "assumed" if fit is None else f"{fit.error:.0%}"
+        table.add_row(name, _rate(link.rate), f"{format_number(link.latency * 1e6)} us", within)
     console.print(table)
+    rate = max(accelerator.peak_flops.values()) * accelerator.compute_efficiency
+    _say(
+        f"A rank computes {format_number(rate / 1e12)} TFLOP/s, copies {_rate(accelerator.memory_bandwidth)} and has "
+        f"{format_bytes(accelerator.memory)}.",
+        console,
+    )
 
 
 # What is planned.

@@ -4,7 +4,6 @@ import json
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +14,7 @@ from plan_examples import make_cluster, make_profile
 from lightning_mics.accelerate.launch_file import check_launch_file
 from lightning_mics.cli import main
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.links import LinkFit, Measurement
 from lightning_mics.plan import cli
 from lightning_mics.plan.hardware import find_instance, load_cluster
 
@@ -261,9 +261,9 @@ def one_rank(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    links = types.ModuleType("lightning_mics.links")
-    links.measure_cluster = measured = Mock(return_value=make_cluster(2, 4))
-    monkeypatch.setitem(sys.modules, "lightning_mics.links", links)
+    fit = LinkFit(latency=1e-5, rate=10e9, error=0.02, points=())
+    measured = Mock(return_value=Measurement(cluster=make_cluster(2, 4), intra=None, inter=fit))
+    monkeypatch.setattr("lightning_mics.links.measure_cluster", measured)
     return measured
 
 
@@ -272,18 +272,21 @@ def test_measured_links_are_shown_saved_and_planned_with(capsys, one_rank):
     code, out, err = run(capsys, "--measure", "--save-cluster", "c.yaml", hardware=[])
     assert code == 0, err
     assert not torch.distributed.is_initialized()
-    assert out.startswith("Links of 2 nodes") and "10 GB/s" in out and "10 us" in out
+    assert out.startswith("Measured on 2 nodes x 4 test")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "between nodes, of a node 10 GB/s 10 us 2%" in rows
+    assert "inside a node, of a rank 100 GB/s 1 us assumed" in rows
     assert "Wrote c.yaml" in out and "2 nodes x 4 test" in out
     assert load_cluster("c.yaml") == make_cluster(2, 4)
-    one_rank.assert_called_once_with(None)
+    assert one_rank.call_args.kwargs["assumed"] is None and one_rank.call_args.kwargs["dtype"] == "bfloat16"
 
 
 @pytest.mark.usefixtures("no_trace")
 def test_what_cannot_be_measured_is_assumed(capsys, one_rank):
     code, out, err = run(capsys, "--measure", "--json")
     assert code == 0 and json.loads(out)["cluster"]["num_nodes"] == 2
-    assert "Links of 2 nodes" in err and Path("cluster.yaml").exists()
-    one_rank.assert_called_once_with(find_instance("p4d.24xlarge", 2))
+    assert "Measured on 2 nodes" in err and Path("cluster.yaml").exists()
+    assert one_rank.call_args.kwargs["assumed"] == find_instance("p4d.24xlarge", 2)
 
 
 def test_the_group_ends_where_measuring_fails(capsys, one_rank):
