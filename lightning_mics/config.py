@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.quantities import parse_quantity
 from lightning_mics.topology import ShardSize, _check_positive_int
 
 Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
@@ -30,11 +30,6 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _ENV_PREFIX = "MICS_"
-_BYTE_UNITS = {"": 1, "B": 1} | {
-    letter + suffix: base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +235,9 @@ def as_bytes(value: int | str, name: str = "memory_limit") -> int:
     Raises:
         MiCSConfigError: If it is neither, or nothing.
     """
-    count = None
+    count: float | None = None
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)\s*", value)
-        if match is not None and match[2] in _BYTE_UNITS:
-            count = float(match[1]) * _BYTE_UNITS[match[2]]
+        count = parse_quantity(value, "B")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         count = value
     if count is None or not 1 <= count < 2**63:

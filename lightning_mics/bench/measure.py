@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -124,37 +122,6 @@ def gradient_bytes(model: nn.Module) -> int:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             sizes[local.data_ptr()] = local.nbytes
     return sum(sizes.values())
-
-
-class ResidentMemory:
-    """The growth of this process's resident memory since the object was made, as the kernel counts it."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        self._before = _status("VmRSS")
-        self.restart_peak()
-
-    def restart_peak(self) -> None:
-        """Forgets the peak so far, but not where growth is counted from."""
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def growth(self) -> int:
-        """Returns the bytes that the process has grown by."""
-        return max(0, _status("VmRSS") - self._before)
-
-    def peak_growth(self) -> int:
-        """Returns the most bytes that the process has grown by."""
-        return max(0, _status("VmHWM") - self._before)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
 
 
 @contextmanager

@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
-from lightning_mics.bench.measure import ResidentMemory, StepClock, timed_hops
+from lightning_mics.bench.measure import StepClock, timed_hops
 from lightning_mics.bench.records import Case, Contender, Record, append
 from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.metrics import Hop
+from lightning_mics.resources import ResidentMemory
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[s
     clock = StepClock(warmup, steps)
     with timed_hops(clock):
         train(case, contender, clock)
-    grown = memory.peak_growth()
+    grown = max(0, memory.peak_growth())
     facts = {
         "step_seconds": clock.step_seconds,
         "losses": _mean_losses(clock, case.accumulation),

@@ -74,7 +74,7 @@ def plan(
         cluster: Hardware from :func:`find_instance` or :func:`load_cluster`, or the name of a cloud instance.
         num_nodes: Number of nodes; by default what ``cluster`` says, one for the name of an instance.
         sample: A batch of one sample or more, if ``model`` is a module; without it activations follow a formula.
-        sequence_length: Tokens of a sample; by default the longest that the model takes.
+        sequence_length: Tokens of a sample; by default the longest that the model takes (8,192 if it could take more).
         global_batch: Samples of an optimizer step, of all ranks.
         micro_batch: Samples of a rank in a microstep.
         accumulation: Microsteps of an optimizer step.
@@ -98,7 +98,7 @@ def plan(
         best = plan("gpt2-xl", "p4d.24xlarge", num_nodes=16, global_batch=1024).best
         print(best.candidate.shard_size, best.memory.total, best.time.seconds)
     """
-    hardware = find_instance(cluster, num_nodes or 1) if isinstance(cluster, str) else cluster
+    hardware = find_instance(cluster, 1 if num_nodes is None else num_nodes) if isinstance(cluster, str) else cluster
     if num_nodes is not None:
         hardware = hardware.with_nodes(num_nodes)
     training = training_for(precision, optimizer)
@@ -112,11 +112,13 @@ def plan(
         reshard_after_forward=reshard_after_forward,
         memory_limit=memory_limit,
     )
-    profile = _profile(model, sample, sequence_length, training)
+    profile = _profile(model, sample, sequence_length, training, hardware.node.accelerator.device_type)
     return search(profile, hardware, training, choices)
 
 
-def _profile(model: Any, sample: Any, sequence_length: int | None, training: Training) -> ModelProfile:
+def _profile(
+    model: Any, sample: Any, sequence_length: int | None, training: Training, device_type: str
+) -> ModelProfile:
     if isinstance(model, ModelProfile):
         return model
     # These need PyTorch's distributed package; planning with a profile does not.
@@ -126,4 +128,11 @@ def _profile(model: Any, sample: Any, sequence_length: int | None, training: Tra
     name = None
     if isinstance(model, str | os.PathLike):
         model, sample, name = build_model(model, sequence_length=sequence_length)
-    return profile_model(model, sample, param_dtype=training.param_dtype, name=name, sequence_length=sequence_length)
+    return profile_model(
+        model,
+        sample,
+        param_dtype=training.param_dtype,
+        name=name,
+        sequence_length=sequence_length,
+        device_type="cpu" if device_type == "cpu" else "cuda",
+    )

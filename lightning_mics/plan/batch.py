@@ -63,7 +63,8 @@ def _refuse_remainder(world_size: int, global_batch: int, factor: int, name: str
     below, above = global_batch // step * step, -(-global_batch // step) * step
     works = " or ".join(f"global_batch={value}" for value in (below, above) if value)
     times = "" if factor == 1 else f" x {name}={factor}"
+    product = f"{world_size} ranks" if factor == 1 else f"{world_size} ranks{times} = {step}"
     raise MiCSConfigError(
-        f"global_batch={global_batch} cannot be divided evenly: {world_size} ranks{times} = {step}, and "
+        f"global_batch={global_batch} cannot be divided evenly: {product}, and "
         f"{global_batch} / {step} = {global_batch / step:.2f}. Try {works}."
     )

@@ -294,8 +294,8 @@ def _plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
 
 
 def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
+    from lightning_mics.config import as_bytes
     from lightning_mics.plan import plan
-    from lightning_mics.plan.hardware import as_bytes
 
     limit, shard_size = options.memory_limit, options.shard_size
     return plan(

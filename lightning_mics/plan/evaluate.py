@@ -10,7 +10,6 @@ from lightning_mics.metrics import Hop, Traffic, partition_share, replication_sh
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
-from lightning_mics.plan.optimizers import optimizer_footprint
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
@@ -171,6 +170,8 @@ def _messages(
 
 def _optimizer_seconds(profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training) -> float:
     """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
+    from lightning_mics.plan.optimizers import optimizer_footprint  # loads PyTorch
+
     shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
     numel = profile.trainable_numel / shard_size
     sample = next((unit for unit in profile.units if unit.trainable_numel), None)

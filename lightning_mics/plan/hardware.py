@@ -16,13 +16,11 @@ from typing import Any
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.quantities import parse_quantity
 from lightning_mics.topology import ClusterTopology, _check_positive_int
 
 _SECTIONS = ("accelerators", "networks", "fabrics", "instances")
 _CATALOGUE = "catalogue.yaml"
-_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
-_BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ def find_instance(name: str, num_nodes: int) -> Cluster:
         MiCSConfigError: If the name is unknown (the nearest known one is suggested), or ``num_nodes`` is not positive.
     """
     catalogue = _catalogue()
-    return Cluster(node=_Reader(catalogue, "instance").instance(name), num_nodes=num_nodes)
+    return Cluster(node=_Reader(catalogue).instance(name), num_nodes=num_nodes)
 
 
 def load_cluster(path: str | os.PathLike[str], num_nodes: int | None = None) -> Cluster:
@@ -147,7 +145,7 @@ def load_cluster(path: str | os.PathLike[str], num_nodes: int | None = None) -> 
         MiCSConfigError: If the file cannot be read, or something in it is unknown or cannot work; names the key.
     """
     values = _read_yaml(Path(path))
-    reader = _Reader(_extended(_catalogue(), values, str(path)), str(path))
+    reader = _Reader(_extended(_catalogue(), values, str(path)), f"{path}: ")
     return reader.cluster({key: value for key, value in values.items() if key not in _SECTIONS}, num_nodes)
 
 
@@ -179,20 +177,12 @@ def find_accelerator(device_name: str, memory: int) -> Accelerator | None:
         device_name: As the driver says it, for example ``"NVIDIA A100-SXM4-40GB"``.
         memory: Its bytes.
     """
-    reader = _Reader(_catalogue(), "device")
-    entries = [reader.accelerator(name) for name in known_names("accelerators")]
-    words = re.split(r"[^A-Za-z0-9]+", device_name)
-    same = [entry for entry in entries if entry.name.split("-")[0] in words]
-    return min(same, key=lambda entry: abs(entry.memory - memory), default=None)
-
-
-def as_bytes(value: object, key: str = "memory") -> int:
-    """Returns the bytes that a number or a text such as ``"36 GiB"`` means.
-
-    Raises:
-        MiCSConfigError: If it means none.
-    """
-    return int(_quantity(value, key, "B", "40 GiB"))
+    reader = _Reader(_catalogue())
+    said = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    # The last word of a name is its memory, which drivers do not always say.
+    words = {name: name.lower().split("-")[:-1] for name in known_names("accelerators")}
+    same = [reader.accelerator(name) for name in words if said.issuperset(words[name])]
+    return min(same, key=lambda entry: (-len(words[entry.name]), abs(entry.memory - memory)), default=None)
 
 
 @functools.cache
@@ -204,10 +194,12 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise MiCSConfigError(f"{path}: the file cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second for dates such as 2020-13-45
         raise MiCSConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise MiCSConfigError(f"{path} must hold lines like 'instance: p4d.24xlarge', not {values!r}.")
@@ -220,7 +212,7 @@ def _extended(catalogue: dict[str, dict[str, Any]], values: Mapping[str, Any], w
         own = values.get(section, {})
         if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
             raise MiCSConfigError(f"{where}: {section} must hold names, each with lines of its own, not {own!r}.")
-        result[section] = {**catalogue[section], **own}
+        result[section] = {**catalogue[section], **{str(name): entry for name, entry in own.items()}}
     return result
 
 
@@ -229,27 +221,35 @@ class _Reader:
 
     Args:
         catalogue: What names mean.
-        where: The file, for messages.
+        where: What messages begin with: the file and a colon.
     """
 
-    def __init__(self, catalogue: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    def __init__(self, catalogue: Mapping[str, Mapping[str, Any]], where: str = "") -> None:
         self._catalogue, self._where = catalogue, where
 
     def cluster(self, values: dict[str, Any], num_nodes: int | None) -> Cluster:
-        count = values.pop("num_nodes", 1)
-        with_default = num_nodes if num_nodes is not None else count
+        written = values.pop("num_nodes", 1)
         instance = values.pop("instance", None)
+        values = self._with_inter(values)
         if instance is not None:
-            values = {**self._known("instances", instance), "name": instance, **values}
-        return Cluster(node=self._node(values), num_nodes=with_default)
+            values = {**self._instance(instance), **values}
+        node = self._node(values)
+        return Cluster(node=node, num_nodes=self._count("num_nodes", written, 2) if num_nodes is None else num_nodes)
 
     def instance(self, name: str) -> Node:
-        return self._node({**self._known("instances", name), "name": name})
+        return self._node(self._instance(name))
+
+    def _instance(self, name: object) -> dict[str, Any]:
+        return {**self._with_inter(self._known("instances", name)), "name": str(name)}
+
+    def _with_inter(self, values: dict[str, Any]) -> dict[str, Any]:
+        if "network" not in values:
+            return values
+        if "inter" in values:
+            raise self._error("network and inter are two names of one thing. Keep one of them")
+        return {"inter" if key == "network" else key: value for key, value in values.items()}
 
     def _node(self, values: dict[str, Any]) -> Node:
-        if "network" in values:
-            values = {**values, "inter": values["network"]}
-            del values["network"]
         self._check_keys(values, Node, "", extra=("network", "instance", "num_nodes", *_SECTIONS))
         for key in ("accelerator", "num_accelerators", "intra", "inter"):
             if key not in values:
@@ -259,7 +259,7 @@ class _Reader:
         return Node(
             name=str(values.get("name", "cluster")),
             accelerator=self.accelerator(values["accelerator"]),
-            num_accelerators=_check_positive_int(f"{self._where}: num_accelerators", values["num_accelerators"], 8),
+            num_accelerators=self._count("num_accelerators", values["num_accelerators"], 8),
             intra=self._link("intra", "fabrics", values["intra"]),
             inter=self._link("inter", "networks", values["inter"]),
             source=str(values.get("source", "")),
@@ -277,7 +277,7 @@ class _Reader:
             raise self._error(f"accelerator.device_type is {kind!r}. Values that work: cuda, cpu")
         return Accelerator(
             name=str(values["name"]),
-            memory=int(self._number(values, "memory", "B", "40 GiB", "accelerator.")),
+            memory=int(self._number(values, "memory", "B", "40 GiB", "accelerator.", least=1.0)),
             peak_flops={
                 str(dtype): self._number(peaks, dtype, "FLOP/s", "312 TFLOP/s", "accelerator.peak_flops.")
                 for dtype in peaks
@@ -301,7 +301,7 @@ class _Reader:
 
     def _known(self, section: str, name: object) -> dict[str, Any]:
         known = self._catalogue[section]
-        if name not in known:
+        if str(name) not in known:
             raise self._error(f"{section[:-1]} {name!r} is unknown. {_suggest(str(name), known)}")
         return dict(known[str(name)])
 
@@ -309,7 +309,7 @@ class _Reader:
         known = [entry.name for entry in fields(kind)]
         for key in values:
             if key not in known:
-                raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), [*known, *extra])}")
+                raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), [name for name in [*known, *extra] if name != key])}")
 
     def _require(self, values: Mapping[str, Any], kind: type, prefix: str) -> None:
         optional = {"source", "device_type"}
@@ -317,10 +317,16 @@ class _Reader:
         if missing:
             raise self._error(f"{prefix}{missing[0]} is missing")
 
+    def _count(self, key: str, value: object, example: int) -> int:
+        try:
+            return _check_positive_int(key, value, example)
+        except MiCSConfigError as error:
+            raise self._error(str(error)) from None
+
     def _number(
         self, values: Mapping[str, Any], key: str, unit: str, example: str, prefix: str, *, least: float | None = None
     ) -> float:
-        return _quantity(values[key], f"{self._where}: {prefix}{key}", unit, example, least=least)
+        return _quantity(values[key], f"{self._where}{prefix}{key}", unit, example, least=least)
 
     def _share(self, values: Mapping[str, Any], key: str, prefix: str) -> float:
         share = self._number(values, key, "", "0.8", prefix)
@@ -329,17 +335,15 @@ class _Reader:
         return share
 
     def _error(self, message: str) -> MiCSConfigError:
-        return MiCSConfigError(
-            f"{self._where}: {message}." if not message.endswith(".") else f"{self._where}: {message}"
-        )
+        end = "" if message.endswith((".", "?")) else "."
+        return MiCSConfigError(f"{self._where}{message}{end}")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     by_case = {entry.lower(): entry for entry in known}
-    near = [by_case[found] for found in difflib.get_close_matches(name.lower(), by_case, n=3, cutoff=0.5)]
-    if near:
-        return f"Did you mean {' or '.join(map(repr, near[:2]))}?"
-    return f"Known: {', '.join(by_case.values())}."
+    near = [by_case[found] for found in difflib.get_close_matches(name.lower(), by_case, n=2, cutoff=0.5)]
+    question = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"{question}Known: {', '.join(by_case.values())}."
 
 
 def _quantity(value: object, key: str, unit: str, example: str, *, least: float | None = None) -> float:
@@ -350,44 +354,24 @@ def _quantity(value: object, key: str, unit: str, example: str, *, least: float 
     """
     number: float | None = None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        number = _as_float(value)
     elif isinstance(value, str):
-        number = _parse(value, unit)
+        number = parse_quantity(value, unit)
     if number is None:
         raise MiCSConfigError(f"{key} is {value!r}, which is no quantity. Try {example!r}.")
     if not math.isfinite(number) or (number <= 0 if least is None else number < least):
-        raise MiCSConfigError(f"{key} is {value!r}, and must be positive and finite. Try {example!r}.")
+        bound = "positive" if least is None else f"at least {least:g}"
+        raise MiCSConfigError(f"{key} is {_shown(value)}, and must be finite and {bound}. Try {example!r}.")
     return number
 
 
-def _parse(text: str, unit: str) -> float | None:
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([a-zA-Zµ/]*)\s*", text)
-    if match is None:
-        return None
+def _as_float(number: float) -> float:
     try:
-        number = float(match[1])
-    except ValueError:
-        return None
-    factor = _factor(match[2], unit)
-    return None if factor is None else number * factor
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
-def _factor(word: str, unit: str) -> float | None:
-    """Returns what one of a unit is in the base unit, for example 1.25e8 for ``Gbit/s`` in ``B/s``."""
-    if not word:
-        return 1.0
-    if unit == "s":
-        return _SECONDS.get(word)
-    lower = word.lower()
-    if unit == "FLOP/s":
-        stem = re.fullmatch(r"([kmgtp]?)flops?(?:/s)?", lower)
-        return _PREFIXES[stem[1]] if stem else None
-    stem = re.fullmatch(r"([kmgt]?i?)(b|bit|bytes?)(/s|ps)?", lower)
-    if stem is None or unit not in ("B", "B/s") or (unit == "B" and stem[3]):
-        return None
-    factor = _BINARY.get(stem[1], _PREFIXES.get(stem[1]))
-    if factor is None:
-        return None
-    # "GB" are bytes; a lower-case b after a prefix means bits.
-    is_bits = stem[2] == "bit" or (stem[2] == "b" and word.rstrip("/sp")[-1:] == "b")
-    return factor / 8 if is_bits else factor
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

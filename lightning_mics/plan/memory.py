@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 
 from lightning_mics.plan.hardware import Accelerator
-from lightning_mics.plan.optimizers import optimizer_footprint
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Param, Unit
 from lightning_mics.plan.settings import Candidate, Training
 
@@ -88,6 +87,8 @@ def predict_memory(
         training: Dtypes and the optimizer.
         accelerator: The device; decides what is lost to its context and allocator.
     """
+    from lightning_mics.plan.optimizers import optimizer_footprint  # loads PyTorch
+
     on_cpu = accelerator.device_type == "cpu"
     shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
     parameters = gradients = optimizer = partial_sums = step_extra = 0.0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_mics.topology import ClusterTopology, GroupLayout
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 Scheme = Literal["mics", "full-sharding", "mesh-2d", "ddp"]
 SCHEME_NAMES: dict[Scheme, str] = {
@@ -23,13 +26,13 @@ class Training:
     Attributes:
         param_dtype: Dtype in which parameters are gathered and computed with, for example ``"bfloat16"``.
         reduce_dtype: Dtype of gradient reduction.
-        optimizer: Name of a class in ``torch.optim``.
+        optimizer: Name of a class in ``torch.optim``, a class, or an instance.
         state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
     """
 
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "float32"
-    optimizer: str = "AdamW"
+    optimizer: str | type[Optimizer] | Optimizer = "AdamW"
     state_dtype: str | None = None
 
 

@@ -43,7 +43,7 @@ def test_memory_limits_are_bytes_or_text(given: int | str, count: int) -> None:
     assert MiCSConfig.from_env({"MICS_MEMORY_LIMIT": str(given)}).memory_limit == count
 
 
-@pytest.mark.parametrize("given", [0, -1, True, "36 apples", "GiB", "", "-1GiB", "0", float("inf"), [], "36gib"])
+@pytest.mark.parametrize("given", [0, -1, True, "36 apples", "GiB", "", "-1GiB", "0", float("inf"), []])
 def test_other_memory_limits_are_refused(given: object) -> None:
     with pytest.raises(MiCSConfigError) as caught:
         MiCSConfig(memory_limit=given)  # type: ignore[arg-type]
