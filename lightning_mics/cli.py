@@ -107,7 +107,12 @@ def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Nam
     add("--output", type=Path, default=Path("mics.yaml"), metavar="FILE", help="what to write (default: mics.yaml)")
     add("--force", action="store_true", help="replace the output if it exists")
     add("--yes", action="store_true", help="ask nothing: take the default of what is not given")
-    add("--shard-size", type=_int_or_word, metavar="N", help="ranks of a partition group, 'node' (default) or 'world'")
+    add(
+        "--shard-size",
+        type=_int_or_word,
+        metavar="N",
+        help="ranks of a partition group, 'node' (default), 'world' or 'auto'",
+    )
     add("--num-machines", type=int, metavar="N", help="default: 1")
     processes = parser.add_mutually_exclusive_group()
     processes.add_argument("--num-processes", type=int, metavar="N", help="of all machines together")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mics.collectives import FlatAllGather
+from lightning_mics._compat import one_rank_mesh
+from lightning_mics.collectives import FlatAllGather, FlatReduceScatter
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.mesh import MiCSMesh, build_mesh, communication_device, detect_topology, require_process_group
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.mesh import MiCSMesh, build_mesh, communication_device, detect_topology
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_accelerator
 from lightning_mics.resources import device_memory, free_host_memory
 from lightning_mics.topology import ClusterTopology
@@ -30,15 +34,18 @@ Progress = Callable[[str], None]
 
 _SMALLEST = 2**12
 _LARGEST = {"cpu": 2**22, "cuda": 2**28}
-# Larger messages are left out where one of this size takes so long.
+_GROWTH = 4
+# Messages that would take longer are left out.
 _LONGEST_SECONDS = 0.4
-_REPEATS = 5
-# Back to back, so that waiting for each other weighs little.
-_CHAIN = 3
+# Rounds of calls back to back: waiting for each other weighs little, and bursts are over.
+_ROUND_SECONDS = 0.08
+_MOST_CALLS = 50
+_ROUNDS = (2, 3)
 _LARGE_SHARE, _SMALL_SHARE = 1 / 16, 1 / 128
 _FITS = 5
 _COMPUTE_SECONDS = 0.5
 _COPY_BYTES = 2**26
+_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Point:
     Attributes:
         steps: Steps of its ring.
         sent: Bytes on its busiest link: of a rank inside a node, of a node between nodes.
-        seconds: Median of what the slowest rank took.
+        seconds: What one takes the slowest rank, among others back to back.
     """
 
     steps: int
@@ -91,8 +98,8 @@ class Measurement:
 def fit_link(points: Sequence[Point]) -> LinkFit:
     """Fits the rate to the large messages and the latency to the small ones, in turn until both hold.
 
-    Not all points at once by least squares: networks let small messages pass in bursts, above their rate, and those
-    would pull the line.
+    Least squares over all points are only where it starts: networks let small messages pass in bursts, above their
+    rate, and those would pull the line.
 
     Args:
         points: Measurements of small and of large messages.
@@ -100,12 +107,25 @@ def fit_link(points: Sequence[Point]) -> LinkFit:
     most = max(point.sent for point in points)
     large = [point for point in points if point.sent >= _LARGE_SHARE * most]
     small = [point for point in points if point.sent <= _SMALL_SHARE * most] or list(points)
-    latency = 0.0
+    latency = _least_squares_latency(points)
     for _ in range(_FITS):
         rate = statistics.median(p.sent / max(p.seconds - latency * p.steps, 0.1 * p.seconds) for p in large)
         latency = statistics.median(max(p.seconds - p.sent / rate, 0.0) / p.steps for p in small)
     errors = [abs(latency * p.steps + p.sent / rate - p.seconds) / p.seconds for p in points]
     return LinkFit(latency, rate, statistics.median(errors), tuple(points))
+
+
+def _least_squares_latency(points: Sequence[Point]) -> float:
+    """Returns the latency of the line with the least relative errors; 0 if there is no such line."""
+    steps = [point.steps / point.seconds for point in points]
+    sent = [point.sent / point.seconds for point in points]
+    squares, mixed, sent_squares = (
+        sum(map(operator.mul, left, right)) for left, right in ((steps, steps), (steps, sent), (sent, sent))
+    )
+    determinant = squares * sent_squares - mixed**2
+    if determinant <= 1e-9 * squares * sent_squares:  # messages of one size
+        return 0.0
+    return max(0.0, (sum(steps) * sent_squares - sum(sent) * mixed) / determinant)
 
 
 def measure_cluster(
@@ -125,9 +145,9 @@ def measure_cluster(
         progress: Told what is measured next.
 
     Raises:
-        MiCSError: If no process group is running.
+        MiCSConfigError: If no process group is running.
     """
-    require_process_group()
+    _require_ranks()
     tell = progress or (lambda text: None)
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = communication_device(device_type)
@@ -154,6 +174,15 @@ def measure_cluster(
     return Measurement(Cluster(node=node, num_nodes=topology.num_nodes), intra, inter)
 
 
+def _require_ranks() -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise MiCSConfigError(
+            "Measuring needs a process for each accelerator, and torch.distributed is not initialised. Start on each "
+            "node: torchrun --nproc-per-node 8 -m lightning_mics plan --measure --model gpt2 (with several nodes also "
+            "--nnodes and --rdzv-endpoint), or call torch.distributed.init_process_group() in a script of torchrun."
+        )
+
+
 def _source(device_type: str) -> str:
     today = datetime.date.today().isoformat()
     return f"measured on {today} with torch {torch.__version__}, {dist.get_backend()}, {device_type}"
@@ -174,37 +203,42 @@ def _link(fit: LinkFit | None, other: LinkFit | None, assumed: Link | None, sour
 
 
 def _intra_points(mesh: MiCSMesh, device: torch.device) -> Iterator[Point]:
-    size, gather = mesh.layout.shard_size, FlatAllGather()
+    size, group = mesh.layout.shard_size, mesh.partition_group
     for message in _messages(device):
         shard, whole = _buffers(message, size, device)
-        call = functools.partial(gather, whole, shard, mesh.partition_group)
-        seconds = _time(call, device)
-        yield Point(size - 1, (size - 1) * shard.nbytes, seconds)
-        if seconds > _LONGEST_SECONDS:
+        seconds = [_time(call, device) for call in _partition_calls(shard, whole, group)]
+        yield from (Point(size - 1, (size - 1) * shard.nbytes, taken) for taken in seconds)
+        if _GROWTH * max(seconds) > _LONGEST_SECONDS:
             return
 
 
 def _inter_points(mesh: MiCSMesh, device: torch.device) -> Iterator[Point]:
-    """Gathers and all-reduces of ranks with the same place in their nodes, all places at once."""
-    layout, gather = mesh.layout, FlatAllGather()
-    nodes, ranks, group = layout.num_replicas, layout.shard_size, mesh.replication_group
+    """Collectives of ranks with the same place in their nodes, all places at once."""
+    nodes, ranks, group = mesh.layout.num_replicas, mesh.layout.shard_size, mesh.replication_group
     for message in _messages(device):
         shard, whole = _buffers(message, nodes, device)
-        gathers = functools.partial(gather, whole, shard, group)
-        seconds = _time(gathers, device)
-        yield Point(nodes - 1, ranks * (nodes - 1) * shard.nbytes, seconds)
+        sent = ranks * (nodes - 1) * shard.nbytes
+        seconds = [_time(call, device) for call in _partition_calls(shard, whole, group)]
+        yield from (Point(nodes - 1, sent, taken) for taken in seconds)
         reduces = functools.partial(dist.all_reduce, whole, group=group)
-        sent = ranks * 2 * (nodes - 1) / nodes * whole.nbytes
-        yield Point(2 * (nodes - 1), sent, _time(reduces, device))
-        if seconds > _LONGEST_SECONDS:
+        yield Point(2 * (nodes - 1), 2 * sent, _time(reduces, device))
+        if _GROWTH * max(seconds) > _LONGEST_SECONDS:
             return
+
+
+def _partition_calls(
+    shard: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Returns a gather and a reduce-scatter, as partitions run them."""
+    gather = functools.partial(FlatAllGather(), whole, shard, group)
+    return gather, functools.partial(FlatReduceScatter(), shard, whole, group, dist.ReduceOp.AVG)
 
 
 def _messages(device: torch.device) -> Iterator[int]:
     size = _SMALLEST
-    while size <= _LARGEST.get(device.type, _LARGEST["cuda"]):
+    while size <= _LARGEST[device.type]:
         yield size
-        size *= 4
+        size *= _GROWTH
 
 
 def _buffers(message: int, ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,25 +248,30 @@ def _buffers(message: int, ranks: int, device: torch.device) -> tuple[torch.Tens
 
 def _time(call: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds of one call: the median over rounds of what the slowest rank takes."""
-    synchronize = torch.get_device_module(device.type).synchronize
     call()  # makes connections
-    seconds = []
-    for _ in range(_REPEATS):
-        dist.barrier()
-        synchronize()
-        begin = time.perf_counter()
-        for _ in range(_CHAIN):
-            call()
-        synchronize()
-        # All ranks know the slowest one's time, and so stop alike.
-        seconds.append(_slowest((time.perf_counter() - begin) / _CHAIN, device))
-        if seconds[0] > _LONGEST_SECONDS:
-            break
-    return statistics.median(seconds)
+    # All ranks know the slowest one's time, and so go on alike.
+    first = _slowest([_seconds(call, 1, device)], device)[0]
+    count = max(1, min(_MOST_CALLS, round(_ROUND_SECONDS / first)))
+    rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(_LONGEST_SECONDS / first)))
+    _seconds(call, count, device)  # takes what a link lets pass above its rate, which comes back while ranks talk
+    return statistics.median(_slowest([_seconds(call, count, device) for _ in range(rounds)], device))
 
 
-def _slowest(seconds: float, device: torch.device) -> float:
-    return max(_everywhere(seconds, device))
+def _seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Returns the seconds of one of ``count`` calls back to back, begun by all ranks at the same time."""
+    synchronize = torch.get_device_module(device.type).synchronize
+    dist.barrier()
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - begin) / count
+
+
+def _slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
+    """Returns the largest value of any rank, for each of the values."""
+    return [max(ranks) for ranks in zip(*_everywhere(seconds, device), strict=True)]
 
 
 # Compute and memory.
@@ -242,7 +281,7 @@ def _measure_accelerator(
     topology: ClusterTopology, device: torch.device, layer: tuple[int, int] | None, dtype: str, source: str
 ) -> Accelerator:
     default = (1024, 512) if device.type == "cpu" else (4096, 4096)
-    achieved = _achieved_flops(*(layer or default), dtype, device)
+    achieved, overhead = _measure_layer(*(layer or default), dtype, device)
     product = _product_flops(dtype, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     memory = device_memory(device) if device.type == "cuda" else free_host_memory() // topology.node_size
@@ -250,30 +289,41 @@ def _measure_accelerator(
     peaks = dict(known.peak_flops) if known is not None else {dtype: max(product, achieved)}
     return Accelerator(
         name=name,
-        memory=int(min(_everywhere(float(memory), device))),
+        memory=int(min(row[0] for row in _everywhere([memory], device))),
         peak_flops=peaks,
         memory_bandwidth=_copy_rate(device),
         compute_efficiency=min(1.0, achieved / peaks.get(dtype, max(peaks.values()))),
         device_type=device.type,
+        unit_overhead=overhead,
         source=source,
     )
 
 
-def _achieved_flops(width: int, tokens: int, dtype: str, device: torch.device) -> float:
-    """Returns the FLOP/s of a transformer layer's passes, with all ranks at it at the same time."""
-    heads = max(1, width // 64)
-    kind = as_dtype(dtype)
-    block = nn.TransformerEncoderLayer(
-        width, heads if width % heads == 0 else 1, 4 * width, dropout=0.0, batch_first=True, device=device, dtype=kind
-    )
+def _measure_layer(width: int, tokens: int, dtype: str, device: torch.device) -> tuple[float, float]:
+    """Returns the FLOP/s of a transformer layer's passes, and the seconds that a pass takes longer as an FSDP unit."""
+    heads, kind = max(1, width // 64), as_dtype(dtype)
+    layers = [
+        nn.TransformerEncoderLayer(
+            width, heads if width % heads == 0 else 1, 4 * width, dropout=0.0, batch_first=True, dtype=kind
+        )
+        for _ in range(_LAYERS)
+    ]
+    model = nn.Sequential(*layers).to(device)
     hidden = torch.randn(1, tokens, width, device=device, dtype=kind, requires_grad=True)
 
     def passes() -> None:
-        block(hidden).sum().backward()
+        model(hidden).sum().backward()
 
     with FlopCounterMode(display=False) as counter:
         passes()
-    return counter.get_total_flops() / _time_compute(passes, device)
+    seconds = _time_compute(passes, device)
+    if device.type != "cpu":
+        return counter.get_total_flops() / seconds, 0.0
+    with one_rank_mesh() as mesh:
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh)
+        overhead = (_time_compute(passes, device) - seconds) / (2 * _LAYERS)
+    return counter.get_total_flops() / seconds, max(0.0, overhead)
 
 
 def _product_flops(dtype: str, device: torch.device) -> float:
@@ -290,7 +340,7 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _time_compute(call: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of one call, with all ranks at it at the same time; the mean over ranks."""
+    """Returns the seconds of one call on the slowest rank, with all ranks at it at the same time."""
     synchronize = torch.get_device_module(device.type).synchronize
     call()
     synchronize()
@@ -300,12 +350,12 @@ def _time_compute(call: Callable[[], object], device: torch.device) -> float:
         call()
         synchronize()
         count += 1
-    return statistics.mean(_everywhere((time.perf_counter() - begin) / count, device))
+    return statistics.fmean(row[0] for row in _everywhere([(time.perf_counter() - begin) / count], device))
 
 
-def _everywhere(value: float, device: torch.device) -> list[float]:
-    """Returns the value of each rank."""
-    values = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
-    values[dist.get_rank()] = value
-    dist.all_reduce(values)
-    return values.tolist()
+def _everywhere(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Returns the values of each rank, the same to the last bit on all of them."""
+    rows = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64, device=device)
+    rows[dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(rows)
+    return rows.tolist()

@@ -144,11 +144,11 @@ def _unit_times(
         whole = sum(param.numel * DTYPE_BYTES[param.dtype] for param in unit.params if param.trainable)
         return UnitTimes(name=unit.name, forward=forward, backward=backward, replicate=costs.replication(whole))
     # Gathered messages are copied into parameters, gradients into the message of the reduction.
-    copied = 2 * gathered / accelerator.memory_bandwidth
     return UnitTimes(
         name=unit.name,
-        forward=forward + copied,
-        backward=backward + copied + (gathered + reduced) / accelerator.memory_bandwidth,
+        unpack=accelerator.unit_overhead + 2 * gathered / accelerator.memory_bandwidth,
+        forward=forward,
+        backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
         gather=_messages(unit, training.param_dtype, costs, least_message),
         reduce=_messages(unit, training.reduce_dtype, costs, least_message, only_trainable=True),
         replicate=costs.replication(reduced / candidate.shard_size) if reduced else FREE,

@@ -56,6 +56,8 @@ class Accelerator:
         memory_bandwidth: Bytes a second between the device and its memory.
         compute_efficiency: Share of the peak that a model's passes reach, above 0 and at most 1.
         device_type: ``"cuda"`` or ``"cpu"``.
+        unit_overhead: Seconds of host time in each pass of an FSDP unit that compute waits for. Accelerators hide it:
+            their host runs ahead.
         source: Where the figures are from.
     """
 
@@ -65,6 +67,7 @@ class Accelerator:
     memory_bandwidth: float
     compute_efficiency: float
     device_type: str = "cuda"
+    unit_overhead: float = 0.0
     source: str = ""
 
 
@@ -285,11 +288,14 @@ class _Reader:
             memory_bandwidth=self._number(values, "memory_bandwidth", "B/s", "1555 GB/s", "accelerator."),
             compute_efficiency=self._share(values, "compute_efficiency", "accelerator."),
             device_type=kind,
+            unit_overhead=self._number(
+                {"unit_overhead": 0.0, **values}, "unit_overhead", "s", "1 ms", "accelerator.", least=0.0
+            ),
             source=str(values.get("source", "")),
         )
 
     def _link(self, name: str, section: str, value: Any) -> Link:
-        values = self._known(section, value) if not isinstance(value, dict) else dict(value)
+        values = self._known(section, value, f"{name}: ") if not isinstance(value, dict) else dict(value)
         self._check_keys(values, Link, f"{name}.")
         self._require(values, Link, f"{name}.")
         return Link(
@@ -299,20 +305,21 @@ class _Reader:
             source=str(values.get("source", "")),
         )
 
-    def _known(self, section: str, name: object) -> dict[str, Any]:
+    def _known(self, section: str, name: object, prefix: str = "") -> dict[str, Any]:
         known = self._catalogue[section]
         if str(name) not in known:
-            raise self._error(f"{section[:-1]} {name!r} is unknown. {_suggest(str(name), known)}")
+            raise self._error(f"{prefix}{section[:-1]} {name!r} is unknown. {_suggest(str(name), known)}")
         return dict(known[str(name)])
 
     def _check_keys(self, values: Mapping[str, Any], kind: type, prefix: str, extra: Iterable[str] = ()) -> None:
         known = [entry.name for entry in fields(kind)]
         for key in values:
             if key not in known:
-                raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), [name for name in [*known, *extra] if name != key])}")
+                others = [name for name in (*known, *extra) if name != key]
+                raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), others)}")
 
     def _require(self, values: Mapping[str, Any], kind: type, prefix: str) -> None:
-        optional = {"source", "device_type"}
+        optional = {"source", "device_type", "unit_overhead"}
         missing = [entry.name for entry in fields(kind) if entry.name not in values and entry.name not in optional]
         if missing:
             raise self._error(f"{prefix}{missing[0]} is missing")

@@ -67,6 +67,8 @@ class UnitTimes:
 
     Attributes:
         name: The unit's name.
+        unpack: What each pass takes between its gather and that of the next unit: the copy out of the message, and
+            host time that nothing hides.
         forward: Compute of its forward pass.
         backward: Compute of its backward pass, with recomputation.
         gather: Its gather.
@@ -75,6 +77,7 @@ class UnitTimes:
     """
 
     name: str
+    unpack: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
     gather: Cost = FREE
@@ -250,6 +253,7 @@ class _Run:
         """
         for index, unit in enumerate(units):
             self._wait(coming if self.engine.gathers_ahead else self._gather(unit), GATHER)
+            self._compute(unit.name, unit.unpack)
             if self.engine.gathers_ahead and index + 1 < len(units):
                 coming = self._gather(units[index + 1])
             yield unit
@@ -258,6 +262,7 @@ class _Run:
         self._where = ("forward", number)
         root, blocks = self.work.root, self.work.blocks
         self._wait(self._gather(root), GATHER)
+        self._compute(root.name, root.unpack)
         for unit in self._gather_in_turn(blocks, self._first_gather(blocks)):
             self._compute(unit.name, unit.forward)
         self._compute(root.name, root.forward)
