@@ -378,6 +378,13 @@ def fake_tensors() -> Iterator[Any]:
         yield mode
 
 
+def is_fake(candidate: object) -> bool:
+    """Returns whether something is a tensor without values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(candidate) is FakeTensor
+
+
 def copy_as_fake(module: nn.Module, memo: dict[int, Any], mode: Any) -> nn.Module:
     """Returns a deep copy without memory.
 

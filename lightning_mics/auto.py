@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics.config import MiCSConfig
@@ -38,13 +38,14 @@ from lightning_mics.plan.search import Choices, Misfit, Planning, explain_misfit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.resources import Usage, bytes_on, device_memory, free_host_memory
 from lightning_mics.topology import ClusterTopology
-from lightning_mics.trace import call_model, profile_model
+from lightning_mics.trace import LeakedTensorsError, call_model, profile_model
 
 # Kept free for activations where nothing is known of them.
 _UNKNOWN_ACTIVATIONS = 0.2
 # Resident memory of a process also moves for reasons of its own: imports, buffers of libraries.
 _NOISE = {"cpu": 2**28}
 _MALLOC_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+_FETCH_SECONDS = 60
 _MORE, _LESS, _TIGHT = 0.10, 0.25, 0.95
 
 
@@ -73,21 +74,41 @@ class Sample:
 def sample_of(loader: object) -> Sample | None:
     """Returns the first sample of a training DataLoader, with its batch size.
 
-    Random states are left as they are. ``None`` where the sample cannot be had like this: of datasets without indices,
-    or if anything goes wrong.
+    A worker process fetches it: a dataset may open files, or draw numbers, when it is first asked, and that must not
+    happen here. ``None`` where the sample cannot be had like this: of datasets without indices, or if anything goes
+    wrong.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     try:
         with random_states_kept():
             if loader.batch_sampler is None:
-                return Sample.of(loader.collate_fn(loader.dataset[0]))
+                return Sample.of(_fetch(loader, batch_size=None))
             micro_batch = getattr(loader.batch_sampler, "batch_size", None)
             if not isinstance(micro_batch, int) or micro_batch < 1:
                 return None
-            return Sample(batch=loader.collate_fn([loader.dataset[0]]), micro_batch=micro_batch)
+            return Sample(batch=_fetch(loader, batch_size=1), micro_batch=micro_batch)
     except Exception:
         return None
+
+
+def _fetch(loader: DataLoader[Any], batch_size: int | None) -> Any:
+    """Returns what the loader makes of the first index of its dataset, from a worker of its own kind."""
+    first: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=[0],
+        num_workers=1,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        timeout=_FETCH_SECONDS,
+    )
+    batches = iter(first)
+    try:
+        return tree_map_only(Tensor, Tensor.clone, next(batches))
+    finally:
+        del batches  # ends the worker
 
 
 @contextmanager
@@ -231,8 +252,9 @@ class _Forecast:
         self._model, self._config, self._topology = model, config, topology
         self._device_type, self._asked = device_type, list(optimizers)
         self._optimizers = [optimizer for optimizer in self._asked if isinstance(optimizer, Optimizer)]
-        self._sample = sample if sample is None or isinstance(sample, Sample) else Sample.of(sample)
-        self._micro_batch = 1 if self._sample is None else self._sample.micro_batch
+        self._given = sample
+        self._sample: Sample | None = None
+        self._micro_batch = 1
         self._knows_activations = True
         self._cluster = _cluster(topology, device_type)
 
@@ -240,25 +262,42 @@ class _Forecast:
         """Returns what the other ranks must hear."""
         needs: Mapping[int, MemoryBreakdown] = {}
         problem = ""
+        limit, share, own = 0, False, 0
         try:
+            limit, share, own = self._resources()
+            self._take_sample()
             self._profile = self._make_profile()
             self._training = self._make_training()
             needs = {size: self._memory(self._candidate(size)) for size in self._sizes()}
         except Exception as error:  # the others wait for this rank
             problem = f"{type(error).__name__}: {error}"
-        limit, share = self._config.memory_limit, False
-        if limit is None:
-            share = self._device_type == "cpu"
-            limit = free_host_memory() if share else device_memory(communication_device(self._device_type))
         return _View(
             host=socket.gethostname(),
             memory=int(limit),
             share=share,
-            own=bytes_on(self._model, self._device_type),
+            own=own,
             needs=needs,
             knows_activations=self._knows_activations,
             problem=problem,
         )
+
+    def _resources(self) -> tuple[int, bool, int]:
+        """Returns the memory, whether it is the machine's, and what the model takes of it already."""
+        own = bytes_on(self._model, self._device_type)
+        others = 0
+        if self._device_type != "cpu":
+            allocated = torch.get_device_module(self._device_type).memory_allocated()
+            others = max(0, allocated - own)  # other models of this process, for example
+        if self._config.memory_limit is not None:
+            return int(self._config.memory_limit) - others, False, own
+        if self._device_type == "cpu":
+            return free_host_memory(), True, own
+        return device_memory(communication_device(self._device_type)) - others, False, own
+
+    def _take_sample(self) -> None:
+        given = self._given
+        self._sample = given if given is None or isinstance(given, Sample) else Sample.of(given)
+        self._micro_batch = 1 if self._sample is None else self._sample.micro_batch
 
     def _sizes(self) -> list[int]:
         staged = self._config.hierarchical is True
@@ -299,6 +338,8 @@ class _Forecast:
         for batch, loss in _attempts(self._sample):
             try:
                 profile = self._profile_model(batch, loss=loss)
+            except LeakedTensorsError:
+                raise
             except Exception as error:
                 failure = failure or f"{type(error).__name__}: {error}"
             else:

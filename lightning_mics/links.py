@@ -350,7 +350,7 @@ def _time_compute(call: Callable[[], object], device: torch.device) -> float:
         call()
         synchronize()
         count += 1
-    return statistics.fmean(row[0] for row in _everywhere([(time.perf_counter() - begin) / count], device))
+    return max(row[0] for row in _everywhere([(time.perf_counter() - begin) / count], device))
 
 
 def _everywhere(values: Sequence[float], device: torch.device) -> list[list[float]]:

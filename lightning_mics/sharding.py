@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,7 @@ def mics_shard(
     entries: Sequence[nn.Module] = (),
     optimizer: Optimizer | Sequence[Optimizer] | type[Optimizer] | str | None = None,
     sample: Any = None,
+    rebind: bool = True,
 ) -> nn.Module:
     """Shards a model over its partition group and replicates it over the others. Collective over the world.
 
@@ -141,6 +142,7 @@ def mics_shard(
             ``shard_size="auto"`` counts their states. A class will do for that, or a name from ``torch.optim``;
             without any of them it assumes AdamW.
         sample: A micro-batch as ``model`` takes it, for ``shard_size="auto"`` to count activations.
+        rebind: Whether ``optimizer`` is to train the shards; with ``False`` its states are only counted.
 
     Returns:
         ``model``, whose parameters are now DTensors: shards on this rank's partition group.
@@ -164,6 +166,9 @@ def mics_shard(
     if config.shard_size != "auto":
         known.layout(config.shard_size)
     check_model(model)
+    optimizers = _check_optimizers(optimizer)
+    bound = [entry for entry in optimizers if isinstance(entry, Optimizer)] if rebind else []
+    check_rebinding(model, bound)
     units = plan_units(model, config.wrap, entries)
     if config.param_dtype is not None:
         units = separate_batch_norms(model, units)
@@ -173,23 +178,41 @@ def mics_shard(
     require_agreement("settings", (repr(config.replace(wrap="auto", memory_limit=None)), layout or topology))
     require_agreement("the units that wrap= selects", _unit_names(model, units))
     require_agreement("the model's parameters", _structure(model))
-    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer] if optimizer else []
     choice, check = None, None
     if layout is None:
         choice, check = _decide(model, config, topology, device_type, optimizers, sample)
         config = config.replace(shard_size=choice.shard_size)
         layout = topology.layout(choice.shard_size)
+    del optimizer, optimizers  # what is only counted must not keep the whole parameters alive
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
         check_groups(mesh)
 
-    def shard() -> None:
-        if config.activation_checkpointing:
-            _checkpoint_activations([unit for unit in units if unit[0] not in entries])
+    if config.activation_checkpointing:
+        _checkpoint_activations([unit for unit in units if unit[0] not in entries])
+    sharded = ShardedParams()
+    with sharded.remember(model) if bound else nullcontext():
         _shard(model, units, config, mesh, choice, check)
-
-    shard_with_optimizers(model, [entry for entry in optimizers if isinstance(entry, Optimizer)], shard)
+    for entry in bound:
+        sharded.rebind(entry)
     return model
+
+
+def _check_optimizers(optimizer: Any) -> list[Any]:
+    """Returns optimizers as a list.
+
+    Raises:
+        MiCSConfigError: If something else is among them.
+    """
+    entries = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    for entry in entries:
+        is_class = isinstance(entry, type) and issubclass(entry, Optimizer)
+        if not (isinstance(entry, Optimizer | str) or is_class):
+            raise MiCSConfigError(
+                f"optimizer={entry!r} is none. Values that work: an optimizer of torch.optim's kind or a list of them; "
+                "for shard_size='auto' also a class, or a name such as 'AdamW'."
+            )
+    return entries
 
 
 def check_layout(config: MiCSConfig, topology: ClusterTopology) -> GroupLayout | None:
@@ -513,13 +536,8 @@ def _refuse_used(optimizer: Optimizer) -> None:
     )
 
 
-def shard_with_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], shard: Callable[[], object]) -> None:
-    """Shards a model whose optimizers exist already, and points them to the shards.
-
-    Args:
-        model: The model, not sharded yet.
-        optimizers: Optimizers over its parameters that have not taken a step.
-        shard: Does the sharding.
+def check_rebinding(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Checks that optimizers can be pointed to the shards of a model.
 
     Raises:
         MiCSConfigError: If an optimizer has states already, or parameters that are not the model's.
@@ -531,10 +549,6 @@ def shard_with_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], sha
             raise MiCSConfigError(
                 "An optimizer holds parameters that the model does not have. Create it from model.parameters()."
             )
-    with sharded.remember(model):
-        shard()
-    for optimizer in optimizers:
-        sharded.rebind(optimizer)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:

@@ -6,12 +6,15 @@ trackers. Of layers that repeat, only three run; the others get the figures of t
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import CellType
 from typing import Any, Literal
 
 import torch
@@ -31,6 +34,7 @@ from lightning_mics._compat import (
     attention_flops,
     copy_as_fake,
     fake_tensors,
+    is_fake,
     one_rank_mesh,
     plain_sequences,
     track_activations,
@@ -340,17 +344,57 @@ def _run(
     structure: _Structure, sample: Sample, step: Loss, device_type: str, reduced: bool, *, checkpoints: bool
 ) -> list[_Trace]:
     """Returns what passes with one and with two samples count."""
-    traces = []
+    traces, modes = [], []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), one_rank_mesh() as mesh:
         warnings.simplefilter("ignore")
         for samples in (1, 2):
             # Each pass has a copy of its own: of units of several modules the tracker leaves hooks behind.
             with fake_tensors() as mode:
+                modes.append(mode)
                 root, unit_of = _build(structure, step, mode, mesh, reduced, checkpoints)
                 with plain_sequences(), _LikeKernels(device_type):
                     batch = _resize(sample, samples)
                     traces.append(_trace(root, unit_of, batch, structure.root_sizes(), backward=not checkpoints))
+    _refuse_leaks(structure.model, modes)
     return traces
+
+
+class LeakedTensorsError(MiCSConfigError):
+    """The model keeps tensors outside of itself, and now keeps some without values."""
+
+
+def _refuse_leaks(model: nn.Module, modes: Collection[Any]) -> None:
+    """Looks for tensors of a trace where code keeps tensors for later: they would poison training.
+
+    In globals, classes and caches of functions, of the modules in which the model's classes are written.
+    """
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    homes = {kind.__module__ for kind in classes if kind.__module__.partition(".")[0] not in ("torch", "builtins")}
+    for home in sorted(homes):
+        for name, value in list(vars(sys.modules.get(home, object)).items()):
+            if _holds_traced(value, modes, home, depth=3):
+                raise LeakedTensorsError(
+                    f"{type(model).__name__} cannot be traced: {home}.{name} keeps a tensor of the forward pass, and "
+                    "training would go on with one without values. Restart, and give shard_size a number; or keep the "
+                    "tensor in a buffer of the module."
+                )
+
+
+def _holds_traced(value: Any, modes: Collection[Any], home: str, depth: int) -> bool:
+    if is_fake(value):
+        return value.fake_mode in modes
+    inner: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set):
+        inner = value
+    elif hasattr(value, "cache_info"):  # functools.cache
+        inner = gc.get_referents(value)
+    elif isinstance(value, type) and value.__module__ == home:
+        inner = vars(value).values()
+    elif inspect.isfunction(value) and value.__closure__:
+        inner = [cell.cell_contents for cell in value.__closure__ if cell != CellType()]
+    return depth > 0 and any(_holds_traced(entry, modes, home, depth - 1) for entry in list(inner))
 
 
 def _build(

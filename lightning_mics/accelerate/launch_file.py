@@ -280,7 +280,7 @@ def _header(name: str, settings: LaunchSettings) -> str:
     own, other = launch_commands(name, num_machines=settings.num_machines)
     each = f", on each of {settings.num_machines} machines with its rank" if settings.num_machines > 1 else ""
     return (
-        "# Written by `mics config`.\n"
+        "# Written by the `mics` command.\n"
         f"# Start a script that uses lightning_mics.accelerate with it{each}:\n"
         f"#   {own}\n"
         "# or one that knows only Accelerate or transformers:\n"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import _check_positive_int
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_mics.plan.scaling import ScalingPoint
     from lightning_mics.plan.search import Planning
 
-_FORMATS = ("accelerate", "lightning", "mics")
+_FORMATS = ("accelerate", "lightning", "mics")  # as in plan.write, which takes long to load
 _EXAMPLES = """examples:
   mics plan --model gpt2-xl --instance p4d.24xlarge --nodes 2 --global-batch 256
   mics plan --model config.json --cluster my.yaml --plot figures --write mics.yaml
@@ -121,7 +121,6 @@ def _plan_measured(options: argparse.Namespace) -> int | None:
     """Measures with all ranks; the first one plans and speaks, the others are silent."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _check(options)
         _check_launched(options)
         cluster = _measure(options, rank)
     except MiCSConfigError:
@@ -176,6 +175,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise MiCSConfigError(f"{path} is to be written twice. Choose another name for one of them.")
         _check_output(name, path, options.force)
     if options.plot is not None:
+        if options.plot in [path for _, path in outputs]:
+            raise MiCSConfigError(f"{options.plot} is to be written twice. Choose another name for one of them.")
         _check_plot(options.plot)
 
 
@@ -225,24 +226,56 @@ def _measure(options: argparse.Namespace, rank: int) -> Cluster | None:
     import torch.distributed as dist
 
     from lightning_mics.links import measure_cluster
-    from lightning_mics.plan.precision import training_for
 
-    dtype = training_for(options.precision, options.optimizer).param_dtype
-    is_named = options.instance is not None or options.cluster is not None
-    assumed = _given_cluster(options) if is_named else None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend)
     try:
+        layer, dtype, assumed = _prepare_with_all(options, rank)
         with _tell(rank) as tell:
-            measurement = measure_cluster(dtype=dtype, assumed=assumed, progress=tell)
+            measurement = measure_cluster(layer=layer, dtype=dtype, assumed=assumed, progress=tell)
     finally:
         dist.destroy_process_group()
     if rank:
         return None
     _save_measured(options, measurement)
     return measurement.cluster if options.nodes is None else measurement.cluster.with_nodes(options.nodes)
+
+
+def _prepare_with_all(options: argparse.Namespace, rank: int) -> tuple[tuple[int, int], str, Cluster | None]:
+    """Checks the options, and returns what to measure with.
+
+    On the rank that reads and writes files: its machine may be the only one that has them.
+
+    Raises:
+        MiCSConfigError: On every rank.
+    """
+    import torch.distributed as dist
+
+    found: list[Any] = [None]
+    if rank == 0:
+        try:
+            _check(options)
+            found = [_prepare(options)]
+        except MiCSConfigError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise MiCSConfigError(found[0])
+    prepared: tuple[tuple[int, int], str, Cluster | None] = found[0]
+    return prepared
+
+
+def _prepare(options: argparse.Namespace) -> tuple[tuple[int, int], str, Cluster | None]:
+    """Returns width and tokens of the model's layers, the dtype, and what to assume of links that do not exist."""
+    from lightning_mics.plan.models import typical_layer
+    from lightning_mics.plan.precision import training_for
+
+    layer = typical_layer(options.model, options.sequence, options.micro_batch or 1)
+    dtype = training_for(options.precision, options.optimizer).param_dtype
+    is_named = options.instance is not None or options.cluster is not None
+    return layer, dtype, _given_cluster(options) if is_named else None
 
 
 @contextmanager
@@ -298,6 +331,8 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
     from lightning_mics.plan import plan
 
     limit, shard_size = options.memory_limit, options.shard_size
+    if shard_size == "auto":  # all sizes are tried anyway
+        shard_size = None
     return plan(
         options.model,
         cluster,

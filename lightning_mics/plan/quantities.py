@@ -44,5 +44,5 @@ def _factor(word: str, unit: str) -> float | None:
     if factor is None:
         return None
     # "GB" are bytes; a lower-case b after a prefix means bits.
-    is_bits = stem[2] == "bit" or (stem[2] == "b" and word.rstrip("/sp")[-1:] == "b")
+    is_bits = stem[2] == "bit" or (unit == "B/s" and (stem[2] == "b" and word.rstrip("/sp")[-1:] == "b"))
     return factor / 8 if is_bits else factor

@@ -113,13 +113,15 @@ def write_plan(
     Raises:
         MiCSConfigError: If no plan fits, or the file exists or cannot be written.
     """
-    if kind == "accelerate":
-        return _write_for_accelerate(planning, path, main_process_ip, force)
     if kind == "lightning":
         write_text(path, _lightning_yaml(planning), force=force)
         return f"Pass it to a script that uses LightningCLI: fit --config {path}"
+    state_dtype = planning.training.state_dtype
+    hint = f"\nBuild the model in {state_dtype}: the file has no word for that." if state_dtype is not None else ""
+    if kind == "accelerate":
+        return _write_for_accelerate(planning, path, main_process_ip, force) + hint
     write_text(path, _mics_yaml(planning), force=force)
-    return f"Read it with MiCSConfig.from_yaml({str(path)!r})."
+    return f"Read it with MiCSConfig.from_yaml({str(path)!r}).{hint}"
 
 
 def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str | None, force: bool) -> str:

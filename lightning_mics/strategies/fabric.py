@@ -49,11 +49,11 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked.
-        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
         config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
         timeout: How long a collective may wait.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -71,11 +71,11 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: bool | None = None,
         cpu_offload: bool | None = None,
         verify: bool | None = None,
-        memory_limit: int | str | None = None,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        memory_limit: int | str | None = None,
     ) -> None:
         settings = {
             "shard_size": shard_size,
@@ -196,13 +196,14 @@ class MiCSStrategy(ParallelStrategy):
             optimizer=optimizers,
             sample=common.find_sample(module, self._loader) if config.shard_size == "auto" else None,
         )
-        self._decided = runtime_of(module).mesh.layout
+        self._decided, self._loader = runtime_of(module).mesh.layout, None
         common.gather_in_steps(module)
         return module, optimizers, scheduler
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Remembers the first DataLoader that is set up: ``shard_size="auto"`` may need a sample of it."""
-        self._loader = dataloader if self._loader is None else self._loader
+        if self.config.shard_size == "auto" and self._loader is None:
+            self._loader = dataloader
         return super().process_dataloader(dataloader)
 
     def module_to_device(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -57,11 +58,11 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked.
-        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
         config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
         timeout: How long a collective may wait.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -85,11 +86,11 @@ class MiCSStrategy(ParallelStrategy):
         activation_checkpointing: bool | None = None,
         cpu_offload: bool | None = None,
         verify: bool | None = None,
-        memory_limit: int | str | None = None,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        memory_limit: int | str | None = None,
     ) -> None:
         settings = {
             "shard_size": shard_size,
@@ -244,8 +245,9 @@ class MiCSStrategy(ParallelStrategy):
                 topology=common.plan_topology(config, self.num_nodes, self.num_processes),
                 device_type=self.root_device.type,
                 entries=entries,
-                optimizer=_future_optimizers(module) if is_auto else None,
+                optimizer=_future_optimizers(module) if is_auto and trainer.state.fn == TrainerFn.FITTING else None,
                 sample=common.find_sample(module, _train_loader(trainer)) if is_auto else None,
+                rebind=False,
             )
         common.gather_in_steps(module)
         module._device_mesh = runtime_of(module).mesh.device_mesh
@@ -409,11 +411,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+# Where a module notes what assigning to it adds.
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
 def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
     """Asks a module for optimizers over its whole parameters, to learn their classes and settings."""
     from lightning_mics.auto import random_states_kept
 
-    attributes = dict(module.__dict__)
+    attributes = {name: copy.copy(value) if name in _REGISTRIES else value for name, value in module.__dict__.items()}
     try:
         with random_states_kept():
             return _configure_optimizers(module.configure_optimizers())[0]  # type: ignore[arg-type]

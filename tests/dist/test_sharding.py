@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import MiCSConfig, MiCSConfigError, MiCSError, communication_ledger, mics_shard
-from lightning_mics.sharding import runtime_of, shard_with_optimizers
+from lightning_mics.sharding import runtime_of
 from lightning_mics.testing import WorkerPool, full_state_dict
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)
@@ -323,7 +323,7 @@ def optimizer_first() -> list[bool]:
     decayed = [param for param in model.parameters() if param.dim() > 1]
     others = [param for param in model.parameters() if param.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-2)
-    shard_with_optimizers(model, [optimizer], lambda: mics_shard(model, CONFIG))
+    mics_shard(model, CONFIG, optimizer=optimizer)
     held = [param for group in optimizer.param_groups for param in group["params"]]
     before = full_state_dict(model)
     loss_of("gpt2", model, rows_of(Case("gpt2", 2, 2, 2), 0)).backward()
@@ -339,7 +339,7 @@ def optimizer_after_steps() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     regression_loss(model, microbatch("uneven", 0, 2)).backward()
     optimizer.step()
-    shard_with_optimizers(model, [optimizer], lambda: mics_shard(model, CONFIG))
+    mics_shard(model, CONFIG, optimizer=optimizer)
 
 
 def test_an_optimizer_made_before_sharding_follows_its_parameters(pool: WorkerPool) -> None:
