@@ -119,4 +119,5 @@ def emulate_compute(
         return _Delay.apply(args[0], seconds(), note), *args[1:]
 
     for block in blocks_of(model):
-        block.register_forward_pre_hook(delay)
+        # Inside of the block, as real compute: hooks of the block itself gather ahead, before it begins.
+        next(block.children()).register_forward_pre_hook(delay)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_mics.metrics import Hop, Traffic, partition_share, replication_share
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
@@ -13,6 +13,9 @@ from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
+
+# DDP's defaults: a small first bucket, so that communication begins early.
+_FIRST_BUCKET_BYTES, _BUCKET_BYTES = 2**20, 25 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +117,12 @@ def _work(
     engine = engine or engine_of(candidate.scheme, device, spans_nodes=layout.spans_nodes)
     least = engine.least_message
     times = functools.cache(lambda unit: _unit_times(unit, cluster, candidate, training, costs, least))
+    root, blocks = times(profile.root), [times(unit) for unit in profile.blocks]
+    if candidate.scheme == "ddp":
+        root, blocks = _in_buckets(profile, root, blocks, costs)
     return StepWork(
-        root=times(profile.root),
-        blocks=[times(unit) for unit in profile.blocks],
+        root=root,
+        blocks=blocks,
         accumulation=candidate.accumulation,
         replicates_always=candidate.scheme == "mesh-2d",
         gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
@@ -141,8 +147,7 @@ def _unit_times(
     again = unit.forward_flops if candidate.activation_checkpointing and unit.can_checkpoint else 0.0
     forward, backward = unit.forward_flops * samples / rate, (unit.backward_flops + again) * samples / rate
     if candidate.scheme == "ddp":
-        whole = sum(param.numel * DTYPE_BYTES[param.dtype] for param in unit.params if param.trainable)
-        return UnitTimes(name=unit.name, forward=forward, backward=backward, replicate=costs.replication(whole))
+        return UnitTimes(name=unit.name, forward=forward, backward=backward)
     # Gathered messages are copied into parameters, gradients into the message of the reduction.
     return UnitTimes(
         name=unit.name,
@@ -153,6 +158,25 @@ def _unit_times(
         reduce=_messages(unit, training.reduce_dtype, costs, least_message, only_trainable=True),
         replicate=costs.replication(reduced / candidate.shard_size) if reduced else FREE,
     )
+
+
+def _in_buckets(
+    profile: ModelProfile, root: UnitTimes, blocks: list[UnitTimes], costs: NetworkCosts
+) -> tuple[UnitTimes, list[UnitTimes]]:
+    """Gives DDP's all-reduces to the units that complete its buckets in the backward pass, the last one to the root."""
+    waiting, least = 0, _FIRST_BUCKET_BYTES
+    result = list(blocks)
+    for index in reversed(range(len(blocks))):
+        waiting += _gradient_bytes(profile.blocks[index])
+        if waiting >= least:
+            result[index] = replace(blocks[index], replicate=costs.replication(waiting))
+            waiting, least = 0, _BUCKET_BYTES
+    rest = waiting + _gradient_bytes(profile.root)
+    return replace(root, replicate=costs.replication(rest) if rest else FREE), result
+
+
+def _gradient_bytes(unit: Unit) -> int:
+    return sum(param.numel * DTYPE_BYTES[param.dtype] for param in unit.params if param.trainable)
 
 
 def _messages(
