@@ -243,14 +243,6 @@ def test_ranks_but_the_first_are_silent_about_mistakes(capsys, monkeypatch):
     assert (code, out, err) == (2, "", "")
 
 
-def test_the_file_with_measured_links_is_not_replaced_by_accident(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    Path("cluster.yaml").write_text("mine")
-    code, _, err = run(capsys, "--measure", hardware=[])
-    assert code == 2 and "cluster.yaml exists" in err and "--save-cluster" in err
-
-
 @pytest.fixture
 def one_rank(monkeypatch):
     """The variables that a launcher sets for a process alone, and links that need no measuring."""
@@ -300,3 +292,11 @@ def test_formats_are_those_of_the_writer():
     from lightning_mics.plan.write import FORMATS
 
     assert cli._FORMATS == FORMATS
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_file_with_measured_links_is_not_replaced_by_accident(capsys):
+    Path("cluster.yaml").write_text("mine")
+    code, _, err = run(capsys, "--measure", hardware=[])
+    assert code == 2 and "cluster.yaml exists" in err and "--save-cluster" in err
+    assert Path("cluster.yaml").read_text() == "mine"
