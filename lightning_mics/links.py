@@ -220,8 +220,9 @@ def _inter_points(mesh: MiCSMesh, device: torch.device) -> Iterator[Point]:
         sent = ranks * (nodes - 1) * shard.nbytes
         seconds = [_time(call, device) for call in _partition_calls(shard, whole, group)]
         yield from (Point(nodes - 1, sent, taken) for taken in seconds)
-        reduces = functools.partial(dist.all_reduce, whole, group=group)
-        yield Point(2 * (nodes - 1), 2 * sent, _time(reduces, device))
+        if device.type == "cpu":  # NCCL may take trees, whose steps are others
+            reduces = functools.partial(dist.all_reduce, whole, group=group)
+            yield Point(2 * (nodes - 1), 2 * sent, _time(reduces, device))
         if _GROWTH * max(seconds) > _LONGEST_SECONDS:
             return
 
@@ -292,7 +293,7 @@ def _measure_accelerator(
         memory=int(min(row[0] for row in _everywhere([memory], device))),
         peak_flops=peaks,
         memory_bandwidth=_copy_rate(device),
-        compute_efficiency=min(1.0, achieved / peaks.get(dtype, max(peaks.values()))),
+        compute_efficiency=min(1.0, achieved / peaks.get(dtype, max(product, achieved))),
         device_type=device.type,
         unit_overhead=overhead,
         source=source,

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from types import CellType
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _POSITION = re.compile(r"(idx|index|id|number)$|^layer$")
 # What Lightning hangs on a module; a copy must not log to it.
 _TRAINERS = {"_trainer", "_fabric"}
+# Longest sample by default of models that could take any length.
+DEFAULT_LENGTH = 8192
 # Losses and the like are no part of what grows with samples; they would hide that layers are equal.
 _SCALAR_BYTES = 16
 
@@ -103,7 +106,7 @@ def profile_model(
         name=name or type(model).__name__,
         root=structure.unit(None, figures.get(None, _Figures()), interned),
         blocks=tuple(structure.unit(unit, figures.get(unit, _Figures()), interned) for unit in order),
-        sequence_length=sequence_length or _sequence_length(sample),
+        sequence_length=_sequence_length(sample) or sequence_length,
         buffer_bytes=_buffer_bytes(model),
         compute_dtype=_dtype_name(structure.compute_dtype),
         source="trace",
@@ -127,7 +130,8 @@ class _Structure:
             sizes[param.dtype] += param.numel()
         self.compute_dtype = dtype or sizes.most_common(1)[0][0]
         self._params = self._params_by_unit()
-        # By dropped member of a stack, the member that stands for it.
+        # Members of stacks that run for others; and by dropped member, the one that stands for it.
+        self.stand_ins: list[tuple[nn.Module, ...]] = []
         self.twins = self._find_twins()
 
     def _params_by_unit(self) -> dict[UnitModules | None, tuple[Param, ...]]:
@@ -177,7 +181,9 @@ class _Structure:
                 for member in stack:
                     alike.setdefault(_signature(member), []).append(member)
             # The first may differ, whose input may need no gradient; the last, whose output no other of them keeps.
-            twins.update({member: group[1] for group in alike.values() for member in group[2:-1]})
+            for group in alike.values():
+                twins.update({member: group[1] for member in group[2:-1]})
+                self.stand_ins += [(group[0], group[1], group[-1])] if len(group) > 3 else []
         return twins
 
     def stacks(self) -> Iterator[list[nn.Module]]:
@@ -207,16 +213,21 @@ def _signature(module: nn.Module) -> Any:
             tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in inner.named_parameters(recurse=False)),
             tuple((n, b.shape, b.dtype) for n, b in inner.named_buffers(recurse=False)),
             tuple(
-                (key, value)
+                (key, repr(value))
                 for key, value in vars(inner).items()
-                if isinstance(value, bool | str | float)
-                or value is None
-                or (isinstance(value, int) and not _POSITION.search(key))
+                if _is_setting(value) and not (isinstance(value, int) and _POSITION.search(key))
             ),
             tuple(map(id, [*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()])),
         )
         for name, inner in module.named_modules()
     )
+
+
+def _is_setting(value: Any) -> bool:
+    """Returns whether an attribute can be compared, and may make a module behave differently."""
+    if isinstance(value, tuple | list):
+        return all(_is_setting(entry) for entry in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | Enum)
 
 
 # --- Running a copy -------------------------------------------------------------------------------------------------
@@ -258,6 +269,8 @@ def _measure(
         for step in _steps(structure.model, sample, loss):
             try:
                 one, two = _run(structure, sample, step, device_type, reduced, checkpoints=False)
+                if reduced and not _compute_alike(structure, one):
+                    break
                 kept = _run(structure, sample, step, device_type, reduced, checkpoints=True)
                 return _expand(structure, _fit([one, two], kept), list(one), reduced)
             except MiCSConfigError:
@@ -270,6 +283,11 @@ def _measure(
         "The sample must be what its forward takes, and nothing in it may depend on values. Pass loss= to run it in "
         "another way, or no sample for an estimate from shapes."
     ) from failures[-1]
+
+
+def _compute_alike(structure: _Structure, counts: _Trace) -> bool:
+    """Returns whether those that stand for others see inputs of one size, as equal layers of one stack may not."""
+    return all(len({counts[(member,)].forward_flops for member in group}) == 1 for group in structure.stand_ins)
 
 
 def _steps(model: nn.Module, sample: Sample, loss: Loss | None) -> Iterator[Loss]:
@@ -790,7 +808,8 @@ def _estimate(structure: _Structure, name: str, sequence_length: int | None) -> 
     """
     shape = _Shape.of(structure.model)
     figures: dict[_Key, _Figures] = {}
-    sequence_length = sequence_length or (shape.positions if shape is not None else None)
+    if sequence_length is None and shape is not None and shape.positions is not None:
+        sequence_length = min(shape.positions, DEFAULT_LENGTH)
     if shape is not None and sequence_length is not None:
         width = structure.compute_dtype.itemsize
         for unit in structure.units:

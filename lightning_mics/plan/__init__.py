@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.batch import divide_batch
 from lightning_mics.plan.evaluate import Plan, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_instance, load_cluster
@@ -17,6 +18,7 @@ from lightning_mics.plan.profile import Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.search import Choices, Misfit, Planning, search
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Event, StepTime
+from lightning_mics.topology import ShardSize, _check_positive_int
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +52,7 @@ __all__ = [
 
 def plan(
     model: str | os.PathLike[str] | nn.Module | ModelProfile,
-    cluster: Cluster | str,
+    cluster: Cluster | str | os.PathLike[str],
     *,
     num_nodes: int | None = None,
     sample: Any = None,
@@ -60,7 +62,7 @@ def plan(
     accumulation: int | None = None,
     precision: str = "bf16-mixed",
     optimizer: str = "AdamW",
-    shard_size: int | None = None,
+    shard_size: ShardSize | None = None,
     hierarchical: bool | None = None,
     activation_checkpointing: bool | None = None,
     reshard_after_forward: bool | None = None,
@@ -71,9 +73,11 @@ def plan(
     Args:
         model: A built-in name (``"gpt2-xl"``), the path of a Hugging Face configuration, ``"module:factory"``, a module
             (of which only shapes are used; it may be on the meta device), or a profile.
-        cluster: Hardware from :func:`find_instance` or :func:`load_cluster`, or the name of a cloud instance.
+        cluster: Hardware from :func:`find_instance` or :func:`load_cluster`, the name of a cloud instance, or the path
+            of a YAML file.
         num_nodes: Number of nodes; by default what ``cluster`` says, one for the name of an instance.
-        sample: A batch of one sample or more, if ``model`` is a module; without it activations follow a formula.
+        sample: A batch of one sample or more, if ``model`` is a module; without it activations follow a formula,
+            or are left out where none is known.
         sequence_length: Tokens of a sample; by default the longest that the model takes (8,192 if it could take more).
         global_batch: Samples of an optimizer step, of all ranks.
         micro_batch: Samples of a rank in a microstep.
@@ -98,12 +102,19 @@ def plan(
         best = plan("gpt2-xl", "p4d.24xlarge", num_nodes=16, global_batch=1024).best
         print(best.candidate.shard_size, best.memory.total, best.time.seconds)
     """
-    hardware = find_instance(cluster, 1 if num_nodes is None else num_nodes) if isinstance(cluster, str) else cluster
+    if isinstance(cluster, str):
+        hardware = find_instance(cluster, 1 if num_nodes is None else num_nodes)
+    else:
+        hardware = load_cluster(cluster, num_nodes) if isinstance(cluster, os.PathLike) else cluster
     if num_nodes is not None:
         hardware = hardware.with_nodes(num_nodes)
     training = training_for(precision, optimizer)
     if shard_size is not None:
-        hardware.topology.layout(shard_size)
+        shard_size = hardware.topology.resolve_shard_size(shard_size)
+    if hierarchical is not None and not isinstance(hierarchical, bool):
+        raise MiCSConfigError(f"hierarchical={hierarchical!r} is not one of None, True, False.")
+    if sequence_length is not None:
+        _check_positive_int("sequence_length", sequence_length, 1024)
     choices = Choices(
         batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
         shard_sizes=None if shard_size is None else [shard_size],
@@ -112,7 +123,11 @@ def plan(
         reshard_after_forward=reshard_after_forward,
         memory_limit=memory_limit,
     )
+    if memory_limit is not None and not memory_limit > 0:
+        raise MiCSConfigError(f"memory_limit={memory_limit!r} must be positive. Try memory_limit=40 * 2**30.")
     profile = _profile(model, sample, sequence_length, training, hardware.node.accelerator.device_type)
+    if profile.trainable_numel == 0:
+        raise MiCSConfigError(f"{profile.name} has no parameter that is trained, so there is nothing to plan.")
     return search(profile, hardware, training, choices)
 
 
@@ -131,7 +146,7 @@ def _profile(
     return profile_model(
         model,
         sample,
-        param_dtype=training.param_dtype,
+        param_dtype=None if training.param_dtype == "float32" else training.param_dtype,
         name=name,
         sequence_length=sequence_length,
         device_type="cpu" if device_type == "cpu" else "cuda",

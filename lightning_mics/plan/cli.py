@@ -153,6 +153,9 @@ def _check(options: argparse.Namespace) -> None:
         raise MiCSConfigError("--save-cluster writes what --measure finds. Add --measure, or leave it out.")
     if options.events and options.json is None:
         raise MiCSConfigError("--events adds to the JSON. Add --json, or leave it out.")
+    for name in ("global_batch", "micro_batch", "accumulation", "sequence"):
+        if getattr(options, name) is not None:
+            _check_positive_int(f"--{name.replace('_', '-')}", getattr(options, name), 8)
     _check_outputs(options)
 
 
@@ -260,6 +263,8 @@ def _prepare_with_all(options: argparse.Namespace, rank: int) -> tuple[tuple[int
             found = [_prepare(options)]
         except MiCSConfigError as error:
             found = [str(error)]
+        except Exception as error:  # the others wait for this rank
+            found = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], str):
         raise MiCSConfigError(found[0])
@@ -272,7 +277,7 @@ def _prepare(options: argparse.Namespace) -> tuple[tuple[int, int], str, Cluster
     from lightning_mics.plan.models import typical_layer
     from lightning_mics.plan.precision import training_for
 
-    layer = typical_layer(options.model, options.sequence, options.micro_batch or 1)
+    layer = typical_layer(options.model, options.sequence)
     dtype = training_for(options.precision, options.optimizer).param_dtype
     is_named = options.instance is not None or options.cluster is not None
     return layer, dtype, _given_cluster(options) if is_named else None

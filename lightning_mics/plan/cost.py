@@ -74,7 +74,8 @@ class NetworkCosts:
         inter_bytes = float(self._shares[self._hierarchical].inter) * message_bytes
         if not self._hierarchical:
             ring = (p - 1) * self._inter.latency + inter_bytes / self._inter.rate
-            return Cost(max(ring, (p - 1) / p * message_bytes / self._intra.rate), ring)
+            inside = (p - 1) / p * message_bytes / self._intra.rate if k > 1 else 0.0
+            return Cost(max(ring, inside), ring)
         across = (g - 1) * self._inter.latency + inter_bytes / self._inter.rate
         inside = (k - 1) * self._intra.latency + (k - 1) / k * message_bytes / self._intra.rate
         return Cost(across + inside, across)
@@ -85,7 +86,8 @@ class NetworkCosts:
         if replicas == 1:
             return FREE
         inter_bytes = float(self._replication_share.inter) * shard_bytes
-        sent = 2 * (replicas - 1) / replicas * shard_bytes
+        stays_inside = self._replication_share.intra > 0
+        sent = 2 * (replicas - 1) / replicas * shard_bytes if stays_inside else 0.0
         link = self._inter if inter_bytes else self._intra
         latency = self._all_reduce_steps(replicas) * link.latency
         seconds = latency + max(inter_bytes / self._inter.rate, sent / self._intra.rate)

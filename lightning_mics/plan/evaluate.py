@@ -83,7 +83,7 @@ def evaluate(
     """
     accelerator = cluster.node.accelerator
     memory = memory or predict_memory(profile, candidate, training, accelerator)
-    time = simulate(_work(profile, cluster, candidate, training, engine))
+    time = simulate(_work(profile, cluster, candidate, training, memory, engine))
     samples = candidate.micro_batch * candidate.accumulation
     again = sum(unit.forward_flops for unit in profile.blocks if unit.can_checkpoint)
     recomputed = again if candidate.activation_checkpointing else 0.0
@@ -103,30 +103,38 @@ def evaluate(
 
 
 def peak_flops(cluster: Cluster, training: Training) -> float:
-    """Returns the accelerator's peak rate in the dtype of the computation, in FLOP/s."""
-    peaks = cluster.node.accelerator.peak_flops
-    return peaks.get(training.param_dtype, peaks.get("float32", 0.0)) or max(peaks.values())
+    """Returns the accelerator's peak rate in the dtype of the computation, in FLOP/s.
+
+    Raises:
+        MiCSConfigError: If it is not known.
+    """
+    return cluster.node.accelerator.peak_in(training.param_dtype)
 
 
 def _work(
-    profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training, engine: Engine | None
+    profile: ModelProfile,
+    cluster: Cluster,
+    candidate: Candidate,
+    training: Training,
+    memory: MemoryBreakdown,
+    engine: Engine | None,
 ) -> StepWork:
     layout = candidate.layout(cluster.topology)
     costs = NetworkCosts(cluster, layout, candidate.hierarchical)
     device = cluster.node.accelerator.device_type
-    engine = engine or engine_of(candidate.scheme, device, spans_nodes=layout.spans_nodes)
+    engine = engine or engine_of(candidate.scheme, device, settles=not layout.spans_nodes and layout.num_replicas > 1)
     least = engine.least_message
     times = functools.cache(lambda unit: _unit_times(unit, cluster, candidate, training, costs, least))
     root, blocks = times(profile.root), [times(unit) for unit in profile.blocks]
     if candidate.scheme == "ddp":
-        root, blocks = _in_buckets(profile, root, blocks, costs)
+        root, blocks = _in_buckets(profile, root, blocks, costs, training)
     return StepWork(
         root=root,
         blocks=blocks,
         accumulation=candidate.accumulation,
         replicates_always=candidate.scheme == "mesh-2d",
         gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
-        optimizer=_optimizer_seconds(profile, cluster, candidate, training),
+        optimizer=_optimizer_seconds(cluster, memory),
         agreement=costs.agreement() if candidate.scheme == "mics" else 0.0,
         engine=engine,
     )
@@ -142,8 +150,8 @@ def _unit_times(
 ) -> UnitTimes:
     accelerator, samples = cluster.node.accelerator, candidate.micro_batch
     rate = peak_flops(cluster, training) * accelerator.compute_efficiency
-    gathered = unit.numel * DTYPE_BYTES[training.param_dtype]
-    reduced = unit.trainable_numel * DTYPE_BYTES[training.reduce_dtype]
+    gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
+    reduced = unit.gathered_numel(candidate.shard_size, only_trainable=True) * DTYPE_BYTES[training.reduce_dtype]
     again = unit.forward_flops if candidate.activation_checkpointing and unit.can_checkpoint else 0.0
     forward, backward = unit.forward_flops * samples / rate, (unit.backward_flops + again) * samples / rate
     if candidate.scheme == "ddp":
@@ -154,57 +162,48 @@ def _unit_times(
         unpack=accelerator.unit_overhead + 2 * gathered / accelerator.memory_bandwidth,
         forward=forward,
         backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
-        gather=_messages(unit, training.param_dtype, costs, least_message),
-        reduce=_messages(unit, training.reduce_dtype, costs, least_message, only_trainable=True),
+        gather=_messages(unit, gathered, training.param_dtype, costs, least_message),
+        reduce=_messages(unit, reduced, training.reduce_dtype, costs, least_message),
         replicate=costs.replication(reduced / candidate.shard_size) if reduced else FREE,
     )
 
 
 def _in_buckets(
-    profile: ModelProfile, root: UnitTimes, blocks: list[UnitTimes], costs: NetworkCosts
+    profile: ModelProfile, root: UnitTimes, blocks: list[UnitTimes], costs: NetworkCosts, training: Training
 ) -> tuple[UnitTimes, list[UnitTimes]]:
     """Gives DDP's all-reduces to the units that complete its buckets in the backward pass, the last one to the root."""
     waiting, least = 0, _FIRST_BUCKET_BYTES
     result = list(blocks)
     for index in reversed(range(len(blocks))):
-        waiting += _gradient_bytes(profile.blocks[index])
+        waiting += _gradient_bytes(profile.blocks[index], training)
         if waiting >= least:
             result[index] = replace(blocks[index], replicate=costs.replication(waiting))
             waiting, least = 0, _BUCKET_BYTES
-    rest = waiting + _gradient_bytes(profile.root)
+    rest = waiting + _gradient_bytes(profile.root, training)
     return replace(root, replicate=costs.replication(rest) if rest else FREE), result
 
 
-def _gradient_bytes(unit: Unit) -> int:
-    return sum(param.numel * DTYPE_BYTES[param.dtype] for param in unit.params if param.trainable)
+def _gradient_bytes(unit: Unit, training: Training) -> int:
+    """Returns the size of whole gradients, which DDP keeps in the parameters' own dtype."""
+    return sum(
+        param.numel * DTYPE_BYTES[training.state_dtype or param.dtype] for param in unit.params if param.trainable
+    )
 
 
-def _messages(
-    unit: Unit, dtype: str, costs: NetworkCosts, least_message: int | None, *, only_trainable: bool = False
-) -> Cost:
+def _messages(unit: Unit, message_bytes: int, dtype: str, costs: NetworkCosts, least_message: int | None) -> Cost:
     """Returns the cost of the collectives of a unit's parameters: of one message, or of one for each of them."""
-    numel = unit.trainable_numel if only_trainable else unit.numel
-    if numel == 0:
+    if message_bytes == 0:
         return FREE
     if least_message is None:
-        return costs.partition(numel * DTYPE_BYTES[dtype])
+        return costs.partition(message_bytes)
     large = [param.numel for param in unit.params if param.numel >= least_message]
     return sum((costs.partition(count * DTYPE_BYTES[dtype]) for count in large), FREE)
 
 
-def _optimizer_seconds(profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training) -> float:
+def _optimizer_seconds(cluster: Cluster, memory: MemoryBreakdown) -> float:
     """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
-    from lightning_mics.plan.optimizers import optimizer_footprint  # loads PyTorch
-
-    shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
-    numel = profile.trainable_numel / shard_size
-    sample = next((unit for unit in profile.units if unit.trainable_numel), None)
-    if sample is None:
-        return 0.0
-    trainable = tuple(param for param in sample.params if param.trainable)
-    states = optimizer_footprint(training.optimizer, trainable, foreach=False).state_bytes / sample.trainable_numel
-    width = DTYPE_BYTES[training.state_dtype or trainable[0].dtype]
-    return numel * (3 * width + 2 * states) / cluster.node.accelerator.memory_bandwidth
+    moved = memory.gradients + 2 * (memory.gradients + memory.optimizer)  # frozen parameters stay
+    return moved / cluster.node.accelerator.memory_bandwidth
 
 
 def predict_traffic(
@@ -214,7 +213,11 @@ def predict_traffic(
     layout = candidate.layout(cluster.topology)
     microsteps = candidate.accumulation
     trainable = [unit for unit in profile.units if unit.trainable_numel]
-    reduced = sum(unit.trainable_numel for unit in trainable) * DTYPE_BYTES[training.reduce_dtype]
+    size = layout.shard_size
+    elements = sum(unit.gathered_numel(size, only_trainable=True) for unit in trainable)
+    reduced = elements * DTYPE_BYTES[training.reduce_dtype]
+    if candidate.scheme == "ddp":
+        reduced = sum(_gradient_bytes(unit, training) for unit in trainable)
     replications = microsteps if candidate.scheme == "mesh-2d" else 1
     partition, replication = partition_share(layout, candidate.hierarchical), replication_share(layout)
 
@@ -225,7 +228,7 @@ def predict_traffic(
     if candidate.scheme != "ddp":
         times = 2 if candidate.reshard_after_forward else 1
         units = sum(1 for unit in profile.units if unit.numel)
-        elements = profile.root.numel + times * sum(unit.numel for unit in profile.blocks)
+        elements = profile.root.gathered_numel(size) + times * sum(u.gathered_numel(size) for u in profile.blocks)
         calls = microsteps * (1 + times * (units - 1) if profile.root.numel else times * units)
         gathered = microsteps * elements * DTYPE_BYTES[training.param_dtype]
         share = float(partition.intra), float(partition.inter)

@@ -70,6 +70,21 @@ class Accelerator:
     unit_overhead: float = 0.0
     source: str = ""
 
+    def peak_in(self, dtype: str) -> float:
+        """Returns the peak of a dtype, in FLOP/s; the two dtypes of 16 bits stand for each other.
+
+        Raises:
+            MiCSConfigError: If it is not known.
+        """
+        same = {"bfloat16": "float16", "float16": "bfloat16"}
+        peak = self.peak_flops.get(dtype) or self.peak_flops.get(same.get(dtype, dtype))
+        if peak is None:
+            raise MiCSConfigError(
+                f"The peak of {self.name} in {dtype} is not known. Add it to its peak_flops, which has "
+                f"{', '.join(self.peak_flops)}; or plan for another precision."
+            )
+        return peak
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:

@@ -90,7 +90,7 @@ def predict_memory(
     from lightning_mics.plan.optimizers import optimizer_footprint  # loads PyTorch
 
     on_cpu = accelerator.device_type == "cpu"
-    shard_size = 1 if candidate.scheme == "ddp" else candidate.shard_size
+    shard_size = candidate.shard_size
     parameters = gradients = optimizer = partial_sums = step_extra = 0.0
     for unit, count in Counter(profile.units).items():
         shards = [_shard(param, shard_size, training) for param in unit.params]
@@ -156,11 +156,14 @@ def _recomputed(unit: Unit, candidate: Candidate) -> float:
 def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
     """DDP: whole parameters, cast by autocast; gradients a second time in its buckets."""
     samples = candidate.micro_batch
-    widths = {param.dtype for unit in profile.units for param in unit.params}
+    widths = {training.state_dtype or param.dtype for unit in profile.units for param in unit.params}
     casts = training.param_dtype not in widths
     cast = profile.numel * DTYPE_BYTES[training.param_dtype] if casts else 0.0
     buckets = sum(
-        param.numel * DTYPE_BYTES[param.dtype] for unit in profile.units for param in unit.params if param.trainable
+        param.numel * DTYPE_BYTES[training.state_dtype or param.dtype]
+        for unit in profile.units
+        for param in unit.params
+        if param.trainable
     )
     activations = sum(_kept(unit, candidate) for unit in profile.units)
     for unit in profile.units:
@@ -177,13 +180,13 @@ class _Walk:
         self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
 
     def _gathered(self, unit: Unit) -> float:
-        return unit.numel * self._gather_width
+        return unit.gathered_numel(self.candidate.shard_size) * self._gather_width
 
     def _gradient(self, unit: Unit) -> float:
         return unit.trainable_numel * self._gather_width
 
     def _message(self, unit: Unit) -> float:
-        return unit.trainable_numel * self._reduce_width
+        return unit.gathered_numel(self.candidate.shard_size, only_trainable=True) * self._reduce_width
 
     def moments(self) -> Iterator[_Moment]:
         """Yields the moments of the forward, then of the backward pass."""

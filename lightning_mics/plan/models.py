@@ -26,7 +26,7 @@ from lightning_mics.errors import MiCSConfigError
 Sample = dict[str, Tensor]
 
 # Longest sample by default of models that could take any length.
-_DEFAULT_LENGTH = 8192
+_DEFAULT_LENGTH = 8192  # as in lightning_mics.trace
 
 
 def _gpt(layers: int, hidden: int, heads: int, positions: int = 1024, vocabulary: int = 50257) -> dict[str, Any]:
@@ -38,7 +38,6 @@ def _gpt(layers: int, hidden: int, heads: int, positions: int = 1024, vocabulary
         "n_head": heads,
         "n_positions": positions,
         "vocab_size": vocabulary,
-        "loss_type": "ForCausalLM",
     }
 
 
@@ -191,6 +190,8 @@ def _from_config(values: dict[str, Any], name: str, sequence_length: int | None)
             f"{name}: transformers cannot build the model from its configuration: {_first_line(error)}. Check the "
             "numbers in it."
         ) from error
+    if getattr(model, "loss_type", "") is None:
+        model.__dict__["loss_type"] = "ForCausalLM"  # what transformers takes then anyway, with a warning
     return model, _sample(model, config, name, sequence_length), name
 
 
@@ -211,7 +212,9 @@ def _build(transformers: Any, config: Any) -> nn.Module:
         if found is not None:
             model: nn.Module = found(config)
             return model
+    is_pair = getattr(config, "is_encoder_decoder", False)
     for auto in (
+        *([transformers.AutoModelForSeq2SeqLM] if is_pair else []),
         transformers.AutoModelForCausalLM,
         transformers.AutoModelForMaskedLM,
         transformers.AutoModelForSeq2SeqLM,
@@ -232,7 +235,7 @@ def _sample(model: nn.Module, config: Any, name: str, sequence_length: int | Non
         return {"input_ids": torch.empty((1, length), dtype=torch.long, device="meta")}
     size = getattr(config, "image_size", None)
     if "pixel_values" in takes and size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.empty((1, channels, height, width), device="meta")}
     raise MiCSConfigError(
@@ -323,15 +326,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-def typical_layer(
-    name_or_path: str | os.PathLike[str], sequence_length: int | None, micro_batch: int
-) -> tuple[int, int]:
-    """Returns the width of a model's layers, and the tokens that they see in a microstep.
+def typical_layer(name_or_path: str | os.PathLike[str], sequence_length: int | None) -> tuple[int, int]:
+    """Returns the width of a model's layers, and the tokens of a sample.
 
     Args:
         name_or_path: As for :func:`build_model`.
         sequence_length: Tokens of a sample; by default the longest that the model takes.
-        micro_batch: Samples of a microstep.
 
     Raises:
         MiCSConfigError: As :func:`build_model` does.
@@ -339,5 +339,5 @@ def typical_layer(
     model, sample, _ = build_model(name_or_path, sequence_length=sequence_length)
     widths = Counter(param.shape[-1] for param in model.parameters() if param.dim() == 2)
     width = widths.most_common(1)[0][0] if widths else 1024
-    lengths = [leaf.shape[1] for leaf in tree_leaves(sample) if isinstance(leaf, Tensor) and leaf.dim() > 1]
-    return width, (lengths[0] if lengths else 1) * micro_batch
+    tokens = [leaf.shape[1] for leaf in tree_leaves(sample) if isinstance(leaf, Tensor) and leaf.dim() == 2]
+    return width, (tokens[0] if tokens else 512)

@@ -99,6 +99,11 @@ class Unit:
         """Number of elements that get gradients."""
         return sum(param.numel for param in self.params if param.trainable)
 
+    def gathered_numel(self, shard_size: int, *, only_trainable: bool = False) -> int:
+        """Returns the elements of a gathered message: as many shards as ranks, all as large as the largest."""
+        params = (param for param in self.params if param.trainable or not only_trainable)
+        return shard_size * sum(param.shard_numel(shard_size) for param in params)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelProfile:

@@ -58,6 +58,9 @@ class Candidate:
     activation_checkpointing: bool = False
     reshard_after_forward: bool = True
 
+    def __post_init__(self) -> None:
+        assert self.scheme != "ddp" or self.shard_size == 1, "DDP does not shard"
+
     def layout(self, topology: ClusterTopology) -> GroupLayout:
         """Returns its groups.
 

@@ -46,16 +46,21 @@ class Engine:
     least_message: int | None = None
 
 
-def engine_of(scheme: Scheme, device_type: str, *, spans_nodes: bool) -> Engine:
+def engine_of(scheme: Scheme, device_type: str, *, settles: bool) -> Engine:
     """Returns how a scheme runs on a kind of device.
 
     On accelerators streams overlap. On CPUs FSDP2 waits for each collective, and gloo's reduce-scatter sends everything
     to everyone; lightning-mics has a thread and rings there, and lets hop two begin early where hop one is quick.
+
+    Args:
+        scheme: The scheme.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        settles: Whether there is a hop two, and hop one stays inside a node.
     """
     if device_type != "cpu":
         return Engine()
     if scheme == "mics":
-        return Engine(shares_thread=True, settles_before_replication=not spans_nodes)
+        return Engine(shares_thread=True, settles_before_replication=settles)
     if scheme == "ddp":
         return Engine()
     return Engine(gathers_ahead=False, reduces_beside=False, replicates_beside=False, reduce_factor=2.0)

@@ -172,7 +172,7 @@ def test_where_nothing_fits_the_tables_come_before_the_error(capsys):
             ["--global-batch", "64", "--micro-batch", "3", "--accumulation", "2"],
             ["16 ranks x micro_batch=3 x accumulation=2 = 96"],
         ),
-        (["--micro-batch", "0"], ["micro_batch=0"]),
+        (["--micro-batch", "0"], ["--micro-batch=0"]),
         (["--precision", "bf16-mixd"], ["Did you mean 'bf16-mixed'?"]),
         (["--optimizer", "AdmW"], ["Did you mean 'AdamW'?"]),
         (["--memory-limit", "lots"], ["--memory-limit", "'lots'"]),

@@ -3,6 +3,7 @@ from plan_examples import make_cluster
 
 from lightning_mics.metrics import partition_share, replication_share
 from lightning_mics.plan.cost import NetworkCosts
+from lightning_mics.plan.hardware import Link
 
 MESSAGE = 1e9
 
@@ -75,3 +76,14 @@ def test_bytes_are_those_of_the_ledger(shard_size, hierarchical):
     layout = cluster.topology.layout(shard_size)
     small, large = (costs(shard_size, hierarchical=hierarchical).partition(m).inter_seconds for m in (0, MESSAGE))
     assert large - small == pytest.approx(float(partition_share(layout, hierarchical).inter) * MESSAGE / 10e9)
+
+
+def test_links_inside_a_node_do_not_count_where_a_node_has_one_rank():
+    fast, slow = (Link(bandwidth=rate, efficiency=1.0, latency=0.0) for rate in (1e12, 1e6))
+    found = []
+    for intra in (fast, slow):
+        cluster = make_cluster(4, 1, intra=intra)
+        network = NetworkCosts(cluster, cluster.topology.layout(4), False)
+        replicas = NetworkCosts(cluster, cluster.topology.layout(1), False)
+        found.append((network.partition(MESSAGE).seconds, replicas.replication(MESSAGE).seconds))
+    assert found[0] == found[1]

@@ -124,3 +124,19 @@ def test_a_wider_world_keeps_mics_and_slows_full_sharding():
 def test_a_shard_size_that_does_not_work_is_refused():
     with pytest.raises(MiCSConfigError, match="shard_size=3"):
         find(shard_sizes=[3])
+
+
+def test_gathered_messages_are_padded_to_equal_shards():
+    odd = make_profile(layers=1, width=3, vocabulary=5)
+    cluster = make_cluster(1, 4)
+    traffic = predict_traffic(odd, cluster, Candidate(shard_size=4), Training(param_dtype="float32"))
+    # 12 x 3, 3 x 12 and 12 x 3 in the block, gathered twice; 5 x 3 in the root, once.
+    assert traffic[Hop.PARTITION_GATHER].message_bytes == 4 * (2 * (36 + 48 + 36) + 24)
+
+
+def test_sixteen_bits_stand_for_each_other_but_not_for_float32():
+    accelerator = make_cluster().node.accelerator
+    assert accelerator.peak_in("float16") == accelerator.peak_in("bfloat16")
+    only = dataclasses.replace(accelerator, peak_flops={"bfloat16": 1e14})
+    with pytest.raises(MiCSConfigError, match="float32"):
+        only.peak_in("float32")

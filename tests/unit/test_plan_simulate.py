@@ -141,7 +141,7 @@ def test_streams_do_one_thing_at_a_time():
 
 
 def test_engines_differ_by_device():
-    assert engine_of("full-sharding", "cuda", spans_nodes=True) == Engine()
-    stock, ours = (engine_of(scheme, "cpu", spans_nodes=False) for scheme in ("full-sharding", "mics"))
+    assert engine_of("full-sharding", "cuda", settles=False) == Engine()
+    stock, ours = (engine_of(scheme, "cpu", settles=True) for scheme in ("full-sharding", "mics"))
     assert stock.reduce_factor == 2 and not stock.gathers_ahead
     assert ours.gathers_ahead and ours.reduce_factor == 1

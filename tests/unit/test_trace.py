@@ -344,3 +344,11 @@ def test_without_sample_and_configuration_there_are_only_shapes() -> None:
     profile = profile_model(Regressor(3), None)
     assert (profile.source, profile.flops, len(profile.blocks)) == ("shapes only", 0.0, 3)
     assert profile.numel == sum(param.numel() for param in Regressor(3).parameters())
+
+
+def test_convolutions_that_differ_in_their_stride_are_not_alike():
+    strides = (1, 1, 2, 1, 2, 1)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, stride=s, padding=1), nn.ReLU()) for s in strides))
+    profile = profile_model(model, torch.zeros(1, 8, 32, 32))
+    flops = [unit.forward_flops for unit in profile.blocks]
+    assert flops == [2 * 8 * 8 * 9 * size**2 for size in (32, 32, 16, 16, 8, 8)]
