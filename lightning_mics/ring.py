@@ -7,6 +7,7 @@ least a ring can, out of and into the caller's memory.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -22,6 +23,8 @@ from lightning_mics._compat import is_gloo
 
 # Users may send messages of their own over the same group.
 _GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
+# How long the end of a process waits for a collective whose peers may be gone.
+_PATIENCE_SECONDS = 2.0
 
 
 def runs_on_ring(tensor: Tensor, group: dist.ProcessGroup, op: object = dist.ReduceOp.SUM) -> bool:
@@ -107,7 +110,7 @@ class CommunicationThread:
         os.register_at_fork(after_in_child=self._start_afresh)  # a thread does not survive a fork
 
     def _start_afresh(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: Future[None] | None = None
 
@@ -128,15 +131,23 @@ class CommunicationThread:
             # A daemon: a collective whose peers are gone must not keep the process alive.
             self._thread = threading.Thread(target=self._work, name="mics-communication", daemon=True)
             self._thread.start()
+            atexit.register(self._end)
         work = ThreadedWork(future)
         if async_op:
             return work
         work.wait()
         return None
 
+    def _end(self) -> None:
+        """Ends the thread before Python does, which would abort the process where the thread is in foreign code."""
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join(_PATIENCE_SECONDS)
+
     def _work(self) -> None:
-        while True:
-            collective, future = self._tasks.get()
+        while (task := self._tasks.get()) is not None:
+            collective, future = task
+            del task
             try:
                 with torch.no_grad():
                     collective()
