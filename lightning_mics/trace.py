@@ -42,7 +42,7 @@ from lightning_mics._compat import (
 )
 from lightning_mics.config import Wrap, as_dtype
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.profile import Amount, ModelProfile, Param, Unit
+from lightning_mics.plan.profile import DEFAULT_LENGTH, Amount, ModelProfile, Param, Unit
 from lightning_mics.sharding import check_model
 from lightning_mics.units import Unit as UnitModules
 from lightning_mics.units import backward_order, is_batch_norm, plan_units, separate_batch_norms
@@ -54,8 +54,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _POSITION = re.compile(r"(idx|index|id|number)$|^layer$")
 # What Lightning hangs on a module; a copy must not log to it.
 _TRAINERS = {"_trainer", "_fabric"}
-# Longest sample by default of models that could take any length.
-DEFAULT_LENGTH = 8192
 # Losses and the like are no part of what grows with samples; they would hide that layers are equal.
 _SCALAR_BYTES = 16
 

@@ -13,12 +13,11 @@ from lightning_mics.bench.report import (
     Summary,
     along,
     by_case,
-    format_number,
     reference_of,
     shared_conditions,
 )
 from lightning_mics.errors import MiCSError
-from lightning_mics.metrics import format_bytes
+from lightning_mics.metrics import format_bytes, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from lightning_mics.bench.cluster import format_rate
 from lightning_mics.bench.records import Case, Contender, Record, ResultsError, read_results
-from lightning_mics.metrics import Hop, format_bytes
+from lightning_mics.metrics import Hop, format_bytes, format_number
 
 REFERENCE = "full-sharding"
 OURS = "mics"
@@ -398,15 +398,6 @@ def own_conditions(case: Case, cases: Iterable[Case]) -> str:
     """Returns in words how a case differs from the others; nothing, if it does not."""
     cases = list(cases)
     return ", ".join(fact(case) for name, fact in _FACTS.items() if not _is_shared(name, cases))
-
-
-def format_number(value: float) -> str:
-    """Returns a number with about three digits and no exponent."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{digits}f}"
-    return text.rstrip("0").rstrip(".") if value == int(value) and "." in text else text
 
 
 def _or_dash(value: float | None, form: Callable[[float], str]) -> str:

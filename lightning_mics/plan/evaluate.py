@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from lightning_mics.metrics import Hop, Traffic, partition_share, replication_share
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
 from lightning_mics.plan.hardware import Cluster
-from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
+from lightning_mics.plan.memory import MemoryBreakdown, gradient_bytes, predict_memory
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
@@ -85,8 +85,7 @@ def evaluate(
     memory = memory or predict_memory(profile, candidate, training, accelerator)
     time = simulate(_work(profile, cluster, candidate, training, memory, engine))
     samples = candidate.micro_batch * candidate.accumulation
-    again = sum(unit.forward_flops for unit in profile.blocks if unit.can_checkpoint)
-    recomputed = again if candidate.activation_checkpointing else 0.0
+    recomputed = sum(unit.forward_flops for unit in profile.blocks if candidate.recomputes(unit))
     model_flops = profile.flops * samples / time.seconds
     return Plan(
         candidate=candidate,
@@ -152,7 +151,7 @@ def _unit_times(
     rate = peak_flops(cluster, training) * accelerator.compute_efficiency
     gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
     reduced = unit.gathered_numel(candidate.shard_size, only_trainable=True) * DTYPE_BYTES[training.reduce_dtype]
-    again = unit.forward_flops if candidate.activation_checkpointing and unit.can_checkpoint else 0.0
+    again = unit.forward_flops if candidate.recomputes(unit) else 0.0
     forward, backward = unit.forward_flops * samples / rate, (unit.backward_flops + again) * samples / rate
     if candidate.scheme == "ddp":
         return UnitTimes(name=unit.name, forward=forward, backward=backward)
@@ -175,19 +174,12 @@ def _in_buckets(
     waiting, least = 0, _FIRST_BUCKET_BYTES
     result = list(blocks)
     for index in reversed(range(len(blocks))):
-        waiting += _gradient_bytes(profile.blocks[index], training)
+        waiting += gradient_bytes(profile.blocks[index], training)
         if waiting >= least:
             result[index] = replace(blocks[index], replicate=costs.replication(waiting))
             waiting, least = 0, _BUCKET_BYTES
-    rest = waiting + _gradient_bytes(profile.root, training)
+    rest = waiting + gradient_bytes(profile.root, training)
     return replace(root, replicate=costs.replication(rest) if rest else FREE), result
-
-
-def _gradient_bytes(unit: Unit, training: Training) -> int:
-    """Returns the size of whole gradients, which DDP keeps in the parameters' own dtype."""
-    return sum(
-        param.numel * DTYPE_BYTES[training.state_dtype or param.dtype] for param in unit.params if param.trainable
-    )
 
 
 def _messages(unit: Unit, message_bytes: int, dtype: str, costs: NetworkCosts, least_message: int | None) -> Cost:
@@ -217,7 +209,7 @@ def predict_traffic(
     elements = sum(unit.gathered_numel(size, only_trainable=True) for unit in trainable)
     reduced = elements * DTYPE_BYTES[training.reduce_dtype]
     if candidate.scheme == "ddp":
-        reduced = sum(_gradient_bytes(unit, training) for unit in trainable)
+        reduced = sum(gradient_bytes(unit, training) for unit in trainable)
     replications = microsteps if candidate.scheme == "mesh-2d" else 1
     partition, replication = partition_share(layout, candidate.hierarchical), replication_share(layout)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mics.bench.figures import _COLOURS, _OUR_COLOURS, _STYLE
-from lightning_mics.bench.report import format_number
 from lightning_mics.errors import MiCSConfigError, MiCSError
-from lightning_mics.metrics import format_bytes
+from lightning_mics.metrics import format_bytes, format_number
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.screen import format_duration, short_label, waiting

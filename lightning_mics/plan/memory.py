@@ -17,8 +17,8 @@ from lightning_mics.plan.hardware import Accelerator
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Param, Unit
 from lightning_mics.plan.settings import Candidate, Training
 
-# What CUDA, its libraries and NCCL's channels take of a device (assumption, seen with PyTorch 2 on A100 and H100), and
-# what the caching allocator loses to fragments of its blocks (assumption).
+# What CUDA, its libraries and NCCL's channels take of a device (assumption), and what the caching allocator loses to
+# fragments of its blocks (assumption).
 _CONTEXT_BYTES = 1.5 * 2**30
 _FRAGMENTS = 0.05
 
@@ -116,6 +116,11 @@ def predict_memory(
     )
 
 
+def gradient_bytes(unit: Unit, training: Training) -> int:
+    """Returns the bytes of a unit's whole gradients in the parameters' own dtype, as DDP keeps and reduces them."""
+    return _bytes(_shard(param, 1, training) for param in unit.params if param.trainable)
+
+
 def _shard(param: Param, shard_size: int, training: Training) -> Param:
     return Param(
         shape=param.shard_shape(shard_size), dtype=training.state_dtype or param.dtype, trainable=param.trainable
@@ -141,16 +146,12 @@ def _moments(profile: ModelProfile, candidate: Candidate, training: Training) ->
 
 
 def _kept(unit: Unit, candidate: Candidate) -> float:
-    return (unit.checkpoint if _recomputes(unit, candidate) else unit.saved).at(candidate.micro_batch)
-
-
-def _recomputes(unit: Unit, candidate: Candidate) -> bool:
-    return candidate.activation_checkpointing and unit.can_checkpoint
+    return (unit.checkpoint if candidate.recomputes(unit) else unit.saved).at(candidate.micro_batch)
 
 
 def _recomputed(unit: Unit, candidate: Candidate) -> float:
     """Returns what a pass through a checkpointed unit allocates and lets go."""
-    return unit.saved.at(candidate.micro_batch) if _recomputes(unit, candidate) else 0.0
+    return unit.saved.at(candidate.micro_batch) if candidate.recomputes(unit) else 0.0
 
 
 def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
@@ -159,12 +160,7 @@ def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: T
     widths = {training.state_dtype or param.dtype for unit in profile.units for param in unit.params}
     casts = training.param_dtype not in widths
     cast = profile.numel * DTYPE_BYTES[training.param_dtype] if casts else 0.0
-    buckets = sum(
-        param.numel * DTYPE_BYTES[training.state_dtype or param.dtype]
-        for unit in profile.units
-        for param in unit.params
-        if param.trainable
-    )
+    buckets = sum(gradient_bytes(unit, training) for unit in profile.units)
     activations = sum(_kept(unit, candidate) for unit in profile.units)
     for unit in profile.units:
         extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + _recomputed(unit, candidate)

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.profile import DEFAULT_LENGTH
 
 Sample = dict[str, Tensor]
-
-# Longest sample by default of models that could take any length.
-_DEFAULT_LENGTH = 8192  # as in lightning_mics.trace
 
 
 def _gpt(layers: int, hidden: int, heads: int, positions: int = 1024, vocabulary: int = 50257) -> dict[str, Any]:
@@ -251,8 +249,8 @@ def _checked_length(model: nn.Module, config: Any, name: str, sequence_length: i
             f"sequence_length={sequence_length}, but {name} has positions for {table} tokens. Use at most {table}, or "
             "raise the positions in its configuration."
         )
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH
-    return sequence_length or table or min(longest, _DEFAULT_LENGTH)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    return sequence_length or table or min(longest, DEFAULT_LENGTH)
 
 
 def _positions(model: nn.Module) -> int | None:

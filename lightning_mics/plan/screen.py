@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mics.bench.report import format_number
-from lightning_mics.metrics import Hop, Traffic, format_bytes
+from lightning_mics.metrics import Hop, Traffic, format_bytes, format_number
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.hardware import Node
 from lightning_mics.plan.scaling import ScalingPoint

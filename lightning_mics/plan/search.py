@@ -67,6 +67,7 @@ class Planning:
         profile: The model.
         cluster: The hardware.
         training: Dtypes and the optimizer.
+        choices: What the search could vary.
         plans: What fits, the fastest first.
         misfits: What does not fit, the closest first.
         contenders: Other ways to train with the batch of the best plan, whether they fit or not.
@@ -193,8 +194,7 @@ def explain_misfit(planning: Planning) -> str:
     closest = planning.misfits[0]
     parts = sorted(closest.memory.parts().items(), key=lambda part: -part[1])
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:3])
-    remedies = list(_remedies(planning, closest))
-    advice = "; ".join(remedies) if remedies else "a smaller model, or accelerators with more memory"
+    advice = "; ".join(_remedies(planning, closest))
     return (
         f"{planning.profile.name} does not fit into {format_bytes(closest.memory_limit)} a rank on "
         f"{planning.cluster.num_nodes} node(s) x {planning.cluster.node.num_accelerators}. The closest plan, "
@@ -213,8 +213,8 @@ def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     """Yields changes that make the closest candidate fit, each alone, then more nodes."""
     accelerator, candidate = planning.cluster.node.accelerator, closest.candidate
 
-    def needs(changed: Candidate, training: Training = planning.training) -> float:
-        return predict_memory(planning.profile, changed, training, accelerator).total
+    def needs(changed: Candidate) -> float:
+        return predict_memory(planning.profile, changed, planning.training, accelerator).total
 
     def try_out(words: str, size: float) -> Iterator[str]:
         if size <= closest.memory_limit:

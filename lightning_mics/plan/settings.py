@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lightning_mics.plan.profile import Unit
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class Candidate:
             MiCSConfigError: If the shard size cannot work on the cluster.
         """
         return topology.layout(self.shard_size)
+
+    def recomputes(self, unit: Unit) -> bool:
+        """Returns whether a unit is computed again in the backward pass."""
+        return self.activation_checkpointing and unit.can_checkpoint
 
     @property
     def label(self) -> str:
