@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -45,6 +47,7 @@ __all__ = [
     "track_activations",
     "unit_param_groups",
     "unshard_outside_inference_mode",
+    "wait_for_gloo_threads",
     "wrap_post_backward",
 ]
 
@@ -68,6 +71,33 @@ def is_gloo(group: dist.ProcessGroup) -> bool:
         return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
     except RuntimeError:  # a group without a backend for CPU tensors
         return False
+
+
+def wait_for_gloo_threads(patience: float = 2.0) -> None:
+    """Waits until gloo's threads have let go of their tensors, a moment after a collective is done.
+
+    A thread that does so while Python ends aborts the process, and the threads of a group that a mesh still holds live
+    on. Three looks in a row must find them asleep, as one that waits for Python's lock sleeps as well.
+
+    Args:
+        patience: Seconds after which it gives up, as collectives whose peers are gone never end.
+    """
+    end, quiet = time.monotonic() + patience, 0
+    while quiet < 3 and time.monotonic() < end:
+        time.sleep(0.005)  # gives Python's lock to whoever wants it
+        quiet = quiet + 1 if _gloo_threads_sleep() else 0
+
+
+def _gloo_threads_sleep() -> bool:
+    for thread in Path("/proc/self/task").glob("*"):  # empty where there is no such folder
+        try:
+            _, _, facts = (thread / "stat").read_text().partition("(")
+        except OSError:  # it has ended
+            continue
+        name, _, state = facts.rpartition(")")
+        if name.startswith("pt_gloo") and state.split()[0] == "R":
+            return False
+    return True
 
 
 def is_premul_sum(op: object) -> bool:

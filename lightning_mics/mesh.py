@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_mics._compat import wait_for_gloo_threads
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ClusterTopology, Group, GroupLayout
@@ -177,8 +178,14 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
 
 @functools.cache
 def _destroy_groups_at_exit() -> None:
-    """Ends gloo's threads before Python: one that still holds a tensor then would abort the process."""
-    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    atexit.register(destroy_groups)
+
+
+def destroy_groups() -> None:
+    """Destroys all process groups, so that this process can end: gloo's threads would abort it (torch 2.13)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    wait_for_gloo_threads()
 
 
 # Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether

@@ -19,6 +19,7 @@ from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import StepClock, timed_hops
 from lightning_mics.bench.records import Case, Contender, Record, append
 from lightning_mics.bench.workload import unit_bytes
+from lightning_mics.mesh import destroy_groups
 from lightning_mics.metrics import Hop
 from lightning_mics.resources import ResidentMemory
 
@@ -46,7 +47,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         current.write_text(str(len(plan["measurements"])))
     dist.barrier()
-    dist.destroy_process_group()
+    destroy_groups()
 
 
 def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[str, Any]:
