@@ -34,14 +34,12 @@ from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.optimizers import OptimizerFootprint, optimizer_footprint
 from lightning_mics.plan.profile import ModelProfile, Param
-from lightning_mics.plan.search import Choices, Misfit, Planning, explain_misfit
+from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Choices, Misfit, Planning, explain_misfit, usable_memory
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.resources import Usage, bytes_on, device_memory, free_host_memory
 from lightning_mics.topology import ClusterTopology
 from lightning_mics.trace import LeakedTensorsError, call_model, profile_model
 
-# Kept free for activations where nothing is known of them.
-_UNKNOWN_ACTIVATIONS = 0.2
 # Resident memory of a process also moves for reasons of its own: imports, buffers of libraries.
 _NOISE = {"cpu": 2**28}
 _MALLOC_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
@@ -206,7 +204,7 @@ def choose_shard_size(
     limit = _least_memory(views)
     needs = {size: max((view.needs[size] for view in views), key=lambda m: m.total) for size in views[0].needs}
     knows_activations = all(view.knows_activations for view in views)
-    usable = limit if knows_activations else int(limit * (1 - _UNKNOWN_ACTIVATIONS))
+    usable = int(usable_memory(limit, knows_activations=knows_activations))
     fitting = [size for size, memory in needs.items() if memory.total <= usable]
     require_agreement("what shard_size='auto' decides", (fitting[:1], limit))
     if not fitting:
@@ -319,15 +317,15 @@ class _Forecast:
             return traced
         tokens = _longest_sequence(self._model)
         profile = self._profile_model(None, sequence_length=tokens)
-        if profile.source == "formula":
+        self._knows_activations = profile.knows_activations
+        if profile.knows_activations:
             self.notes.append(
                 f"Activations follow a formula, for micro-batches of {self._micro_batch} with {tokens} tokens each; a "
                 "sample would tell more."
             )
         else:
-            self._knows_activations = False
             self.notes.append(
-                f"Without a sample nothing is known of activations: {_UNKNOWN_ACTIVATIONS:.0%} of the memory is kept "
+                f"Without a sample nothing is known of activations: {UNKNOWN_ACTIVATIONS:.0%} of the memory is kept "
                 "free for them."
             )
         return profile

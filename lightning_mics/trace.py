@@ -800,21 +800,28 @@ class _Shape:
 def _estimate(structure: _Structure, name: str, sequence_length: int | None) -> ModelProfile:
     """Estimates a profile from shapes.
 
-    Activations of transformer blocks are those of Korthikanti et al., "Reducing Activation Recomputation in Large
-    Transformer Models", 2022: ``s h (34 + 5 a s / h)`` bytes a sample at 16 bits, without the second term where
-    attention is computed in one piece.
+    Without the shape of a transformer, only the products with weights count, as in ``6 N D`` of Kaplan et al., "Scaling
+    Laws for Neural Language Models", 2020. Activations of transformer blocks are those of Korthikanti et al., "Reducing
+    Activation Recomputation in Large Transformer Models", 2022: ``s h (34 + 5 a s / h)`` bytes a sample at 16 bits,
+    without the second term where attention is computed in one piece.
     """
     shape = _Shape.of(structure.model)
     figures: dict[_Key, _Figures] = {}
+    source = "shapes only"
     if sequence_length is None and shape is not None and shape.positions is not None:
         sequence_length = min(shape.positions, DEFAULT_LENGTH)
     if shape is not None and sequence_length is not None:
+        source = "formula"
         width = structure.compute_dtype.itemsize
         for unit in structure.units:
             # Embeddings, which may be units, have fewer matrices than a block.
             if sum(len(param.shape) > 1 for param in structure.params(unit)) >= 4:
                 figures[unit] = _block_estimate(shape, structure.params(unit), sequence_length, width)
         figures[None] = _root_estimate(shape, sequence_length, width)
+    else:
+        for key in (None, *structure.units):
+            flops = _matmul_flops(structure.params(key), sequence_length or 1)
+            figures[key] = _Figures(forward_flops=flops, backward_flops=2 * flops)
     interned: dict[Any, Unit] = {}
     return ModelProfile(
         name=name,
@@ -826,8 +833,12 @@ def _estimate(structure: _Structure, name: str, sequence_length: int | None) -> 
         sequence_length=sequence_length,
         buffer_bytes=_buffer_bytes(structure.model),
         compute_dtype=_dtype_name(structure.compute_dtype),
-        source="formula" if figures else "shapes only",
+        source=source,
     )
+
+
+def _matmul_flops(params: Iterable[Param], tokens: int) -> float:
+    return 2.0 * sum(param.numel for param in params if len(param.shape) > 1) * tokens
 
 
 def _block_estimate(shape: _Shape, params: Iterable[Param], tokens: int, width: int) -> _Figures:
@@ -836,8 +847,7 @@ def _block_estimate(shape: _Shape, params: Iterable[Param], tokens: int, width: 
     saved = 8 * hidden + (4 if shape.is_gated else 2) * wide + masks
     if not shape.is_flash:
         saved += shape.heads * tokens**2 * (2 * width + 1)
-    matmuls = 2.0 * sum(param.numel for param in params if len(param.shape) > 1) * tokens
-    flops = matmuls + 4.0 * tokens**2 * shape.hidden
+    flops = _matmul_flops(params, tokens) + 4.0 * tokens**2 * shape.hidden
     return _Figures(
         forward_flops=flops,
         backward_flops=2 * flops,

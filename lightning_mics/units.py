@@ -7,6 +7,7 @@ A pure reading of the model. :func:`plan_units` returns groups of modules, inner
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -145,22 +146,34 @@ def _huggingface_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of each outermost ``ModuleList`` or ``Sequential`` that repeats one class of module."""
+    """Members of each outermost ``ModuleList`` or ``Sequential`` whose class it repeats."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         children = [child for child in module.children() if _has_parameters(child)]
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1:
-            classes = {type(child) for child in children}
-            if len(classes) == 1 and all(_has_forward(child) and any(child.children()) for child in children):
-                found.extend(children)
-                return
+        blocks = _repeated(children) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        found.extend(blocks)
         if not _is_atomic(module):
             for child in children:
-                visit(child)
+                if child not in blocks:
+                    visit(child)
 
     visit(model)
     return list(dict.fromkeys(found))
+
+
+def _repeated(children: Sequence[nn.Module]) -> list[nn.Module]:
+    """Returns the children of a class of which there are several, unless they are layers without modules in them."""
+    counts = Counter(type(child) for child in children)
+    is_mixed = len(counts) > 1  # stages that differ, each a container, rather have blocks of their own
+    return [
+        child
+        for child in children
+        if counts[type(child)] > 1
+        and _has_forward(child)
+        and any(child.children())
+        and not (is_mixed and isinstance(child, _CONTAINERS))
+    ]
 
 
 def _by_size(model: nn.Module) -> list[nn.Module]:

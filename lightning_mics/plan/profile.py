@@ -119,7 +119,7 @@ class ModelProfile:
         sequence_length: Tokens of a sample; ``None`` where samples are not sequences.
         buffer_bytes: Memory of the buffers, which every rank holds whole.
         compute_dtype: Dtype in which the trace computed, for example ``"bfloat16"``.
-        source: Where the figures are from: ``"trace"``, ``"formula"`` or ``"shapes only"``.
+        source: Where the figures are from: ``"trace"``, ``"formula"`` or ``"shapes only"``, without activations.
     """
 
     name: str
@@ -135,6 +135,11 @@ class ModelProfile:
         """All units, the root first."""
         yield self.root
         yield from self.blocks
+
+    @property
+    def knows_activations(self) -> bool:
+        """Whether activations are part of the figures."""
+        return self.source != "shapes only"
 
     @cached_property
     def numel(self) -> int:

@@ -16,7 +16,7 @@ from lightning_mics.metrics import Hop, Traffic, format_bytes, format_number
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.hardware import Node
 from lightning_mics.plan.scaling import ScalingPoint
-from lightning_mics.plan.search import Misfit, Planning
+from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Misfit, Planning
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event, StepTime
 from lightning_mics.plan.write import accelerate_code, precision_of, trainer_code
@@ -158,13 +158,21 @@ def _print_question(planning: Planning, console: Console, assumed: Collection[st
         "links": f"inside a node {_rate(node.intra.rate)} for each rank, between nodes {_rate(node.inter.rate)} for "
         "each node",
         "batch": _batch(planning, "batch" in assumed),
-        "memory": f"{format_bytes(_limit(planning))} for each rank",
+        "memory": f"{format_bytes(planning.memory_limit)} for each rank"
+        + f" ({UNKNOWN_ACTIVATIONS:.0%} are kept free for activations)" * (not profile.knows_activations),
     }
     console.print(Text("What is planned", style="bold"))
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         grid.add_row(Text(name, style="dim"), Text(value))
     console.print(grid)
+    if not profile.knows_activations:
+        _say(
+            "Nothing is known of this model's samples, so activations are left out, and each weight counts for one "
+            f"multiplication and addition a {'sample' if profile.sequence_length is None else 'token'}. Let the "
+            "factory return (model, sample), where sample is a batch of one sample or more.",
+            console,
+        )
 
 
 def _source(source: str) -> str:
@@ -182,7 +190,7 @@ def _rate(bytes_per_second: float) -> str:
 def _samples(planning: Planning, assumed: bool) -> str:
     length = planning.profile.sequence_length
     if length is None:
-        return "no sequences"
+        return "no sequences" if planning.profile.knows_activations else "unknown"
     why = " (assumed: the longest that the model takes; --sequence)" if assumed else ""
     return f"{length:,} tokens each{why}"
 
@@ -199,18 +207,21 @@ def _batch(planning: Planning, assumed: bool) -> str:
     return text
 
 
-def _limit(planning: Planning) -> float:
-    given = planning.choices.memory_limit
-    return planning.cluster.node.accelerator.memory if given is None else given
-
-
 # What fits and what does not.
 
 
 def _print_ranking(planning: Planning, console: Console, top: int) -> None:
     has_tokens = planning.profile.sequence_length is not None
     _heading("What fits, the fastest first", console)
-    names = ["#", "p", "sta-\nges", "micro-\nbatch", "recom-\npute", "re-\nshard", f"GiB of\n{_gib(_limit(planning))}"]
+    names = [
+        "#",
+        "p",
+        "sta-\nges",
+        "micro-\nbatch",
+        "recom-\npute",
+        "re-\nshard",
+        f"GiB of\n{_gib(planning.memory_limit)}",
+    ]
     names += ["step\ns", "sam-\nples/s", *["tokens\n/s"] * has_tokens, "TFLOP/s\na rank", "MFU", "waits"]
     table = _table(*names, left=0, gap=1)
     for rank, plan in enumerate(planning.plans[:top], start=1):
@@ -257,7 +268,7 @@ def waiting(time: StepTime) -> float:
 
 
 def _print_misfits(planning: Planning, console: Console) -> None:
-    _heading(f"What does not fit into {format_bytes(_limit(planning))}", console)
+    _heading(f"What does not fit into {format_bytes(planning.memory_limit)}", console)
     fitting = {size: len(plans) for size, plans in _by_size(planning.plans).items()}
     table = _table("p", "settings\nthat fit", "the closest of the others", left=3)
     for size, misfits in sorted(_by_size(planning.misfits).items()):

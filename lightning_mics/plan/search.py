@@ -14,7 +14,14 @@ from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.settings import Candidate, Training
 
+# Kept free for activations where nothing is known of them.
+UNKNOWN_ACTIVATIONS = 0.2
 _MOST_NODES = 4096
+
+
+def usable_memory(limit: float, *, knows_activations: bool) -> float:
+    """Returns the bytes that what is predicted may take of those that a rank has."""
+    return limit if knows_activations else limit * (1 - UNKNOWN_ACTIVATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,13 @@ class Planning:
     contenders: Sequence[Plan] = field(default=(), repr=False)
 
     @property
+    def memory_limit(self) -> float:
+        """Bytes that a plan may take."""
+        given = self.choices.memory_limit
+        limit = self.cluster.node.accelerator.memory if given is None else given
+        return usable_memory(limit, knows_activations=self.profile.knows_activations)
+
+    @property
     def best(self) -> Plan:
         """The fastest plan.
 
@@ -118,9 +132,10 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
     Raises:
         MiCSConfigError: If a shard size cannot work on the cluster.
     """
-    limit = cluster.node.accelerator.memory if choices.memory_limit is None else choices.memory_limit
+    planning = Planning(profile=profile, cluster=cluster, training=training, choices=choices, plans=[], misfits=[])
+    limit = planning.memory_limit
     plans, misfits = [], []
-    for candidate in _candidates(cluster, choices):
+    for candidate in _candidates(profile, cluster, choices):
         memory = predict_memory(profile, candidate, training, cluster.node.accelerator)
         if memory.total > limit:
             misfits.append(Misfit(candidate=candidate, memory=memory, memory_limit=limit))
@@ -130,15 +145,7 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
     plans.sort(key=lambda plan: (-float(f"{plan.samples_per_second:.3g}"), _simplicity(plan.candidate)))
     misfits.sort(key=lambda misfit: misfit.memory.total)
     contenders = _contenders(profile, cluster, training, plans[0], limit) if plans else []
-    return Planning(
-        profile=profile,
-        cluster=cluster,
-        training=training,
-        choices=choices,
-        plans=plans,
-        misfits=misfits,
-        contenders=contenders,
-    )
+    return replace(planning, plans=plans, misfits=misfits, contenders=contenders)
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int]:
@@ -151,16 +158,17 @@ def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int]:
     )
 
 
-def _candidates(cluster: Cluster, choices: Choices) -> Iterator[Candidate]:
+def _candidates(profile: ModelProfile, cluster: Cluster, choices: Choices) -> Iterator[Candidate]:
     topology = cluster.topology
     sizes = choices.shard_sizes or topology.valid_shard_sizes()
-    for size, batch, checkpoints, reshards in itertools.product(
-        sizes, choices.batches, _both(choices.activation_checkpointing), _both(choices.reshard_after_forward)
-    ):
+    # What makes no difference to a model is not tried.
+    recomputes = _both(choices.activation_checkpointing, any(block.can_checkpoint for block in profile.blocks))
+    reshards_or_not = _both(choices.reshard_after_forward, bool(profile.blocks), otherwise=True)
+    for size, batch, checkpoints, reshards in itertools.product(sizes, choices.batches, recomputes, reshards_or_not):
         layout = topology.layout(size)
         staged = [False]
         if layout.spans_nodes and layout.local_size > 1:
-            staged = _both(choices.hierarchical)
+            staged = _both(choices.hierarchical, True)
         for hierarchical in staged:
             yield Candidate(
                 shard_size=size,
@@ -172,8 +180,10 @@ def _candidates(cluster: Cluster, choices: Choices) -> Iterator[Candidate]:
             )
 
 
-def _both(choice: bool | None) -> list[bool]:
-    return [False, True] if choice is None else [choice]
+def _both(choice: bool | None, matters: bool, otherwise: bool = False) -> list[bool]:
+    if choice is not None:
+        return [choice]
+    return [False, True] if matters else [otherwise]
 
 
 def _contenders(profile: ModelProfile, cluster: Cluster, training: Training, best: Plan, limit: float) -> list[Plan]:

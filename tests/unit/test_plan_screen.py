@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -145,6 +146,14 @@ def test_samples_that_are_no_sequences_have_no_tokens():
     profile = type(profile)(name="net", root=profile.root, blocks=profile.blocks, source="formula")
     text = shown(search(profile, make_cluster(), TRAINING, Choices(batches=[(1, 4)])))
     assert "tokens" not in text and "no sequences" in text and "a formula" in text
+
+
+def test_what_is_not_known_of_samples_is_said():
+    profile = dataclasses.replace(make_profile(saved=0), sequence_length=None, source="shapes only")
+    text = shown(search(profile, make_cluster(), TRAINING, Choices(batches=[(1, 4)])))
+    assert "64.0 GiB for each rank (20% are kept free for activations)" in text
+    assert "a sample. Let the factory" in " ".join(text.split()) and "unknown" in text
+    assert "kept free" not in shown(find())
 
 
 def test_a_terminal_without_unicode_gets_plain_bars():

@@ -52,6 +52,28 @@ def test_plans_are_ranked_by_speed():
     assert all(before >= after * 0.995 for before, after in itertools.pairwise(speeds))
 
 
+def test_settings_that_change_nothing_are_not_tried():
+    blocks = [dataclasses.replace(PROFILE.blocks[0], can_checkpoint=False)] * 2
+    both = {"activation_checkpointing": None, "reshard_after_forward": None}
+
+    def tried(profile, **choices):
+        plans = [plan.candidate for plan in find(profile=profile, **choices).plans]
+        return {(plan.activation_checkpointing, plan.reshard_after_forward) for plan in plans}
+
+    assert len(tried(PROFILE, **both)) == 4
+    assert tried(dataclasses.replace(PROFILE, blocks=tuple(blocks)), **both) == {(False, False), (False, True)}
+    assert tried(dataclasses.replace(PROFILE, blocks=()), **both) == {(False, True)}
+    assert tried(dataclasses.replace(PROFILE, blocks=()), reshard_after_forward=False) == {(False, False)}
+
+
+def test_memory_is_kept_free_for_activations_that_are_unknown():
+    limit = needs(4) * 1.1
+    assert find(limit).smallest.candidate.shard_size == 4
+    unknown = find(limit, profile=dataclasses.replace(PROFILE, source="shapes only"))
+    assert unknown.memory_limit == pytest.approx(0.8 * limit) == unknown.smallest.memory_limit
+    assert unknown.smallest.candidate.shard_size == 8
+
+
 def test_where_nothing_fits_the_error_shows_the_closest_and_what_would_help():
     profile = make_profile(layers=8, width=2048, saved=400e6)
     limit = 4 * GIB

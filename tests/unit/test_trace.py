@@ -342,7 +342,10 @@ def test_estimated_embeddings_are_no_blocks() -> None:
 
 def test_without_sample_and_configuration_there_are_only_shapes() -> None:
     profile = profile_model(Regressor(3), None)
-    assert (profile.source, profile.flops, len(profile.blocks)) == ("shapes only", 0.0, 3)
+    assert (profile.source, profile.knows_activations, len(profile.blocks)) == ("shapes only", False, 3)
+    weights = sum(param.numel() for param in Regressor(3).parameters() if param.dim() > 1)
+    assert profile.flops == 6 * weights
+    assert profile_model(Regressor(3), None, sequence_length=7).flops == 7 * profile.flops
     assert profile.numel == sum(param.numel() for param in Regressor(3).parameters())
 
 

@@ -47,6 +47,13 @@ def test_repeated_blocks_are_units() -> None:
     assert plan(nn.Sequential(nn.Linear(2, 2), nn.Sequential(Block(), Block()))) == [("1.0",), ("1.1",)]
 
 
+def test_blocks_between_other_layers_are_units() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), Block(), Block(), nn.Linear(4, 4), Block(), nn.Linear(4, 2))
+    assert plan(model) == [("1",), ("2",), ("4",)]
+    stages = nn.Sequential(nn.Linear(2, 4), nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block()))
+    assert plan(stages) == [("1.0",), ("1.1",), ("2.0",), ("2.1",)]
+
+
 def test_pytorchs_own_transformer_is_split_into_its_layers_and_no_deeper() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     assert plan(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)) == [("layers.0",), ("layers.1",)]
