@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,9 @@ def sample_of(loader: object) -> Sample | None:
             if not isinstance(micro_batch, int) or micro_batch < 1:
                 return None
             return Sample(batch=_fetch(loader, batch_size=1), micro_batch=micro_batch)
-    except Exception:
+    except Exception as error:
+        # What a worker raises is part of a cycle that holds the loader, and with it the worker.
+        traceback.clear_frames(error.__traceback__)
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import multiprocessing
 import random
 from functools import cache
 from pathlib import Path
@@ -498,7 +499,9 @@ def test_a_sample_is_taken_without_a_trace() -> None:
     ids=["iterable", "broken", "several", "none", "empty"],
 )
 def test_where_there_is_no_sample_there_is_none(loader: Any) -> None:
+    before = set(multiprocessing.active_children())
     assert sample_of(loader) is None
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_random_states_are_kept_where_something_fails() -> None:
