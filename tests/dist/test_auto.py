@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import multiprocessing
+import os
 import random
 from functools import cache
 from pathlib import Path
