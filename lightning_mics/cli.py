@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lightning_mics import __version__
 from lightning_mics.errors import MiCSConfigError, MiCSError
@@ -26,13 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="mics", description="MiCS: sharded training on ordinary clusters.")
     parser.add_argument("--version", action="version", version=f"lightning-mics {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     words = sys.argv[1:] if arguments is None else arguments
     for name, (summary, configure) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in words:  # the options of others would be imported for nothing
             command.set_defaults(run=configure(command))
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(unknown, commands.choices[options.command])
     try:
         return options.run(options) or 0
     except MiCSError as error:
@@ -41,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmics: stopped; nothing is left behind.", file=sys.stderr)
         return 130
+
+
+def _refuse(unknown: Sequence[str], command: argparse.ArgumentParser) -> NoReturn:
+    """Ends the program with the option of a command that looks most like the first unknown one."""
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
+    hint = f". Did you mean {near[0]}?" if near else f". {command.prog} --help shows all."
+    command.exit(2, f"{command.prog}: unrecognized arguments: {' '.join(unknown)}{hint}\n")
 
 
 def _configure_demo(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:

@@ -133,7 +133,7 @@ def build_model(
     name = os.fspath(name_or_path)
     key = name.lower().replace("_", "-")
     if key in _SHAPES:
-        return _from_config(dict(_SHAPES[key]), key, sequence_length)
+        return _from_config(dict(_SHAPES[key]), key, key, sequence_length)
     path = Path(name).expanduser()
     if path.exists() or path.suffix == ".json" or not isinstance(name_or_path, str):
         return _from_file(path, sequence_length)
@@ -163,10 +163,12 @@ def _from_file(path: Path, sequence_length: int | None) -> tuple[nn.Module, Samp
             '"model_type": "llama".'
         )
     name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return _from_config(values, name, sequence_length)
+    return _from_config(values, name, str(file), sequence_length)
 
 
-def _from_config(values: dict[str, Any], name: str, sequence_length: int | None) -> tuple[nn.Module, Sample, str]:
+def _from_config(
+    values: dict[str, Any], name: str, where: str, sequence_length: int | None
+) -> tuple[nn.Module, Sample, str]:
     transformers = _transformers()
     kind = values.pop("model_type")
     known = sorted(transformers.CONFIG_MAPPING.keys())
@@ -174,8 +176,9 @@ def _from_config(values: dict[str, Any], name: str, sequence_length: int | None)
         near = difflib.get_close_matches(kind, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Pass 'module:factory', a function that builds your model."
         raise MiCSConfigError(
-            f"{name}: model_type={kind!r} is not known to transformers {transformers.__version__}. {hint}"
+            f"{where}: model_type={kind!r} is not known to transformers {transformers.__version__}. {hint}"
         )
+    _refuse_mistyped(values, transformers.CONFIG_MAPPING[kind], where)
     try:
         config = transformers.AutoConfig.for_model(kind, **values)
         config.use_cache = False
@@ -185,12 +188,25 @@ def _from_config(values: dict[str, Any], name: str, sequence_length: int | None)
         raise
     except Exception as error:
         raise MiCSConfigError(
-            f"{name}: transformers cannot build the model from its configuration: {_first_line(error)}. Check the "
+            f"{where}: transformers cannot build the model from its configuration: {_first_line(error)}. Check the "
             "numbers in it."
         ) from error
     if getattr(model, "loss_type", "") is None:
         model.__dict__["loss_type"] = "ForCausalLM"  # what transformers takes then anyway, with a warning
     return model, _sample(model, config, name, sequence_length), name
+
+
+def _refuse_mistyped(values: dict[str, Any], kind: Any, where: str) -> None:
+    """Refuses unknown keys that look like those of a shape: transformers would ignore them, and plan another model."""
+    known = {*kind().to_dict(), *kind.attribute_map}
+    for key, value in values.items():
+        if key in known or not isinstance(value, int) or isinstance(value, bool) or key.endswith("_id"):
+            continue
+        near = difflib.get_close_matches(key, sorted(known.difference(values)), n=1, cutoff=0.85)
+        if near:
+            raise MiCSConfigError(
+                f"{where}: key {key!r} is unknown to {kind.__name__}. Did you mean {near[0]!r}? If not, remove it."
+            )
 
 
 def _transformers() -> Any:

@@ -220,6 +220,14 @@ def test_unknown_names_and_files_are_refused_in_one_message(capsys, model, hardw
     assert expected in err and err.startswith("mics: ") and err.count("\n") == 1
 
 
+def test_mistyped_options_are_refused_with_the_nearest_one(capsys):
+    for words, expected in (("--micro-batchs=2", "Did you mean --micro-batch?"), ("--zebra", "mics plan --help")):
+        with pytest.raises(SystemExit) as ending:
+            run(capsys, words)
+        err = capsys.readouterr().err
+        assert ending.value.code == 2 and f"unrecognized arguments: {words}. {expected}" in err
+
+
 @pytest.mark.usefixtures("no_trace")
 def test_force_replaces_files(capsys):
     Path("mics.yaml").write_text("mine")

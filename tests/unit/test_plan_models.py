@@ -131,7 +131,12 @@ def test_a_model_of_images(tmp_path: Path) -> None:
         ("[1]", "names no 'model_type'"),
         ('{"a": 1}', "names no 'model_type'"),
         ('{"model_type": "lama"}', r"'lama' is not known to transformers .* Did you mean 'llama'\?"),
-        ('{"model_type": "gpt2", "n_embd": 30, "n_head": 7}', "cannot build the model"),
+        ('{"model_type": "gpt2", "n_embd": 30, "n_head": 7}', r"config\.json: .* cannot build the model"),
+        (
+            '{"model_type": "gpt2", "n_layers": 2}',
+            r"key 'n_layers' is unknown to GPT2Config\. Did you mean 'n_layer'\?",
+        ),
+        ('{"model_type": "bert", "hidden_sizes": 64}', r"Did you mean 'hidden_size'\?"),
     ],
 )
 def test_bad_files(content: str, message: str, tmp_path: Path) -> None:
