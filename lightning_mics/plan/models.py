@@ -198,7 +198,10 @@ def _from_config(
 
 def _refuse_mistyped(values: dict[str, Any], kind: Any, where: str) -> None:
     """Refuses unknown keys that look like those of a shape: transformers would ignore them, and plan another model."""
-    known = {*kind().to_dict(), *kind.attribute_map}
+    try:
+        known = {*kind().to_dict(), *kind.attribute_map}
+    except Exception:  # it has no defaults
+        return
     for key, value in values.items():
         if key in known or not isinstance(value, int) or isinstance(value, bool) or key.endswith("_id"):
             continue

@@ -146,6 +146,13 @@ def test_bad_files(content: str, message: str, tmp_path: Path) -> None:
         build_model(file)
 
 
+def test_keys_that_transformers_dropped_are_no_typing_errors(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    dropped = {"n_ctx": 1024, "tie_encoder_decoder": False, "layer_norm_eps": 1e-5, "forced_bos_token_id": 1}
+    file.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, **dropped}))
+    assert len(build_model(file)[0].transformer.h) == 2
+
+
 def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(MiCSConfigError, match=r"config.json cannot be read \(No such file"):
         build_model(tmp_path / "config.json")
