@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="mics", description="MiCS: sharded training on ordinary clusters.")
     parser.add_argument("--version", action="version", version=f"lightning-mics {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     words = sys.argv[1:] if arguments is None else arguments
     for name, (summary, configure) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.set_defaults(run=configure(command))
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        _refuse(unknown, commands.choices[options.command])
+        _refuse(unknown, next(commands.choices[word] for word in words if word in commands.choices))
     try:
         return options.run(options) or 0
     except MiCSError as error:
