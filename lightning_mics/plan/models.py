@@ -75,8 +75,8 @@ def _llama(
     }
 
 
-# Shapes as published, except for gpt3-13b, whose heads would not divide the width (5140 in the paper's table). The large
-# BERTs have the sizes of those in the MiCS paper (Zhang et al., VLDB 2022); their shapes were not checked against it.
+# Shapes as published, except for gpt3-13b, whose heads would not divide the width (5140 in the paper's table). The
+# large BERTs have the sizes of those in the MiCS paper (Zhang et al., VLDB 2022); their shapes were not checked.
 _SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": _gpt(12, 768, 12),
     "gpt2-medium": _gpt(24, 1024, 16),
