@@ -166,19 +166,24 @@ def _repeated(children: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the children of a class of which there are several, unless they are layers without modules in them."""
     counts = Counter(type(child) for child in children)
     is_mixed = len(counts) > 1  # stages that differ, each a container, rather have blocks of their own
-    return [
+    composite = [child for child in children if any(child.children())]
+    blocks = [
         child
-        for child in children
-        if counts[type(child)] > 1
-        and _has_forward(child)
-        and any(child.children())
-        and not (is_mixed and isinstance(child, _CONTAINERS))
+        for child in composite
+        if counts[type(child)] > 1 and _has_forward(child) and not (is_mixed and isinstance(child, _CONTAINERS))
     ]
+    largest = max((_numel(child) for child in composite if child not in blocks), default=0)
+    # Beside heads, say, a larger module would stay whole: only where there are no blocks are modules split by size.
+    return blocks if _numel(*blocks) >= largest else []
+
+
+def _numel(*modules: nn.Module) -> int:
+    return sum(param.numel() for module in modules for param in module.parameters())
 
 
 def _by_size(model: nn.Module) -> list[nn.Module]:
     """Innermost modules that hold a fair share of the model."""
-    total = sum(param.numel() for param in model.parameters())
+    total = _numel(model)
     least = max(total // _SIZE_SHARE, _MIN_UNIT_NUMEL)
     found: list[nn.Module] = []
 

@@ -54,6 +54,18 @@ def test_blocks_between_other_layers_are_units() -> None:
     assert plan(stages) == [("1.0",), ("1.1",), ("2.0",), ("2.1",)]
 
 
+def test_small_blocks_do_not_keep_a_larger_module_whole() -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(512, 512), nn.Linear(512, 512)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.narrow(self.wide(x))
+
+    assert plan(nn.Sequential(Large(), Block(), Block())) == [("0.wide",), ("0.narrow",)]
+
+
 def test_pytorchs_own_transformer_is_split_into_its_layers_and_no_deeper() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     assert plan(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)) == [("layers.0",), ("layers.1",)]
