@@ -37,11 +37,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
-from lightning_mics._compat import forget_dtensor_meshes
 from lightning_mics.bench import workload
 from lightning_mics.bench.workload import ModelSpec
+from lightning_mics.core._torch import forget_dtensor_meshes
+from lightning_mics.core.units import plan_units
 from lightning_mics.metrics import format_bytes
-from lightning_mics.units import plan_units
 
 WORLD, NODE, RANK = 64, 8, 37
 ACCUMULATION = 4

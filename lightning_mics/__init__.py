@@ -9,6 +9,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_mics import _moved
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -20,19 +22,19 @@ _HOMES = {
     "MiCSConfig": "config",
     "MiCSConfigError": "errors",
     "MiCSError": "errors",
-    "MiCSMonitor": "strategies.monitor",
-    "MiCSStrategy": "strategies.trainer",
+    "MiCSMonitor": "lightning.monitor",
+    "MiCSStrategy": "lightning.trainer",
     "SelfCheckError": "errors",
     "Traffic": "metrics",
     "UnsyncedGradientsError": "errors",
     "clip_grad_norm_": "sharding",
     "communication_ledger": "sharding",
     "consolidate": "checkpoint",
-    "defer_replication_sync": "grad_sync",
+    "defer_replication_sync": "core.gradients.window",
     "load_checkpoint": "checkpoint",
     "mics_shard": "sharding",
     "save_checkpoint": "checkpoint",
-    "sync_gradients": "grad_sync",
+    "sync_gradients": "core.gradients.window",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
@@ -40,6 +42,7 @@ __all__ = sorted([*_HOMES, "__version__"])
 if TYPE_CHECKING:
     from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint
     from lightning_mics.config import MiCSConfig
+    from lightning_mics.core.gradients.window import defer_replication_sync, sync_gradients
     from lightning_mics.errors import (
         CheckpointError,
         MiCSConfigError,
@@ -47,11 +50,10 @@ if TYPE_CHECKING:
         SelfCheckError,
         UnsyncedGradientsError,
     )
-    from lightning_mics.grad_sync import defer_replication_sync, sync_gradients
+    from lightning_mics.lightning.monitor import MiCSMonitor
+    from lightning_mics.lightning.trainer import MiCSStrategy
     from lightning_mics.metrics import CommLedger, Hop, Traffic
     from lightning_mics.sharding import clip_grad_norm_, communication_ledger, mics_shard
-    from lightning_mics.strategies.monitor import MiCSMonitor
-    from lightning_mics.strategies.trainer import MiCSStrategy
     from lightning_mics.topology import ClusterTopology, GroupLayout
 
 
@@ -69,7 +71,8 @@ def _register_strategies() -> None:
     """Makes ``strategy="mics"`` known to the parts of Lightning that are loaded; loads none itself."""
     for part, adapter in (("lightning.pytorch", "trainer"), ("lightning.fabric", "fabric")):
         if part in sys.modules:
-            importlib.import_module(f"{__name__}.strategies.{adapter}")
+            importlib.import_module(f"{__name__}.lightning.{adapter}")
 
 
+_moved.install()
 _register_strategies()

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.quantities import parse_quantity
+from lightning_mics.text import parse_quantity
 from lightning_mics.topology import ShardSize, _check_positive_int
 
 Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]

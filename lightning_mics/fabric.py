@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_mics.strategies.fabric import MiCSStrategy
+from lightning_mics.lightning.fabric import MiCSStrategy
 
 __all__ = ["MiCSStrategy"]

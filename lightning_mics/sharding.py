@@ -29,14 +29,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_mics._compat import (
+from lightning_mics.config import MiCSConfig, as_dtype
+from lightning_mics.core._torch import (
     AllGather,
     gather_beside,
     tend_root,
     unit_param_groups,
     unshard_outside_inference_mode,
 )
-from lightning_mics.collectives import (
+from lightning_mics.core.collectives import (
     DeferrableReduceScatter,
     FlatAllGather,
     FlatReduceScatter,
@@ -44,11 +45,10 @@ from lightning_mics.collectives import (
     HierarchicalReduceScatter,
     OnCall,
 )
-from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.errors import MiCSConfigError, MiCSError
-from lightning_mics.grad_sync import ReplicationSync, attach_sync, reshard
-from lightning_mics.materialize import has_meta_tensors, materialize
-from lightning_mics.mesh import (
+from lightning_mics.core.cpu.prefetch import ForwardPrefetch
+from lightning_mics.core.gradients.window import ReplicationSync, attach_sync, reshard
+from lightning_mics.core.materialize import has_meta_tensors, materialize
+from lightning_mics.core.mesh import (
     MiCSMesh,
     build_mesh,
     communication_device,
@@ -57,12 +57,12 @@ from lightning_mics.mesh import (
     require_process_group,
     resolve_hierarchical,
 )
+from lightning_mics.core.self_check import SelfCheck, check_groups, equalize_replicas
+from lightning_mics.core.stages import choose_stages
+from lightning_mics.core.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
+from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger, Hop
-from lightning_mics.prefetch import ForwardPrefetch
 from lightning_mics.topology import ClusterTopology, GroupLayout
-from lightning_mics.tuning import choose_stages
-from lightning_mics.units import Unit, backward_order, is_batch_norm, plan_units, separate_batch_norms
-from lightning_mics.verify import SelfCheck, check_groups, equalize_replicas
 
 if TYPE_CHECKING:
     from lightning_mics.auto import AutoChoice, MemoryCheck
@@ -237,7 +237,7 @@ def _decide(
     """Decides what ``shard_size="auto"`` leaves open, and says so; prepares to see how true it comes."""
     # Planning needs PyTorch's tracers, which other settings do without.
     from lightning_mics.auto import MemoryCheck, choose_shard_size
-    from lightning_mics.resources import Usage
+    from lightning_mics.auto.resources import Usage
 
     choice = choose_shard_size(model, config, topology, device_type=device_type, optimizers=optimizers, sample=sample)
     if dist.get_rank() == 0:

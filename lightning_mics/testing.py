@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics._compat import forget_dtensor_meshes
+from lightning_mics.core._torch import forget_dtensor_meshes
 
 # What forking must not repeat in every worker. Optimizers import Dynamo at their first step.
 PRELOAD = (

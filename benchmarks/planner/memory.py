@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
+from lightning_mics.auto.resources import ResidentMemory
 from lightning_mics.metrics import format_bytes
 from lightning_mics.plan import Candidate, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.plan.precision import training_for
-from lightning_mics.resources import ResidentMemory
 from lightning_mics.trace import profile_model
 
 RANKS = 4

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from lightning_mics.plan import Candidate, Cluster, ModelProfile, Plan, Training, evaluate, find_instance
 from lightning_mics.plan.cost import Cost
-from lightning_mics.plan.models import build_model
 from lightning_mics.plan.simulate import ZERO3_OF_2021, Engine, StepWork, UnitTimes, simulate
 from lightning_mics.trace import profile_model
+from lightning_mics.trace.models import build_model
 
 _TRAINING = Training(param_dtype="float16", reduce_dtype="float16", state_dtype="float16")
 _TOKENS = 4096

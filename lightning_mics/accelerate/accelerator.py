@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
+from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.mesh import detect_topology
 from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
-from lightning_mics.grad_sync import defer_replication_sync
-from lightning_mics.mesh import detect_topology
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import apply_precision, use_sharded_scaler
 from lightning_mics.sharding import (

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import collectives, grad_sync, ring
+from lightning_mics.core import collectives
+from lightning_mics.core.cpu import rings as ring
+from lightning_mics.core.gradients import window as grad_sync
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")

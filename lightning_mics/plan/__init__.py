@@ -137,8 +137,8 @@ def _profile(
     if isinstance(model, ModelProfile):
         return model
     # These need PyTorch's distributed package; planning with a profile does not.
-    from lightning_mics.plan.models import build_model
     from lightning_mics.trace import profile_model
+    from lightning_mics.trace.models import build_model
 
     name = None
     if isinstance(model, str | os.PathLike):

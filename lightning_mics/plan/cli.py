@@ -16,10 +16,10 @@ from lightning_mics.topology import _check_positive_int
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lightning_mics.links import Measurement
     from lightning_mics.plan.hardware import Cluster
     from lightning_mics.plan.scaling import ScalingPoint
     from lightning_mics.plan.search import Planning
+    from lightning_mics.trace.links import Measurement
 
 _FORMATS = ("accelerate", "lightning", "mics")  # as in plan.write, which takes long to load
 _EXAMPLES = """examples:
@@ -228,7 +228,7 @@ def _measure(options: argparse.Namespace, rank: int) -> Cluster | None:
     import torch
     import torch.distributed as dist
 
-    from lightning_mics.links import measure_cluster
+    from lightning_mics.trace.links import measure_cluster
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -274,8 +274,8 @@ def _prepare_with_all(options: argparse.Namespace, rank: int) -> tuple[tuple[int
 
 def _prepare(options: argparse.Namespace) -> tuple[tuple[int, int], str, Cluster | None]:
     """Returns width and tokens of the model's layers, the dtype, and what to assume of links that do not exist."""
-    from lightning_mics.plan.models import typical_layer
     from lightning_mics.plan.precision import training_for
+    from lightning_mics.trace.models import typical_layer
 
     layer = typical_layer(options.model, options.sequence)
     dtype = training_for(options.precision, options.optimizer).param_dtype
@@ -397,8 +397,8 @@ def _write(options: argparse.Namespace, planning: Planning, scaling: list[Scalin
 
 def _print_known(console: Console) -> None:
     from lightning_mics.plan.hardware import find_instance, known_names
-    from lightning_mics.plan.models import known_models
     from lightning_mics.plan.screen import print_instances, print_names
+    from lightning_mics.trace.models import known_models
 
     print_names("Models (--model)", known_models(), console)
     print_instances([find_instance(name, 1).node for name in known_names("instances")], console)

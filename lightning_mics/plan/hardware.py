@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.quantities import parse_quantity
+from lightning_mics.text import parse_quantity
 from lightning_mics.topology import ClusterTopology, _check_positive_int
 
 _SECTIONS = ("accelerators", "networks", "fabrics", "instances")

@@ -87,7 +87,7 @@ def predict_memory(
         training: Dtypes and the optimizer.
         accelerator: The device; decides what is lost to its context and allocator.
     """
-    from lightning_mics.plan.optimizers import optimizer_footprint  # loads PyTorch
+    from lightning_mics.trace.optimizers import optimizer_footprint  # loads PyTorch
 
     on_cpu = accelerator.device_type == "cpu"
     shard_size = candidate.shard_size

@@ -23,7 +23,7 @@ def training_for(precision: str, optimizer: str) -> Training:
     Raises:
         MiCSConfigError: If the precision or the optimizer is unknown; suggests the nearest known name.
     """
-    from lightning_mics.plan.optimizers import optimizer_footprint
+    from lightning_mics.trace.optimizers import optimizer_footprint
 
     name = _OTHER_NAMES.get(str(precision), str(precision))
     if name not in _PRECISIONS:

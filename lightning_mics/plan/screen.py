@@ -23,7 +23,7 @@ from lightning_mics.plan.write import accelerate_code, precision_of, trainer_cod
 from lightning_mics.topology import GroupLayout
 
 if TYPE_CHECKING:
-    from lightning_mics.links import Measurement
+    from lightning_mics.trace.links import Measurement
 
 _GIB = 2**30
 _WIDEST = 100

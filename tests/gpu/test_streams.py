@@ -13,7 +13,7 @@ from models import Block, microbatch, regression_loss
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
-from lightning_mics._compat import forget_dtensor_meshes
+from lightning_mics.core._torch import forget_dtensor_meshes
 from lightning_mics.sharding import is_sharded
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, shard_batch
 

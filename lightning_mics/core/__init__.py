@@ -1,0 +1,1 @@
+"""The engine: groups, units, FSDP2, collectives, gradients."""

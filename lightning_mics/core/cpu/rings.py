@@ -1,0 +1,161 @@
+"""Ring collectives of CPU tensors over gloo, from point-to-point messages.
+
+gloo's own reduce-scatter is an all-reduce that keeps a part, which sends twice the bytes; its all-gather passes through
+a copy of the whole message. These rings send ``(size - 1) / size`` of the message from each rank to the next one, the
+least a ring can, out of and into the caller's memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_mics.core._torch import is_gloo
+
+# Users may send messages of their own over the same group.
+_GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
+# How long the end of a process waits for a collective whose peers may be gone.
+_PATIENCE_SECONDS = 2.0
+
+
+def runs_on_ring(tensor: Tensor, group: dist.ProcessGroup, op: object = dist.ReduceOp.SUM) -> bool:
+    """Returns whether the rings of this module can carry a collective."""
+    return tensor.device.type == "cpu" and op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) and is_gloo(group)
+
+
+def ring_all_gather(pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
+    """Fills in what the other ranks of a group contribute.
+
+    Args:
+        pieces: Contiguous tensors for each rank of the group, of equal sizes; this rank's own hold their values.
+        group: Who takes part.
+    """
+    size, rank = group.size(), group.rank()
+    following, preceding = (rank + 1) % size, (rank - 1) % size
+    arriving = [pieces[(rank - step) % size] for step in range(1, size)]
+    # A fast neighbour's messages find their places waiting.
+    receives = [[group.recv([part], preceding, _GATHER_TAG) for part in parts] for parts in arriving]
+    sends = [group.send([part], following, _GATHER_TAG) for part in pieces[rank] if size > 1]
+    for step, parts in enumerate(arriving):
+        for part, receive in zip(parts, receives[step], strict=True):
+            receive.wait()
+            if step + 2 < size:
+                sends.append(group.send([part], following, _GATHER_TAG))
+    for send in sends:
+        send.wait()
+
+
+def ring_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: dist.ProcessGroup, op: object) -> None:
+    """Sums (or averages) the parts that all ranks of a group hold for this one.
+
+    Args:
+        output: Where the result goes; contiguous.
+        parts: What this rank contributes to each rank of the group, in the shape of ``output``; left as they are.
+        group: Who takes part.
+        op: ``SUM`` or ``AVG``.
+    """
+    size, rank = group.size(), group.rank()
+    following, preceding = (rank + 1) % size, (rank - 1) % size
+    if size == 1:
+        output.copy_(parts[0])
+        return
+    spare = [torch.empty_like(output) for _ in range(min(2, size - 2))]
+    outgoing = parts[preceding].contiguous()
+    for step in range(size - 1):
+        incoming = output if step == size - 2 else spare[step % 2]
+        receive = group.recv([incoming], preceding, _REDUCE_TAG)
+        send = group.send([outgoing], following, _REDUCE_TAG)
+        receive.wait()
+        incoming += parts[(rank - 2 - step) % size]
+        send.wait()
+        outgoing = incoming
+    if op == dist.ReduceOp.AVG:
+        output /= size
+
+
+class ThreadedWork(dist.Work):
+    """Handle of a collective that the communication thread runs. FSDP2 only waits on a ``dist.Work``."""
+
+    def __init__(self, future: Future[None]) -> None:
+        super().__init__()
+        self._future = future
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Waits for the collective, and raises what it raised."""
+        self._future.result(timeout.total_seconds() or None)
+        return True
+
+    def is_completed(self) -> bool:
+        """Returns whether the collective has ended, well or not."""
+        return self._future.done()
+
+
+class CommunicationThread:
+    """Runs collectives one after another, in the order of their submission, beside the thread that computes.
+
+    One order for all groups keeps ranks that belong to several of them from waiting for each other.
+    """
+
+    def __init__(self) -> None:
+        self._start_afresh()
+        os.register_at_fork(after_in_child=self._start_afresh)  # a thread does not survive a fork
+
+    def _start_afresh(self) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: Future[None] | None = None
+
+    def run(self, collective: Callable[[], None], async_op: bool) -> dist.Work | None:
+        """Runs a collective behind those submitted before.
+
+        Returns:
+            A handle with ``async_op``; otherwise ``None``, and the collective is done.
+        """
+        is_idle = self._last is None or self._last.done()
+        if is_idle and not async_op:
+            collective()
+            return None
+        future: Future[None] = Future()
+        self._last = future
+        self._tasks.put((collective, future))
+        if self._thread is None:
+            # A daemon: a collective whose peers are gone must not keep the process alive.
+            self._thread = threading.Thread(target=self._work, name="mics-communication", daemon=True)
+            self._thread.start()
+            atexit.register(self._end)
+        work = ThreadedWork(future)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def _end(self) -> None:
+        """Ends the thread before Python does, which would abort the process where the thread is in foreign code."""
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join(_PATIENCE_SECONDS)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            collective, future = task
+            del task
+            try:
+                with torch.no_grad():
+                    collective()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            del collective, future
+
+
+communication_thread = CommunicationThread()

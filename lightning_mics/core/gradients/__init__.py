@@ -1,0 +1,1 @@
+"""The two hops of gradient synchronisation."""

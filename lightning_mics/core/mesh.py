@@ -1,0 +1,210 @@
+"""From a layout to a DeviceMesh and process groups; the only room that creates groups."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_mics.config import MiCSConfig
+from lightning_mics.core._torch import wait_for_gloo_threads
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.topology import ClusterTopology, Group, GroupLayout
+
+if TYPE_CHECKING:
+    from lightning_mics.core.stages import StageTiming
+
+
+@dataclass(frozen=True)
+class MiCSMesh:
+    """The groups that this rank communicates in.
+
+    Attributes:
+        layout: Which rank holds what.
+        device_mesh: Two-dimensional mesh ``(replicate, shard)`` over the world, in node-major order.
+        intra_group: Peers of the partition on this node; ``None`` where collectives are flat.
+        inter_group: Peers of the partition with the same place on other nodes; ``None`` where collectives are flat.
+        timings: What was measured in them, by size of message in bytes.
+    """
+
+    layout: GroupLayout
+    device_mesh: DeviceMesh
+    intra_group: dist.ProcessGroup | None
+    inter_group: dist.ProcessGroup | None
+    timings: dict[int, StageTiming] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """One-dimensional mesh over this rank's partition group."""
+        return self.device_mesh["shard"]
+
+    @property
+    def partition_group(self) -> dist.ProcessGroup:
+        """Ranks that together hold this rank's replica."""
+        return self.device_mesh.get_group("shard")
+
+    @property
+    def replication_group(self) -> dist.ProcessGroup:
+        """Ranks that hold this rank's shard in other replicas."""
+        return self.device_mesh.get_group("replicate")
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether partition collectives can run in two stages."""
+        return self.intra_group is not None
+
+
+def require_process_group() -> None:
+    """Checks that ``torch.distributed`` is up.
+
+    Raises:
+        MiCSConfigError: If it is not.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise MiCSConfigError(
+            "torch.distributed is not initialised. Start the script with torchrun (or Lightning) and call "
+            "torch.distributed.init_process_group() first."
+        )
+
+
+def require_agreement(what: str, value: object) -> None:
+    """Checks that all ranks hold the same value, so that a difference is an error on every rank and not a hang.
+
+    Args:
+        what: What is compared, for the message.
+        value: A picklable value with ``==``.
+
+    Raises:
+        MiCSConfigError: On every rank, if two ranks differ.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise MiCSConfigError(
+                f"Ranks differ in {what}: rank 0 has {values[0]}, rank {rank} has {other}. "
+                "Give every rank the same arguments and environment."
+            )
+
+
+def detect_topology(node_size: int | None = None) -> ClusterTopology:
+    """Finds the cluster: explicit ``node_size``, else the launcher's variables, else the ranks' host names.
+
+    Args:
+        node_size: Ranks on a node, if known.
+
+    Raises:
+        MiCSConfigError: If nodes hold different numbers of ranks.
+    """
+    require_process_group()
+    world_size = dist.get_world_size()
+    if node_size is not None:
+        return ClusterTopology(world_size=world_size, node_size=node_size)
+    # Nodes of different size see different variables, so a rank's own complaint must wait until all have heard of it.
+    from_env: ClusterTopology | str | None
+    try:
+        from_env = ClusterTopology.from_env(world_size)
+    except MiCSConfigError as error:
+        from_env = str(error)
+    views: list[Any] = [None] * world_size
+    dist.all_gather_object(views, (from_env, socket.gethostname()))
+    known = {topology for topology, _ in views}
+    for complaint in known:
+        if isinstance(complaint, str):
+            raise MiCSConfigError(complaint)
+    if None in known:
+        return ClusterTopology.from_hostnames([host for _, host in views])
+    if len(known) > 1:
+        described = ", ".join(f"rank {rank}: {topology.node_size}" for rank, (topology, _) in enumerate(views))
+        raise MiCSConfigError(
+            f"Nodes hold different numbers of ranks ({described}). Start the same number on each node, or pass "
+            "node_size=."
+        )
+    return known.pop()
+
+
+def resolve_hierarchical(config: MiCSConfig, layout: GroupLayout) -> bool:
+    """Decides whether partition collectives run in two stages.
+
+    Raises:
+        MiCSConfigError: If ``hierarchical=True`` but no partition spans nodes.
+    """
+    if config.hierarchical is True and not layout.spans_nodes:
+        topology = layout.topology
+        larger = [p for p in topology.valid_shard_sizes() if p > topology.node_size]
+        works = f"Use hierarchical='auto', or shard_size={larger[0]}" if larger else "Use hierarchical='auto'"
+        raise MiCSConfigError(
+            f"hierarchical=True, but with shard_size={layout.shard_size} on nodes of {topology.node_size} ranks no "
+            f"partition group spans nodes. {works}."
+        )
+    wanted = config.hierarchical is True or config.hierarchical == "auto"
+    return wanted and layout.spans_nodes and layout.local_size > 1
+
+
+def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiCSMesh:
+    """Creates the groups of a layout. Collective over the world; equal requests share their groups.
+
+    Args:
+        config: The settings; decides about two-stage collectives.
+        layout: Which rank holds what.
+        device_type: ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        MiCSConfigError: If the settings do not fit the layout.
+    """
+    hierarchical = resolve_hierarchical(config, layout)
+    _destroy_groups_at_exit()
+    world = dist.group.WORLD
+    key = (layout, device_type, hierarchical)
+    cached = _MESHES.get(key)
+    if cached is not None and cached[0] is world:
+        return cached[1]
+    device_mesh = init_device_mesh(
+        device_type, (layout.num_replicas, layout.shard_size), mesh_dim_names=("replicate", "shard")
+    )
+    intra = _new_groups(layout.intra_groups) if hierarchical else None
+    inter = _new_groups(layout.inter_groups) if hierarchical else None
+    mesh = MiCSMesh(layout, device_mesh, intra, inter)
+    _MESHES[key] = (world, mesh)
+    return mesh
+
+
+@functools.cache
+def _destroy_groups_at_exit() -> None:
+    atexit.register(destroy_groups)
+
+
+def destroy_groups() -> None:
+    """Destroys all process groups, so that this process can end: gloo's threads would abort it (torch 2.13)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    wait_for_gloo_threads()
+
+
+# Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether
+# the process group was torn down in between.
+_MESHES: dict[tuple[GroupLayout, str, bool], tuple[Any, MiCSMesh]] = {}
+
+
+def _new_groups(groups: Sequence[Group]) -> dist.ProcessGroup | None:
+    """Creates all groups, in the same order on every rank, and returns this rank's."""
+    mine = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def communication_device(device_type: str) -> torch.device:
+    """Returns the device on which this rank communicates."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())

@@ -1,0 +1,323 @@
+"""MiCS as a strategy of Lightning Fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, Precision
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.parallel import ParallelStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mics import checkpoint as checkpoints
+from lightning_mics.config import MiCSConfig, Wrap, build_config
+from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.errors import CheckpointError, MiCSConfigError
+from lightning_mics.lightning import common
+from lightning_mics.metrics import CommLedger
+from lightning_mics.precision import apply_precision, use_sharded_scaler
+from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of
+from lightning_mics.topology import GroupLayout, ShardSize
+
+
+class MiCSStrategy(ParallelStrategy):
+    """Shards the model within partition groups and replicates it across them, for Fabric.
+
+    ``fabric.setup(model, optimizer)`` shards in place; the optimizer may have been created before. In accumulation
+    loops ``fabric.no_backward_sync(model, enabled=...)`` defers the all-reduce between replicas.
+
+    Args:
+        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
+            that is predicted to fit into memory.
+        node_size: Ranks on a node; by default Fabric's number of devices.
+        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
+        wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
+        reshard_after_forward: Whether units, except the root, are freed between forward and backward.
+        param_dtype: Gather dtype; overrides what Fabric's ``precision`` asks for.
+        reduce_dtype: Dtype of gradient reduction.
+        activation_checkpointing: Whether units recompute their activations in the backward pass.
+        cpu_offload: Whether shards, gradients and optimizer states live in host memory.
+        verify: Whether the first accumulation window is checked.
+        config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
+        save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
+        process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
+        timeout: How long a collective may wait.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
+
+    Raises:
+        MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
+    """
+
+    def __init__(
+        self,
+        shard_size: ShardSize | None = None,
+        node_size: int | None = None,
+        hierarchical: bool | Literal["auto"] | None = None,
+        wrap: Wrap | None = None,
+        reshard_after_forward: bool | None = None,
+        param_dtype: torch.dtype | str | None = None,
+        reduce_dtype: torch.dtype | str | None = None,
+        activation_checkpointing: bool | None = None,
+        cpu_offload: bool | None = None,
+        verify: bool | None = None,
+        config: MiCSConfig | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        settings = {
+            "shard_size": shard_size,
+            "node_size": node_size,
+            "hierarchical": hierarchical,
+            "wrap": wrap,
+            "reshard_after_forward": reshard_after_forward,
+            "param_dtype": param_dtype,
+            "reduce_dtype": reduce_dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "cpu_offload": cpu_offload,
+            "verify": verify,
+            "memory_limit": memory_limit,
+        }
+        self.config = build_config(config, settings)
+        super().__init__()
+        self._num_nodes = 1
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._decided: GroupLayout | None = None
+        self._loader: Any = None
+        self._backward_sync_control = _DeferReplicationSync()
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """MiCS writes checkpoints itself."""
+        raise NotImplementedError("MiCSStrategy writes checkpoints itself and has no CheckpointIO.")
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise NotImplementedError("MiCSStrategy writes checkpoints itself and takes no CheckpointIO.")
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes, as Fabric was told."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on each node, as Fabric was told."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend of the process group."""
+        return self._process_group_backend
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank reads its own data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def layout(self) -> GroupLayout:
+        """Which rank holds which shard of which replica; print it to see it.
+
+        Raises:
+            MiCSError: If ``shard_size="auto"`` has not been decided yet.
+        """
+        planned = common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        return common.require_layout(planned or self._decided)
+
+    @property
+    def precision(self) -> Precision:
+        """Fabric's precision plugin."""
+        return super().precision
+
+    @precision.setter
+    def precision(self, plugin: Precision | None) -> None:
+        if plugin is not None:
+            common.check_precision_plugin(plugin)
+            use_sharded_scaler(plugin)
+        self._precision = plugin
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        """Starts the process group."""
+        super().setup_environment()
+        reset_seed()
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        common.set_rank(self.global_rank)
+        self._process_group_backend = common.init_process_group(
+            self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
+        )
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Shards a module in place."""
+        return self.setup_module_and_optimizers(module, [])[0]
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Shards a module in place and points its optimizers, created before, to the shards."""
+        config = apply_precision(self.config, str(self.precision.precision))
+        mics_shard(
+            module,
+            config,
+            topology=common.plan_topology(config, self.num_nodes, self.num_processes),
+            device_type=self.root_device.type,
+            optimizer=optimizers,
+            sample=common.find_sample(module, self._loader) if config.shard_size == "auto" else None,
+        )
+        self._decided, self._loader = runtime_of(module).mesh.layout, None
+        common.gather_in_steps(module)
+        return module, optimizers, scheduler
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Remembers the first DataLoader that is set up: ``shard_size="auto"`` may need a sample of it."""
+        if self.config.shard_size == "auto" and self._loader is None:
+            self._loader = dataloader
+        return super().process_dataloader(dataloader)
+
+    def module_to_device(self, module: nn.Module) -> None:
+        """Does nothing: sharding places the parameters."""
+
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Returns the context of ``fabric.init_module()``."""
+        stack = ExitStack()
+        if empty_init:
+            stack.enter_context(torch.device("meta"))
+        stack.enter_context(self.precision.module_init_context())
+        return stack
+
+    def ledger(self, module: nn.Module) -> CommLedger:
+        """Returns the counts of a module's collectives."""
+        return runtime_of(module).ledger
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over all ranks."""
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for all ranks."""
+        common.barrier(self.root_device)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Returns rank ``src``'s object on every rank."""
+        return common.broadcast(obj, src)
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clips by the global norm; returns it as a plain tensor, equal on all ranks."""
+        self.precision.unscale_gradients(optimizer)
+        params = list(self.precision.main_params(optimizer))
+        return clip_parameters_(params, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
+
+    def save_checkpoint(
+        self,
+        path: _PATH,
+        state: dict[str, Any],
+        storage_options: Any = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
+        if storage_options is not None or filter is not None:
+            raise MiCSConfigError("storage_options= and filter= are not supported by MiCSStrategy. Leave them out.")
+        key, module, optimizers = _split_state(state)
+        full = not self._save_distributed_checkpoint
+        tensors = {key: checkpoints.model_state(module, full=full)}
+        for name, optimizer in optimizers.items():
+            tensors[name] = checkpoints.optimizer_state(module, optimizer, full=full)
+        meta = {
+            name: value.state_dict() if hasattr(value, "state_dict") else value
+            for name, value in state.items()
+            if name != key and name not in optimizers
+        }
+        meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
+        path = self.broadcast(str(path))
+        if full:
+            checkpoints.save_full(path, {**tensors, **meta})
+        else:
+            checkpoints.save_sharded(path, tensors, meta)
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint of any shard size, sharded or full, into the given model, optimizers and objects."""
+        if not isinstance(state, dict) or not state:
+            raise CheckpointError("Pass state={'model': model, ...} to load a checkpoint with MiCSStrategy.")
+        key, module, optimizers = _split_state(state)
+        meta = checkpoints.load_into(
+            self.broadcast(str(path)), module, optimizers, model_key=key, strict=strict, weights_only=weights_only
+        )
+        meta.pop("mics", None)
+        for name in [name for name in state if name != key and name not in optimizers]:
+            if name not in meta:
+                if strict:
+                    raise CheckpointError(f"The checkpoint {path} has no entry {name!r}. Pass strict=False to go on.")
+                continue
+            if hasattr(state[name], "load_state_dict"):
+                state[name].load_state_dict(meta.pop(name))
+            else:
+                state[name] = meta.pop(name)
+        return meta
+
+
+class _DeferReplicationSync(_BackwardSyncControl):
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return defer_replication_sync(module, enabled)
+
+
+def _split_state(state: dict[str, Any]) -> tuple[str, nn.Module, dict[str, Optimizer]]:
+    """Finds the sharded model and the optimizers in what the user wants saved or loaded."""
+    models = [name for name, value in state.items() if isinstance(value, nn.Module) and is_sharded(value)]
+    if len(models) != 1:
+        raise CheckpointError(
+            f"A checkpoint holds exactly one model set up by Fabric; the state has {len(models)}. Pass "
+            "{'model': model, ...}, and save several models under several paths."
+        )
+    optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
+    return models[0], state[models[0]], optimizers
+
+
+if "mics" not in STRATEGY_REGISTRY:
+    STRATEGY_REGISTRY.register(
+        "mics", MiCSStrategy, description="Shards within partition groups, replicates across them (MiCS)"
+    )

@@ -1,0 +1,455 @@
+"""MiCS as a strategy of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer, _configure_optimizers
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_mics import checkpoint as checkpoints
+from lightning_mics.config import MiCSConfig, Wrap, build_config
+from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.units import callable_parts
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.lightning import common
+from lightning_mics.metrics import CommLedger
+from lightning_mics.precision import apply_precision, use_sharded_scaler
+from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
+from lightning_mics.topology import GroupLayout, ShardSize
+
+
+class MiCSStrategy(ParallelStrategy):
+    """Shards the model within partition groups and replicates it across them.
+
+    Plain LightningModules work as they are; modules that build their layers in ``configure_model`` may do so on the
+    meta device. With ``accumulate_grad_batches`` replicas synchronise once per optimizer step.
+
+    Args:
+        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
+            that is predicted to fit into memory.
+        node_size: Ranks on a node; by default Lightning's number of devices.
+        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
+        wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
+        reshard_after_forward: Whether units, except the root, are freed between forward and backward.
+        param_dtype: Gather dtype; overrides what the Trainer's ``precision`` asks for.
+        reduce_dtype: Dtype of gradient reduction.
+        activation_checkpointing: Whether units recompute their activations in the backward pass.
+        cpu_offload: Whether shards, gradients and optimizer states live in host memory.
+        verify: Whether the first accumulation window is checked.
+        config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
+        save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
+        process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
+        timeout: How long a collective may wait.
+        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
+
+    Raises:
+        MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
+
+    Example::
+
+        Trainer(strategy=MiCSStrategy(shard_size=8), accumulate_grad_batches=4)
+    """
+
+    strategy_name = "mics"
+
+    def __init__(
+        self,
+        shard_size: ShardSize | None = None,
+        node_size: int | None = None,
+        hierarchical: bool | Literal["auto"] | None = None,
+        wrap: Wrap | None = None,
+        reshard_after_forward: bool | None = None,
+        param_dtype: torch.dtype | str | None = None,
+        reduce_dtype: torch.dtype | str | None = None,
+        activation_checkpointing: bool | None = None,
+        cpu_offload: bool | None = None,
+        verify: bool | None = None,
+        config: MiCSConfig | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        settings = {
+            "shard_size": shard_size,
+            "node_size": node_size,
+            "hierarchical": hierarchical,
+            "wrap": wrap,
+            "reshard_after_forward": reshard_after_forward,
+            "param_dtype": param_dtype,
+            "reduce_dtype": reduce_dtype,
+            "activation_checkpointing": activation_checkpointing,
+            "cpu_offload": cpu_offload,
+            "verify": verify,
+            "memory_limit": memory_limit,
+        }
+        self.config = build_config(config, settings)
+        super().__init__()
+        self.num_nodes = 1
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+
+    # What Lightning asks of a strategy that runs several processes.
+
+    @property
+    def is_distributed(self) -> bool:
+        """Always ``True``; tells the Trainer to use distributed samplers."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on each node, as Lightning was told."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend of the process group."""
+        return self._process_group_backend
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank reads its own data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def layout(self) -> GroupLayout:
+        """Which rank holds which shard of which replica; print it to see it.
+
+        Raises:
+            MiCSError: If ``shard_size="auto"`` has not been decided yet.
+        """
+        planned = common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        if planned is None and self.lightning_module is not None and is_sharded(self.lightning_module):
+            return runtime_of(self.lightning_module).mesh.layout
+        return common.require_layout(planned)
+
+    @property
+    def ledger(self) -> CommLedger:
+        """The counts of the model's collectives, after set-up."""
+        assert self.model is not None
+        return runtime_of(self.model).ledger
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Checkpoints are read straight into the shards."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizers are restored together with the model."""
+        return False
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The Trainer's precision plugin."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None:
+            common.check_precision_plugin(plugin)
+            use_sharded_scaler(plugin)
+        self._precision_plugin = plugin
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Unused: MiCS writes checkpoints itself."""
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        raise MiCSConfigError(
+            f"{type(io).__name__} is a CheckpointIO, and MiCSStrategy writes checkpoints itself. Leave the plugin out."
+        )
+
+    def set_world_ranks(self) -> None:
+        """Takes over the cluster environment's ranks; the first moment at which the whole cluster is known."""
+        common.plan_layout(self.config, self.num_nodes, self.num_processes)
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        common.set_rank(self.global_rank)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        """Starts the process group."""
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = common.init_process_group(
+            self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
+        )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shards the module and creates its optimizers."""
+        assert self.accelerator is not None and self.lightning_module is not None
+        _refuse_averaging(trainer)
+        self.accelerator.setup(trainer)
+        _disable_inference_mode(trainer)
+        self._shard(self.lightning_module, trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
+        if is_sharded(module):
+            self._check_same_layout(module)
+            return
+        self.precision_plugin.convert_module(module)
+        if self._layer_sync is not None:
+            common.check_sync_batchnorm(self.root_device)
+            self._layer_sync.apply(module)
+        config = apply_precision(self.config, str(self.precision_plugin.precision))
+        entries = [] if module.automatic_optimization else _manual_entries(module)
+        is_auto = config.shard_size == "auto"
+        with _logging_off(module) if is_auto else nullcontext():
+            mics_shard(
+                module,
+                config,
+                topology=common.plan_topology(config, self.num_nodes, self.num_processes),
+                device_type=self.root_device.type,
+                entries=entries,
+                optimizer=_future_optimizers(module) if is_auto and trainer.state.fn == TrainerFn.FITTING else None,
+                sample=common.find_sample(module, _train_loader(trainer)) if is_auto else None,
+                rebind=False,
+            )
+        common.gather_in_steps(module)
+        module._device_mesh = runtime_of(module).mesh.device_mesh
+
+    def _check_same_layout(self, module: pl.LightningModule) -> None:
+        plain = [name for name, param in module.named_parameters() if not isinstance(param, DTensor)]
+        if plain:
+            raise MiCSConfigError(
+                f"{type(module).__name__}.configure_model built new layers ({plain[0]}, ...) over those that are "
+                "trained and sharded already. Let it return at once if the layers exist: the Trainer calls it at the "
+                "start of every fit, validate, test and predict."
+            )
+        sharded = runtime_of(module).mesh.layout
+        if sharded != self.layout:
+            raise MiCSConfigError(
+                f"The module was sharded by an earlier Trainer with shard_size={sharded.shard_size}, and this one asks "
+                f"for shard_size={self.layout.shard_size}. Create a new module and load the checkpoint into it with "
+                "ckpt_path=."
+            )
+
+    def model_to_device(self) -> None:
+        """Does nothing: sharding places the parameters."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Returns the context of ``configure_model`` and ``trainer.init_module()``."""
+        device = torch.device("meta") if empty_init else torch.device("cpu")
+        with device, self.precision_plugin.tensor_init_context():
+            yield
+
+    # Training.
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Leaves the all-reduce between replicas to the last microstep of the window."""
+        assert self.model is not None
+        with defer_replication_sync(self.model):
+            yield
+
+    def barrier(self, name: str | None = None) -> None:
+        """Waits for all ranks."""
+        common.barrier(self.root_device)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Returns rank ``src``'s object on every rank."""
+        return common.broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over all ranks."""
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def teardown(self) -> None:
+        """Ends the run; the sharded module stays where it is."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # Checkpoints.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Returns the model's states: shards, or all of it on rank 0 for a full file."""
+        assert self.model is not None
+        return checkpoints.model_state(self.model, full=not self._save_distributed_checkpoint)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Returns an optimizer's states: shards, or all of them on rank 0 for a full file."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return checkpoints.optimizer_state(self.model, inner, full=not self._save_distributed_checkpoint)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
+        if storage_options is not None:
+            raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
+        assert self.model is not None
+        path = self.broadcast(str(filepath))
+        checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
+        if not self._save_distributed_checkpoint:
+            checkpoints.save_full(path, checkpoint)
+            return
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
+            state[f"optimizer_{index}"] = optimizer_state
+        checkpoints.save_sharded(path, state, checkpoint)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint of any shard size, sharded or full, into the model and its optimizers."""
+        assert self.lightning_module is not None and self.model is not None
+        checkpoint = checkpoints.load_into(
+            self.broadcast(str(checkpoint_path)),
+            self.model,
+            {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
+            strict=self.lightning_module.strict_loading,
+            weights_only=_asked_weights_only() if weights_only is None else weights_only,
+        )
+        # What another loop than the Trainer's wrote lacks these, and the Trainer insists on them.
+        known = {"pytorch-lightning_version": pl.__version__, "lr_schedulers": []}
+        # Hooks may look at the weights, which are loaded already.
+        return {**known, "state_dict": checkpoints.model_state(self.model), **checkpoint}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Does nothing: :meth:`load_checkpoint` filled the shards."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Does nothing: :meth:`load_checkpoint` filled the states."""
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Deletes a checkpoint, which loses its name first."""
+        if self.is_global_zero:
+            checkpoints.remove(filepath)
+
+
+def _asked_weights_only() -> bool | None:
+    """Returns what the user passed as ``weights_only``.
+
+    Lightning 2.6 loses it on the way to strategies that restore after set-up.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and isinstance(frame.f_locals.get("self"), pl.Trainer):
+            asked: bool | None = frame.f_locals.get("weights_only")
+            return asked
+        frame = frame.f_back
+    return None
+
+
+def _refuse_averaging(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise MiCSConfigError(
+                f"{type(callback).__name__} copies the whole module, which a sharded module does not allow. Remove the "
+                "callback, or average the weights of saved checkpoints after training."
+            )
+
+
+def _disable_inference_mode(trainer: pl.Trainer) -> None:
+    """Parameters first gathered in inference mode (the sanity check) could not be trained afterwards."""
+    for loop in (
+        trainer.fit_loop.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):
+        loop.inference_mode = False
+
+
+@contextmanager
+def _logging_off(module: pl.LightningModule) -> Generator[None, None, None]:
+    """Lets steps run before there is a loop that takes what they log."""
+    names = ("log", "log_dict")
+    module.__dict__.update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+# Where a module notes what assigning to it adds.
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
+    """Asks a module for optimizers over its whole parameters, to learn their classes and settings."""
+    from lightning_mics.auto import random_states_kept
+
+    attributes = {name: copy.copy(value) if name in _REGISTRIES else value for name, value in module.__dict__.items()}
+    try:
+        with random_states_kept():
+            return _configure_optimizers(module.configure_optimizers())[0]  # type: ignore[arg-type]
+    except Exception:
+        return None
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+
+
+def _train_loader(trainer: pl.Trainer) -> Any:
+    """Returns what was passed to ``fit``; what hooks would return is not asked for a second time."""
+    return getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
+
+
+def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:
+    """With manual optimisation, backward runs inside ``training_step``, before the root's forward pass has ended.
+
+    FSDP2 then reduces the gradients of inner units only, so the root must not hold parameters itself.
+    """
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise MiCSConfigError(
+            f"{type(module).__name__} uses manual optimisation and owns the parameter {own[0]!r} itself. Move it into "
+            "a submodule that is called in training_step."
+        )
+    return callable_parts(module)
+
+
+if "mics" not in StrategyRegistry:
+    StrategyRegistry.register(
+        "mics", MiCSStrategy, description="Shards within partition groups, replicates across them (MiCS)"
+    )

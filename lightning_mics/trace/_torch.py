@@ -1,0 +1,288 @@
+"""Every private or version-dependent name of PyTorch, and of transformers, that the tracer touches."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_mics.core._torch import forget_dtensor_meshes, unit_param_groups
+
+
+@contextmanager
+def one_rank_mesh() -> Iterator[DeviceMesh]:
+    """Gives a CPU mesh of this rank alone whose collectives do nothing; without a process group, one for a while."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    had_world, excepthook = dist.is_initialized(), sys.excepthook
+    group: dist.ProcessGroup | None = None
+    if had_world:
+        # Synchronises with no other rank: the group has no other.
+        group = dist.new_group([dist.get_rank()], backend="fake", use_local_synchronization=True)
+    else:
+        dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+        group = dist.group.WORLD
+    assert group is not None
+    try:
+        yield DeviceMesh.from_group(group, "cpu", mesh=[dist.get_rank()])
+    finally:
+        dist.destroy_process_group(group if had_world else None)
+        sys.excepthook = excepthook
+        forget_dtensor_meshes()
+
+
+@contextmanager
+def fake_tensors() -> Iterator[Any]:
+    """Makes every new tensor a fake one, without memory; gives the mode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def is_fake(candidate: object) -> bool:
+    """Returns whether something is a tensor without values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(candidate) is FakeTensor
+
+
+def copy_as_fake(module: nn.Module, memo: dict[int, Any], mode: Any) -> nn.Module:
+    """Returns a deep copy without memory.
+
+    Args:
+        module: What to copy.
+        memo: By ``id``, what stands for an object in the copy; extended.
+        mode: From :func:`fake_tensors`, not active now.
+    """
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module, memo)
+
+
+@dataclass
+class Storage:
+    """Memory that a tracked pass allocated.
+
+    Attributes:
+        is_activation: Whether it holds activations, or gradients of activations; known after the pass.
+    """
+
+    is_activation: bool = True
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a tracked pass.
+
+    Attributes:
+        kind: ``"memory"``, or where a unit's pass begins or ends.
+        module: The unit's module, for the latter.
+        storage: The memory, for the former.
+        change: By how many bytes it grew or shrank.
+    """
+
+    kind: Literal["memory", "forward", "forward_end", "backward", "backward_end"]
+    module: nn.Module | None = None
+    storage: Storage | None = None
+    change: int = 0
+
+
+def track_activations(root: nn.Module, record: Callable[[Event], None]) -> Any:
+    """Returns a context that tells ``record`` of the memory of a forward and backward pass of a sharded model.
+
+    After the context its ``classify()`` says which storages hold activations.
+    """
+    return _tracker_class()(root, record)
+
+
+@functools.cache
+def _tracker_class() -> Any:
+    # Imported late: the module registers operators.
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+    from torch.distributed._tools.mem_tracker import _UpdateType
+
+    kinds = {_FSDPRefType.ACT, _FSDPRefType.TEMP, _FSDPRefType.INP}
+
+    class Tracker(FSDPMemTracker):
+        """PyTorch's tracker keeps totals; this one tells of every change, so that kinds can be told apart later.
+
+        Its peaks are those of all kinds together, where large gathers hide activations. And the gradient of a parameter
+        counts as a temporary until its unit is reduced.
+        """
+
+        def __init__(self, root: nn.Module, record: Callable[[Event], None]) -> None:
+            super().__init__(root)
+            self._record = record
+            self._storages: dict[Any, Storage] = {}
+            self._communicating = 0
+
+        def classify(self) -> None:
+            for info, storage in self._storages.items():
+                storage.is_activation = storage.is_activation and info.reftype in kinds
+
+        def _update_snap(self, u_type: Any, winfo: Any, old_mem_consumed: Any = None, old_reftype: Any = None) -> None:
+            if winfo not in self._storages:
+                self._storages[winfo] = Storage(is_activation=not self._communicating)
+            change = {
+                _UpdateType.ADD: winfo.mem_consumed,
+                _UpdateType.DEL: -winfo.mem_consumed,
+                _UpdateType.SIZE: winfo.mem_consumed - (old_mem_consumed or 0),
+            }.get(u_type, 0)
+            if change:
+                self._record(Event("memory", storage=self._storages[winfo], change=change))
+            super()._update_snap(u_type, winfo, old_mem_consumed, old_reftype)
+
+        def _told(self, begin: Any, call: Any, end: Any, module: nn.Module, *, communicates: bool) -> Any:
+            @functools.wraps(call)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                recomputes = not communicates and self._mod_tracker.is_bw
+                if begin and not recomputes:
+                    self._record(Event(begin, module=module))
+                self._communicating += communicates
+                try:
+                    return call(*args, **kwargs)
+                finally:
+                    self._communicating -= communicates
+                    if end and not recomputes:
+                        self._record(Event(end, module=module))
+
+            return run
+
+        def _fsdp_state_pre_forward(self, fsdp_mod: Any, orig: Any) -> Any:
+            inner = super()._fsdp_state_pre_forward(fsdp_mod, orig)
+            return self._told("forward", inner, None, fsdp_mod, communicates=False)
+
+        def _fsdp_state_post_forward(self, fsdp_mod: Any, orig: Any) -> Any:
+            inner = super()._fsdp_state_post_forward(fsdp_mod, orig)
+            return self._told(None, inner, "forward_end", fsdp_mod, communicates=False)
+
+        def _fsdp_param_group_pre_backward(self, fsdp_mod: Any, orig: Any) -> Any:
+            inner = super()._fsdp_param_group_pre_backward(fsdp_mod, orig)
+            return self._told("backward", inner, None, fsdp_mod, communicates=True)
+
+        def _fsdp_param_group_post_backward(self, fsdp_mod: Any, orig: Any) -> Any:
+            inner = super()._fsdp_param_group_post_backward(fsdp_mod, orig)
+            return self._told(None, inner, "backward_end", fsdp_mod, communicates=True)
+
+        def _instrument_fsdp_module(self) -> None:
+            super()._instrument_fsdp_module()
+            for module in self._root_mod.modules():
+                if isinstance(module, FSDPModule):
+                    for unit in unit_param_groups(module):
+                        group = unit._group
+                        if "pre_forward" not in vars(group):
+                            group.pre_forward = self._told(None, group.pre_forward, None, module, communicates=True)
+
+        def _deregister_module_and_optimizer_hooks(self) -> None:
+            super()._deregister_module_and_optimizer_hooks()
+            for module in self._root_mod.modules():
+                if isinstance(module, FSDPModule):
+                    for unit in unit_param_groups(module):
+                        vars(unit._group).pop("pre_forward", None)
+
+    return Tracker
+
+
+class FakeAttention(torch.autograd.Function):
+    """Attention of fake tensors in one piece: without scores in memory, and laid out as the real kernels do it.
+
+    Takes query, key and value of ``[samples, heads, tokens, width]`` (keys and values may have fewer heads), a mask of
+    the same dtype or ``None``, whether it is causal, and the scale.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Computes nothing."""
+        _, heads, tokens, width = query.shape
+        # The output takes its layout from the query; that of a query cut from a larger tensor would be none.
+        strides = (tokens * heads * width, width, heads * width, 1)
+        like_real = query.as_strided(query.shape, strides, 0)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, logsumexp = kernel(like_real, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
+        ctx.settings = is_causal, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Computes nothing."""
+        query, key, value, mask, output, logsumexp = ctx.saved_tensors
+        is_causal, scale = ctx.settings
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        tensors = (grad, query, key, value, output, logsumexp)
+        return *kernel(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale), None, None, None
+
+
+def attention_flops() -> dict[Any, Callable[..., int]]:
+    """Returns formulas that PyTorch's counter lacks: attention on CPU tensors, whole even where causal."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        # The kernel computes the scores again; that is no work of the model.
+        return 2 * int(sdpa_flop_count(query, key, value))
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+@contextmanager
+def plain_sequences() -> Iterator[None]:
+    """Keeps Hugging Face models from building a mask for packed samples, which on fake tensors they always expect."""
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    found = getattr(masking, name, None)
+    if found is None:
+        yield
+        return
+    setattr(masking, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masking, name, found)
+
+
+def count_allocated(run: Callable[[], object], *known: Any) -> int:
+    """Runs something on tensors (fake ones will do) and returns how many bytes it had allocated at most.
+
+    Args:
+        run: What to run.
+        *known: Tensors, modules and optimizers that exist already.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(*known)
+    before = _total_bytes(tracker.get_tracker_snapshot())
+    with tracker:
+        run()
+    return max(0, _total_bytes(tracker.get_tracker_snapshot("peak")) - before)
+
+
+def _total_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
+    return sum(kinds["Total"] for kinds in snapshot.values())

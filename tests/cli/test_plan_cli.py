@@ -1,0 +1,310 @@
+"""``mics plan`` from its words to its screen, its files and its exit code."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from plan_examples import make_cluster, make_profile
+
+from lightning_mics.accelerate.launch_file import check_launch_file
+from lightning_mics.cli import main
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan import cli
+from lightning_mics.plan.hardware import find_instance, load_cluster
+from lightning_mics.trace.links import LinkFit, Measurement
+
+HARDWARE = ["--instance", "p4d.24xlarge", "--nodes", "2"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_trace(monkeypatch):
+    """Plans with a profile made by hand, whatever the name of the model."""
+    monkeypatch.setattr("lightning_mics.plan._profile", lambda *_: make_profile())
+
+
+def run(capsys, *words, model="gpt2", hardware=HARDWARE):
+    code = main(["plan", *(["--model", model] if model else []), *hardware, *map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# Runs as a user would start them.
+
+
+def test_a_known_model_on_a_known_instance(capsys):
+    code, out, err = run(capsys, "--global-batch", 64, "--top", 3, "--accumulation", 4, "--write")
+    assert code == 0, err
+    assert "gpt2: 124 M parameters, 12 blocks" in out and "2 nodes x 8 A100-40GB (p4d.24xlarge)" in out
+    assert "1,024 tokens each (assumed" in out and out.count("assumed") == 1
+    assert max(map(len, out.partition("trainer =")[0].splitlines())) <= 80
+    settings = check_launch_file("mics.yaml")
+    assert (settings.num_machines, settings.num_processes) == (2, 16)
+    assert "Wrote mics.yaml. Start a script with it: accelerate launch" in out
+
+
+def test_an_own_model_on_an_own_cluster_as_json(capsys):
+    Path("own_model.py").write_text("from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(8, 8))\n")
+    Path("my.yaml").write_text("instance: g5.48xlarge\nnum_nodes: 3\n")
+    code, out, err = run(capsys, "--json", model="own_model:build", hardware=["--cluster", "my.yaml"])
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["cluster"]["num_nodes"] == 3 and answer["profile"]["numel"] == 72
+    code, out, err = run(capsys, "--json", model="own_model:build", hardware=["--cluster", "my.yaml", "--nodes", "2"])
+    assert json.loads(out)["cluster"]["num_nodes"] == 2
+
+
+def test_a_command_of_its_own_and_of_the_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_mics", "plan", "--model", "gpt2"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mics: The hardware is missing.") and done.stderr.count("\n") == 1
+
+
+def test_the_list_of_commands_does_not_load_torch():
+    code = (
+        "import sys\nfrom lightning_mics.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "plan" in done.stdout
+
+
+def test_the_help_is_in_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("what to train:", "hardware:", "settings to fix:", "output:", "examples:", "--reshard-after-forward"):
+        assert words in out
+
+
+def test_what_is_known_is_listed(capsys):
+    assert main(["plan", "--list"]) == 0
+    out = capsys.readouterr().out
+    for words in ("gpt2-xl", "p4d.24xlarge", "8 x A100-40GB", "A100-80GB", "efa-400"):
+        assert words in out
+
+
+# Outputs.
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_json_on_the_screen_is_alone(capsys):
+    code, out, err = run(capsys, "--json", "-", "--write", "a.yaml")
+    assert code == 0
+    assert json.loads(out)["profile"]["name"] == "stack"
+    assert "Wrote a.yaml" in err
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_json_in_a_file_comes_beside_the_screen(capsys):
+    code, out, _ = run(capsys, "--json", "all.json", "--events")
+    assert code == 0 and "What fits" in out and "Wrote all.json" in out
+    assert json.loads(Path("all.json").read_text())["plans"][0]["time"]["events"]
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_several_files_of_several_formats(capsys):
+    words = ["--write", "a.yaml", "--format", "lightning", "--write", "b.yaml", "--format", "mics"]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "trainer:" in Path("a.yaml").read_text() and "\nshard_size: " in Path("b.yaml").read_text()
+    assert "fit --config a.yaml" in out and "MiCSConfig.from_yaml('b.yaml')" in out
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_figures_go_where_they_are_asked_for(capsys):
+    pytest.importorskip("matplotlib")
+    code, out, _ = run(capsys, "--plot", "figures")
+    assert code == 0 and "Drew figures/scaling.png, figures/timeline.png, figures/memory.png." in out
+    code, out, _ = run(capsys, "--plot", "plan.svg")
+    assert code == 0 and Path("plan.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_fixed_settings_reach_the_search(capsys):
+    words = ["--shard-size", "world", "--hierarchical", "true", "--activation-checkpointing"]
+    code, out, _ = run(capsys, *words, "--no-reshard-after-forward", "--memory-limit", "36 GiB", "--json")
+    (plan,) = json.loads(out)["plans"]
+    assert code == 0 and plan["memory_limit"] == 36 * 2**30
+    assert plan["candidate"]["shard_size"] == 16 and plan["candidate"]["hierarchical"]
+    assert plan["candidate"]["activation_checkpointing"] and not plan["candidate"]["reshard_after_forward"]
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_where_nothing_fits_the_tables_come_before_the_error(capsys):
+    code, out, err = run(capsys, "--memory-limit", "1 GiB", "--write", "--json", "all.json")
+    assert code == 2
+    assert "What does not fit into 1.0 GiB" in out and "needs 1.7 GiB of 1.0 GiB" in out
+    assert err.startswith("mics: stack does not fit into 1.0 GiB a rank") and err.count("\n") == 1
+    assert not Path("mics.yaml").exists()
+    assert json.loads(Path("all.json").read_text())["plans"] == []
+
+
+# Mistakes.
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--shard-size", "3"], ["shard_size=3", "16 ranks", "1, 2, 4, 8, 16"]),
+        (["--shard-size", "nod"], ["shard_size='nod'", "'node'"]),
+        (["--nodes", "0"], ["--nodes=0", "--nodes=2"]),
+        (["--top", "0"], ["--top=0"]),
+        (["--global-batch", "100"], ["16 ranks", "100 / 16 = 6.25", "global_batch=96"]),
+        (
+            ["--global-batch", "64", "--micro-batch", "3", "--accumulation", "2"],
+            ["16 ranks x micro_batch=3 x accumulation=2 = 96"],
+        ),
+        (["--micro-batch", "0"], ["--micro-batch=0"]),
+        (["--precision", "bf16-mixd"], ["Did you mean 'bf16-mixed'?"]),
+        (["--optimizer", "AdmW"], ["Did you mean 'AdamW'?"]),
+        (["--memory-limit", "lots"], ["--memory-limit", "'lots'"]),
+        (["--cluster", "my.yaml"], ["--instance and --cluster"]),
+        (["--plot", "plan.pdf"], [".pdf is not known", "plan.png"]),
+        (["--plot", "missing/plan.png"], ["no folder missing"]),
+        (["--plot", "taken.yaml/figures"], ["taken.yaml is a file"]),
+        (["--write", "taken.yaml"], ["taken.yaml exists", "--force"]),
+        (["--write", "missing/mics.yaml"], ["no folder missing"]),
+        (["--json", "taken.yaml"], ["taken.yaml exists", "--json"]),
+        (["--write", "a.yaml", "--json", "a.yaml"], ["a.yaml is to be written twice"]),
+        (["--format", "mics"], ["--format", "--write mics.yaml"]),
+        (["--write", "--format", "mics", "--format", "mics"], ["2 x --format for 1 x --write"]),
+        (["--events"], ["--events", "--json"]),
+        (["--save-cluster", "c.yaml"], ["--save-cluster", "--measure"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_message(capsys, words, expected):
+    Path("taken.yaml").write_text("mine")
+    code, out, err = run(capsys, *words)
+    assert code == 2 and out == ""
+    assert err.startswith("mics: ") and err.count("\n") == 1
+    for part in expected:
+        assert part in err
+    assert Path("taken.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "hardware", "expected"),
+    [
+        ("gpt2-xxl", HARDWARE, "Did you mean 'gpt2-xl'?"),
+        ("missing.json", HARDWARE, "missing.json"),
+        ("missing_module:build", HARDWARE, "missing_module"),
+        ("gpt2", ["--instance", "p4d.24xlrge"], "'p4d.24xlarge'"),
+        ("gpt2", ["--cluster", "missing.yaml"], "missing.yaml"),
+        ("gpt2", ["--cluster", "wrong.yaml"], "Did you mean 'instance'"),
+        ("gpt2", [], "The hardware is missing"),
+        (None, HARDWARE, "--model is missing"),
+    ],
+)
+def test_unknown_names_and_files_are_refused_in_one_message(capsys, model, hardware, expected):
+    Path("wrong.yaml").write_text("instanc: p4d.24xlarge\n")
+    code, out, err = run(capsys, model=model, hardware=hardware)
+    assert code == 2 and out == ""
+    assert expected in err and err.startswith("mics: ") and err.count("\n") == 1
+
+
+def test_mistyped_options_are_refused_with_the_nearest_one(capsys):
+    for words, expected in (("--micro-batchs=2", "Did you mean --micro-batch?"), ("--zebra", "mics plan --help")):
+        with pytest.raises(SystemExit) as ending:
+            run(capsys, words)
+        err = capsys.readouterr().err
+        assert ending.value.code == 2 and f"unrecognized arguments: {words}. {expected}" in err
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_force_replaces_files(capsys):
+    Path("mics.yaml").write_text("mine")
+    assert run(capsys, "--write", "--force")[0] == 0
+    check_launch_file("mics.yaml")
+
+
+# Measured links.
+
+
+def test_measuring_needs_a_launcher(capsys):
+    code, out, err = run(capsys, "--measure", hardware=[])
+    assert code == 2 and out == ""
+    assert "torchrun" in err and "-m lightning_mics plan --measure --model gpt2" in err
+
+
+def test_ranks_but_the_first_are_silent_about_mistakes(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run(capsys, "--measure", "--top", 0, hardware=[])
+    assert (code, out, err) == (2, "", "")
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """The variables that a launcher sets for a process alone, and links that need no measuring."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fit = LinkFit(latency=1e-5, rate=10e9, error=0.02, points=())
+    measured = Mock(return_value=Measurement(cluster=make_cluster(2, 4), intra=None, inter=fit))
+    monkeypatch.setattr("lightning_mics.trace.links.measure_cluster", measured)
+    return measured
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_measured_links_are_shown_saved_and_planned_with(capsys, one_rank):
+    code, out, err = run(capsys, "--measure", "--save-cluster", "c.yaml", hardware=[])
+    assert code == 0, err
+    assert not torch.distributed.is_initialized()
+    assert out.startswith("Measured on 2 nodes x 4 test")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "between nodes, of a node 10 GB/s 10 us 2%" in rows
+    assert "inside a node, of a rank 100 GB/s 1 us assumed" in rows
+    assert "Wrote c.yaml" in out and "2 nodes x 4 test" in out
+    assert load_cluster("c.yaml") == make_cluster(2, 4)
+    assert one_rank.call_args.kwargs["assumed"] is None and one_rank.call_args.kwargs["dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_what_cannot_be_measured_is_assumed(capsys, one_rank):
+    code, out, err = run(capsys, "--measure", "--json")
+    assert code == 0 and json.loads(out)["cluster"]["num_nodes"] == 2
+    assert "Measured on 2 nodes" in err and Path("cluster.yaml").exists()
+    assert one_rank.call_args.kwargs["assumed"] == find_instance("p4d.24xlarge", 2)
+
+
+def test_the_group_ends_where_measuring_fails(capsys, one_rank):
+    one_rank.side_effect = MiCSConfigError("no links")
+    code, out, err = run(capsys, "--measure", hardware=[])
+    assert (code, out, err) == (2, "", "mics: no links\n")
+    assert not torch.distributed.is_initialized()
+
+
+def test_formats_are_those_of_the_writer():
+    from lightning_mics.plan.write import FORMATS
+
+    assert cli._FORMATS == FORMATS
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_file_with_measured_links_is_not_replaced_by_accident(capsys):
+    Path("cluster.yaml").write_text("mine")
+    code, _, err = run(capsys, "--measure", hardware=[])
+    assert code == 2 and "cluster.yaml exists" in err and "--save-cluster" in err
+    assert Path("cluster.yaml").read_text() == "mine"
