@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,13 @@ import torch
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.text import parse_quantity
-from lightning_mics.topology import ShardSize, _check_positive_int
+from lightning_mics.precision import DTYPE_NAMES, supported_precision
+from lightning_mics.text import did_you_mean, parse_quantity
+from lightning_mics.topology import ShardSize, check_positive_int
 
 Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "16": torch.float16,
-    "float64": torch.float64,
+_DTYPES: dict[str, torch.dtype] = {
+    alias: getattr(torch, name) for name, aliases in DTYPE_NAMES.items() for alias in (name, *aliases)
 }
 _ENV_PREFIX = "MICS_"
 
@@ -81,9 +73,11 @@ class MiCSConfig:
     def __post_init__(self) -> None:
         self._check_shard_size()
         if self.node_size is not None:
-            _check_positive_int("node_size", self.node_size, 1)
+            check_positive_int("node_size", self.node_size, 1)
         if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":
-            raise MiCSConfigError(f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.")
+            raise MiCSConfigError(
+                f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.", setting="hierarchical"
+            )
         if self.cast_forward_inputs != "units":
             self._check_bool("cast_forward_inputs", "True, False or 'units'")
         for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify"):
@@ -96,22 +90,26 @@ class MiCSConfig:
         if self.shard_size == "auto" and self.cpu_offload:
             raise MiCSConfigError(
                 "shard_size='auto' plans the memory of devices, but cpu_offload=True keeps states in that of hosts. "
-                "Give a number or 'node' as shard_size, or use cpu_offload=False."
+                "Give a number or 'node' as shard_size, or use cpu_offload=False.",
+                setting="cpu_offload",
             )
 
     def _check_bool(self, name: str, works: str) -> None:
         if not isinstance(getattr(self, name), bool):
-            raise MiCSConfigError(f"{name}={getattr(self, name)!r} is not a switch. Values that work: {works}.")
+            raise MiCSConfigError(
+                f"{name}={getattr(self, name)!r} is not a switch. Values that work: {works}.", setting=name
+            )
 
     def _check_shard_size(self) -> None:
         if isinstance(self.shard_size, str):
             if self.shard_size not in ("node", "world", "auto"):
                 raise MiCSConfigError(
                     f"shard_size={self.shard_size!r} is not a known word. Values that work: a whole number such as 8, "
-                    "'node', 'world' or 'auto'."
+                    "'node', 'world' or 'auto'.",
+                    setting="shard_size",
                 )
             return
-        _check_positive_int("shard_size", self.shard_size, "node")
+        check_positive_int("shard_size", self.shard_size, "node")
 
     def _check_wrap(self) -> None:
         entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
@@ -124,7 +122,8 @@ class MiCSConfig:
                 return
         raise MiCSConfigError(
             f"wrap={self.wrap!r} is not usable. Values that work: 'auto', a module class, a class name, a list of "
-            "those, or a function that takes a module and returns True for a unit."
+            "those, or a function that takes a module and returns True for a unit.",
+            setting="wrap",
         )
 
     @classmethod
@@ -137,9 +136,8 @@ class MiCSConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"Known settings: {', '.join(known)}."
-                raise MiCSConfigError(f"Unknown MiCS setting {name!r}. {hint}")
+                hint = did_you_mean(str(name), known, f"Known settings: {', '.join(known)}.")
+                raise MiCSConfigError(f"Unknown MiCS setting {name!r}. {hint}", setting=str(name))
         return cls(**values)
 
     @classmethod
@@ -204,6 +202,25 @@ class MiCSConfig:
         """Returns a copy with some settings changed, checked anew."""
         return dataclasses.replace(self, **changes)
 
+    def with_precision(self, precision: str) -> MiCSConfig:
+        """Returns a copy with the gather dtype that a precision asks for; an explicit ``param_dtype`` wins.
+
+        With a mixed precision, parameters stay float32 in their shards and are gathered in 16 bits, half the bytes. The
+        ``"-true"`` precisions change the module itself. Gradients are reduced in ``reduce_dtype`` either way.
+
+        Args:
+            precision: Lightning's name, for example ``"bf16-mixed"``.
+
+        Raises:
+            MiCSConfigError: If the precision is not supported.
+        """
+        found = supported_precision(precision)
+        if not found.is_mixed or self.param_dtype is not None:
+            return self
+        # Autocast looks after inputs of the root; casting a whole batch would round its targets, too.
+        inputs: Literal["units"] | bool = "units" if self.cast_forward_inputs else False
+        return self.replace(param_dtype=found.param_dtype, cast_forward_inputs=inputs)
+
 
 def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:
     """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
@@ -224,7 +241,8 @@ def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torc
     dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None or not dtype.is_floating_point:
         raise MiCSConfigError(
-            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', 'float16'."
+            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', 'float16'.",
+            setting=name,
         )
     return dtype
 
@@ -243,6 +261,7 @@ def as_bytes(value: int | str, name: str = "memory_limit") -> int:
     if count is None or not 1 <= count < 2**63:
         raise MiCSConfigError(
             f"{name}={value!r} is not an amount of memory. Values that work: a number of bytes, or text such as "
-            "'36GiB'."
+            "'36GiB'.",
+            setting=name,
         )
     return int(count)

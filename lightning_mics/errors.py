@@ -7,7 +7,20 @@ from __future__ import annotations
 
 
 class MiCSError(Exception):
-    """Base class of every error that lightning-mics raises on purpose."""
+    """Base class of every error that lightning-mics raises on purpose.
+
+    Args:
+        message: What is wrong, and what would work.
+        setting: The field of :class:`~lightning_mics.MiCSConfig` (or of a front-end's settings) that it is about, so
+            that whoever read the value from a file can name the line.
+
+    Attributes:
+        setting: See above; ``None`` where the error is about no single setting.
+    """
+
+    def __init__(self, message: str = "", *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class MiCSConfigError(MiCSError, ValueError):

@@ -18,12 +18,13 @@ replication all-reduce is a ring over ``r`` replicas, in which each rank sends `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 
+from lightning_mics.text import format_bytes as format_bytes
+from lightning_mics.text import format_number as format_number
 from lightning_mics.topology import GroupLayout
 
 
@@ -170,21 +171,3 @@ class CommLedger:
             inside, outside = format_bytes(traffic.intra_bytes), format_bytes(traffic.inter_bytes)
             lines.append(f"{hop.value:<20}{traffic.calls:>8}{inside:>14}{outside:>14}")
         return "\n".join(lines)
-
-
-def format_bytes(count: float) -> str:
-    """Returns a byte count as people read it, for example ``'1.5 MiB'``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def format_number(value: float) -> str:
-    """Returns a number with about three digits and no exponent."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{digits}f}"
-    return text.rstrip("0").rstrip(".") if value == int(value) and "." in text else text

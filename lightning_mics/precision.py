@@ -1,90 +1,84 @@
-"""From Lightning's precision names to FSDP2's mixed precision policy, and loss scaling over shards."""
+"""The one table of precisions and dtypes, by every name they go by. Nothing here needs PyTorch."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-
-from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import did_you_mean
 
-SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
-_MIXED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# Every name of a floating-point dtype that settings may use, by PyTorch's own.
+DTYPE_NAMES: dict[str, tuple[str, ...]] = {
+    "float32": ("fp32", "32"),
+    "bfloat16": ("bf16",),
+    "float16": ("fp16", "16"),
+    "float64": (),
+}
 
 
-def check_precision(precision: str) -> None:
-    """Checks that a precision is one that MiCS can shard.
+@dataclass(frozen=True)
+class Precision:
+    """A way to compute, under Lightning's name.
+
+    Attributes:
+        name: Lightning's name.
+        accelerate: Accelerate's ``mixed_precision``; ``None`` where it has no such mode.
+        param_dtype: Dtype in which parameters are gathered and computed with.
+        state_dtype: Dtype of the parameters' shards where it is not the model's own.
+        aliases: Other names.
+    """
+
+    name: str
+    accelerate: str | None
+    param_dtype: str
+    state_dtype: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether parameters are gathered in another dtype than that of their shards."""
+        return self.name.endswith("-mixed")
+
+
+PRECISIONS: dict[str, Precision] = {
+    precision.name: precision
+    for precision in (
+        Precision("32-true", "no", "float32", aliases=("32", "fp32", "no")),
+        Precision("bf16-mixed", "bf16", "bfloat16", aliases=("bf16",)),
+        Precision("bf16-true", None, "bfloat16", "bfloat16"),
+        Precision("16-mixed", "fp16", "float16", aliases=("fp16",)),
+    )
+}
+# Accelerate's names, as its launch files and arguments take them.
+ACCELERATE_PRECISIONS: dict[str, Precision] = {
+    precision.accelerate: precision for precision in PRECISIONS.values() if precision.accelerate is not None
+}
+_ALIASES = {alias: precision for precision in PRECISIONS.values() for alias in precision.aliases}
+
+
+def supported_precision(name: str) -> Precision:
+    """Returns a precision by Lightning's name.
 
     Raises:
-        MiCSConfigError: If it is not.
+        MiCSConfigError: If MiCS cannot shard it.
     """
-    if precision not in SUPPORTED_PRECISIONS:
+    if name not in PRECISIONS:
         raise MiCSConfigError(
-            f"precision={precision!r} is not supported by MiCS. Values that work: {', '.join(SUPPORTED_PRECISIONS)}."
+            f"precision={name!r} is not supported by MiCS. Values that work: {', '.join(PRECISIONS)}.",
+            setting="precision",
         )
+    return PRECISIONS[name]
 
 
-def apply_precision(config: MiCSConfig, precision: str) -> MiCSConfig:
-    """Returns the config with the gather dtype that a precision asks for; an explicit ``param_dtype`` wins.
-
-    With a mixed precision, parameters stay float32 in their shards and are gathered in 16 bits, half the bytes. The
-    ``"-true"`` precisions change the module itself. Gradients are reduced in ``reduce_dtype`` either way.
+def find_precision(name: str) -> Precision:
+    """Returns a precision by any of its names.
 
     Raises:
-        MiCSConfigError: If the precision is not supported.
+        MiCSConfigError: If it is unknown; suggests the nearest known name.
     """
-    check_precision(precision)
-    dtype = _MIXED_DTYPES.get(precision)
-    if dtype is None or config.param_dtype is not None:
-        return config
-    # Autocast looks after inputs of the root; casting a whole batch would round its targets, too.
-    return config.replace(param_dtype=dtype, cast_forward_inputs="units" if config.cast_forward_inputs else False)
-
-
-class MiCSGradScaler(torch.amp.GradScaler):
-    """A gradient scaler whose decision to skip a step is that of all ranks.
-
-    Each rank sees only its shards; an overflow in one shard must skip the step everywhere.
-    """
-
-    def _unscale_grads_(
-        self,
-        optimizer: torch.optim.Optimizer,
-        inv_scale: torch.Tensor,
-        found_inf: torch.Tensor,
-        allow_fp16: bool,
-    ) -> dict[torch.device, torch.Tensor]:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    grad = param.grad._local_tensor if isinstance(param.grad, DTensor) else param.grad
-                    by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-        overflow = found_inf.clone()
-        for (device, _), grads in by_kind.items():
-            found = torch.zeros_like(overflow, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inv_scale.to(device))
-            overflow = torch.maximum(overflow, found.to(overflow.device))
-        dist.all_reduce(overflow, op=dist.ReduceOp.MAX)
-        return {overflow.device: overflow}
-
-
-def use_sharded_scaler(plugin: Any, device: Any = None) -> None:
-    """Replaces the scaler of a precision plugin or an Accelerator, if it has one, by one that all ranks share.
-
-    Args:
-        plugin: What holds a ``scaler``.
-        device: Where it scales; by default ``plugin.device``.
-    """
-    scaler = getattr(plugin, "scaler", None)
-    if scaler is not None and scaler.is_enabled() and not isinstance(scaler, MiCSGradScaler):
-        plugin.scaler = MiCSGradScaler(
-            device=torch.device(device or plugin.device).type,
-            init_scale=scaler.get_scale(),
-            growth_factor=scaler.get_growth_factor(),
-            backoff_factor=scaler.get_backoff_factor(),
-            growth_interval=scaler.get_growth_interval(),
-        )
+    found = PRECISIONS.get(name) or _ALIASES.get(name)
+    if found is None:
+        hint = did_you_mean(name, [*PRECISIONS, *_ALIASES])
+        works = f"Values that work: {', '.join(PRECISIONS)}."
+        raise MiCSConfigError(" ".join(filter(None, [f"precision={name!r} is unknown.", hint, works])))
+    return found

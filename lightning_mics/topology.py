@@ -14,16 +14,27 @@ from functools import cached_property
 from typing import Literal
 
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import listing
 
 ShardSize = int | Literal["node", "world", "auto"]
 Group = tuple[int, ...]
 
 
-def _check_positive_int(name: str, value: object, example: object) -> int:
+def check_positive_int(name: str, value: object, example: object) -> int:
+    """Returns a value that is a whole number from 1 up.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        example: One that works.
+
+    Raises:
+        MiCSConfigError: If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MiCSConfigError(f"{name}={value!r} is not a whole number. Try {name}={example!r}.")
+        raise MiCSConfigError(f"{name}={value!r} is not a whole number. Try {name}={example!r}.", setting=name)
     if value < 1:
-        raise MiCSConfigError(f"{name}={value} must be at least 1. Try {name}={example!r}.")
+        raise MiCSConfigError(f"{name}={value} must be at least 1. Try {name}={example!r}.", setting=name)
     return value
 
 
@@ -43,12 +54,13 @@ class ClusterTopology:
     node_size: int
 
     def __post_init__(self) -> None:
-        _check_positive_int("world_size", self.world_size, 8)
-        _check_positive_int("node_size", self.node_size, min(8, self.world_size))
+        check_positive_int("world_size", self.world_size, 8)
+        check_positive_int("node_size", self.node_size, min(8, self.world_size))
         if self.world_size % self.node_size:
             raise MiCSConfigError(
                 f"node_size={self.node_size} does not divide the world of {self.world_size} ranks: every node must "
-                f"hold the same number of ranks. Values that work: {_listing(divisors(self.world_size))}."
+                f"hold the same number of ranks. Values that work: {listing(divisors(self.world_size))}.",
+                setting="node_size",
             )
 
     @property
@@ -136,22 +148,27 @@ class ClusterTopology:
             return self.node_size
         if shard_size == "world":
             return self.world_size
-        works = f"Values that work on this cluster: {_listing(self.valid_shard_sizes())}, 'node' or 'world'."
+        works = f"Values that work on this cluster: {listing(self.valid_shard_sizes())}, 'node' or 'world'."
         if shard_size == "auto":
-            raise MiCSConfigError(f"shard_size='auto' needs a model, and there is none here. {works}")
+            raise MiCSConfigError(
+                f"shard_size='auto' needs a model, and there is none here. {works}", setting="shard_size"
+            )
         cluster = f"a world of {self.world_size} ranks ({self.num_nodes} x {self.node_size})"
         if isinstance(shard_size, bool) or not isinstance(shard_size, int):
-            raise MiCSConfigError(f"shard_size={shard_size!r} is neither a whole number nor a known word. {works}")
+            raise MiCSConfigError(
+                f"shard_size={shard_size!r} is neither a whole number nor a known word. {works}", setting="shard_size"
+            )
         if shard_size < 1:
-            raise MiCSConfigError(f"shard_size={shard_size} must be at least 1. {works}")
+            raise MiCSConfigError(f"shard_size={shard_size} must be at least 1. {works}", setting="shard_size")
         if shard_size > self.world_size:
-            raise MiCSConfigError(f"shard_size={shard_size} is larger than {cluster}. {works}")
+            raise MiCSConfigError(f"shard_size={shard_size} is larger than {cluster}. {works}", setting="shard_size")
         if self.world_size % shard_size:
-            raise MiCSConfigError(f"shard_size={shard_size} does not divide {cluster}. {works}")
+            raise MiCSConfigError(f"shard_size={shard_size} does not divide {cluster}. {works}", setting="shard_size")
         if shard_size not in self.valid_shard_sizes():
             raise MiCSConfigError(
                 f"shard_size={shard_size} makes partition groups straddle nodes unevenly in {cluster}: a partition "
-                f"must fit into a node or fill whole nodes. {works}"
+                f"must fit into a node or fill whole nodes. {works}",
+                setting="shard_size",
             )
         return shard_size
 
@@ -294,12 +311,6 @@ def _parse_node_sizes(text: str, world_size: int) -> list[int] | None:
 def _suggest_even_split(world_size: int, num_nodes: int) -> str:
     per_node = max(1, world_size // num_nodes)
     return f" (for example {per_node} on each of {num_nodes})"
-
-
-def _listing(values: Sequence[int]) -> str:
-    if len(values) > 16:
-        return ", ".join(map(str, values[:8])) + ", ..., " + ", ".join(map(str, values[-4:]))
-    return ", ".join(map(str, values))
 
 
 def _shorten(groups: Sequence[Group], limit: int = 4) -> str:

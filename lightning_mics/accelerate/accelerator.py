@@ -33,10 +33,11 @@ from torch.utils.data import DataLoader
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
-from lightning_mics.precision import apply_precision, use_sharded_scaler
+from lightning_mics.precision import ACCELERATE_PRECISIONS
 from lightning_mics.sharding import (
     ShardedParams,
     check_layout,
@@ -50,7 +51,6 @@ from lightning_mics.topology import ClusterTopology, GroupLayout
 if TYPE_CHECKING:
     from lightning_mics.auto import Sample
 
-_PRECISIONS = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _OTHER_ENGINES = ("fsdp_plugin", "deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin")
 
 
@@ -160,7 +160,7 @@ class MiCSAccelerator(Accelerator):
         for optimizer in optimizers:
             self._sharded.check(optimizer, model)
         assert self.mics_plugin.config is not None
-        config = apply_precision(self.mics_plugin.config, _PRECISIONS[self.mixed_precision])
+        config = self.mics_plugin.config.with_precision(ACCELERATE_PRECISIONS[self.mixed_precision].name)
         params = set(model.parameters())
         own = [entry for entry in optimizers if params.issuperset(p for g in entry.param_groups for p in g["params"])]
         with self._sharded.remember(model):
@@ -519,9 +519,9 @@ def _forget_lonely_state() -> None:
 
 def _check_mixed_precision(accelerator: Accelerator) -> None:
     precision = accelerator.mixed_precision
-    if precision not in _PRECISIONS:
+    if precision not in ACCELERATE_PRECISIONS:
         raise MiCSConfigError(
-            f"mixed_precision={precision!r} is not supported by MiCS. Values that work: {', '.join(_PRECISIONS)}."
+            f"mixed_precision={precision!r} is not supported by MiCS. Values that work: {', '.join(ACCELERATE_PRECISIONS)}."
         )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise MiCSConfigError("mixed_precision='fp16' needs a GPU. On CPUs, use 'bf16' or 'no'.")

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import yaml
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import ClusterTopology, GroupLayout, _check_positive_int, divisors
+from lightning_mics.topology import ClusterTopology, GroupLayout, check_positive_int, divisors
 
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -77,7 +77,7 @@ class LaunchSettings:
 
     def __post_init__(self) -> None:
         topology = launch_topology(self.num_processes, self.num_machines)
-        _check_positive_int("shard_size", self.shard_size, topology.node_size)
+        check_positive_int("shard_size", self.shard_size, topology.node_size)
         topology.layout(self.shard_size)
         self._check_machines()
         self._check_port()
@@ -137,8 +137,8 @@ def launch_topology(num_processes: int, num_machines: int = 1, node_size: int | 
     Raises:
         MiCSConfigError: If a number is wrong, or the processes cannot be spread evenly over the machines.
     """
-    _check_positive_int("num_processes", num_processes, 8)
-    _check_positive_int("num_machines", num_machines, 1)
+    check_positive_int("num_processes", num_processes, 8)
+    check_positive_int("num_machines", num_machines, 1)
     if num_processes % num_machines:
         raise MiCSConfigError(
             f"num_processes={num_processes} cannot be spread evenly over num_machines={num_machines}. "

@@ -17,6 +17,7 @@ from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+from torch.distributed.tensor import DTensor
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -89,6 +90,11 @@ def forget_dtensor_meshes() -> None:
 def queue_backward_callback(callback: Callable[[], None]) -> None:
     """Runs ``callback`` after the backward pass that is in progress, behind callbacks queued before it."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard of a DTensor, or a plain tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class UnitParam:

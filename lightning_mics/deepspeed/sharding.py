@@ -7,15 +7,15 @@ from typing import Any
 from lightning_mics.deepspeed.reader import Reader
 from lightning_mics.deepspeed.tables import AUTO, ZERO
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import ClusterTopology, _check_positive_int, divisors
+from lightning_mics.topology import ClusterTopology, check_positive_int, divisors
 
 
 def check_cluster(world_size: int | None, node_size: int | None) -> None:
     """Checks what is known about the cluster."""
     if world_size is not None:
-        _check_positive_int("world_size", world_size, 8)
+        check_positive_int("world_size", world_size, 8)
     if node_size is not None:
-        _check_positive_int("node_size", node_size, 8)
+        check_positive_int("node_size", node_size, 8)
     if world_size is not None and node_size is not None:
         ClusterTopology(world_size=world_size, node_size=node_size)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_mics.deepspeed.conversion import Conversion
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import ClusterTopology, _check_positive_int
+from lightning_mics.topology import ClusterTopology, check_positive_int
 
 # What Accelerate's launch file has no place for travels in variables.
 _BESIDE_THE_LAUNCH_FILE = ("hierarchical", "reduce_dtype")
@@ -20,10 +20,10 @@ def node_size_of(world_size: int | None, num_machines: int | None) -> int | None
     """
     if num_machines is None:
         return None
-    _check_positive_int("num_machines", num_machines, 2)
+    check_positive_int("num_machines", num_machines, 2)
     if world_size is None:
         raise MiCSConfigError(f"--num-machines {num_machines} needs the number of ranks, too. Add --world-size 16.")
-    _check_positive_int("world_size", world_size, 8)
+    check_positive_int("world_size", world_size, 8)
     if world_size % num_machines:
         below = max(1, world_size // num_machines) * num_machines
         raise MiCSConfigError(

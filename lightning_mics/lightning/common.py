@@ -19,7 +19,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError, MiCSError
-from lightning_mics.precision import check_precision
+from lightning_mics.precision import supported_precision
 from lightning_mics.sharding import check_layout
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
@@ -75,7 +75,7 @@ def check_precision_plugin(plugin: Any) -> None:
     Raises:
         MiCSConfigError: If it is not.
     """
-    check_precision(str(plugin.precision))
+    supported_precision(str(plugin.precision))
     if type(plugin).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel")):
         raise MiCSConfigError(
             f"{type(plugin).__name__} belongs to another strategy. Use precision={plugin.precision!r} instead."

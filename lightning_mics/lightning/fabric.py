@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.metrics import CommLedger
-from lightning_mics.precision import apply_precision, use_sharded_scaler
 from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of
 from lightning_mics.topology import GroupLayout, ShardSize
 
@@ -187,7 +187,7 @@ class MiCSStrategy(ParallelStrategy):
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shards a module in place and points its optimizers, created before, to the shards."""
-        config = apply_precision(self.config, str(self.precision.precision))
+        config = self.config.with_precision(str(self.precision.precision))
         mics_shard(
             module,
             config,

@@ -31,11 +31,11 @@ from torch.optim import Optimizer
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Wrap, build_config
 from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.metrics import CommLedger
-from lightning_mics.precision import apply_precision, use_sharded_scaler
 from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
 from lightning_mics.topology import GroupLayout, ShardSize
 
@@ -235,7 +235,7 @@ class MiCSStrategy(ParallelStrategy):
         if self._layer_sync is not None:
             common.check_sync_batchnorm(self.root_device)
             self._layer_sync.apply(module)
-        config = apply_precision(self.config, str(self.precision_plugin.precision))
+        config = self.config.with_precision(str(self.precision_plugin.precision))
         entries = [] if module.automatic_optimization else _manual_entries(module)
         is_auto = config.shard_size == "auto"
         with _logging_off(module) if is_auto else nullcontext():

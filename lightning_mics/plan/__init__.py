@@ -18,7 +18,7 @@ from lightning_mics.plan.profile import Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.search import Choices, Misfit, Planning, search
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Event, StepTime
-from lightning_mics.topology import ShardSize, _check_positive_int
+from lightning_mics.topology import ShardSize, check_positive_int
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,7 @@ def plan(
     if hierarchical is not None and not isinstance(hierarchical, bool):
         raise MiCSConfigError(f"hierarchical={hierarchical!r} is not one of None, True, False.")
     if sequence_length is not None:
-        _check_positive_int("sequence_length", sequence_length, 1024)
+        check_positive_int("sequence_length", sequence_length, 1024)
     choices = Choices(
         batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
         shard_sizes=None if shard_size is None else [shard_size],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import _check_positive_int, divisors
+from lightning_mics.topology import check_positive_int, divisors
 
 # Larger micro-batches than this are not tried: they gain nothing where they fit.
 _LARGEST_MICRO_BATCH = 256
@@ -31,7 +31,7 @@ def divide_batch(
     given = {"global_batch": global_batch, "micro_batch": micro_batch, "accumulation": accumulation}
     for name, value in given.items():
         if value is not None:
-            _check_positive_int(name, value, 8)
+            check_positive_int(name, value, 8)
     if global_batch is None:
         return [(micro_batch or 1, accumulation or DEFAULT_ACCUMULATION)]
     if micro_batch is not None and accumulation is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import _check_positive_int
+from lightning_mics.topology import check_positive_int
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,14 +148,14 @@ def _check(options: argparse.Namespace) -> None:
         )
     for name in ("nodes", "top"):
         if getattr(options, name) is not None:
-            _check_positive_int(f"--{name}", getattr(options, name), 2)
+            check_positive_int(f"--{name}", getattr(options, name), 2)
     if options.save_cluster is not None and not options.measure:
         raise MiCSConfigError("--save-cluster writes what --measure finds. Add --measure, or leave it out.")
     if options.events and options.json is None:
         raise MiCSConfigError("--events adds to the JSON. Add --json, or leave it out.")
     for name in ("global_batch", "micro_batch", "accumulation", "sequence"):
         if getattr(options, name) is not None:
-            _check_positive_int(f"--{name.replace('_', '-')}", getattr(options, name), 8)
+            check_positive_int(f"--{name.replace('_', '-')}", getattr(options, name), 8)
     _check_outputs(options)
 
 

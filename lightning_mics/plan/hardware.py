@@ -17,7 +17,7 @@ import yaml
 
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import parse_quantity
-from lightning_mics.topology import ClusterTopology, _check_positive_int
+from lightning_mics.topology import ClusterTopology, check_positive_int
 
 _SECTIONS = ("accelerators", "networks", "fabrics", "instances")
 _CATALOGUE = "catalogue.yaml"
@@ -123,7 +123,7 @@ class Cluster:
     num_nodes: int
 
     def __post_init__(self) -> None:
-        _check_positive_int("num_nodes", self.num_nodes, 2)
+        check_positive_int("num_nodes", self.num_nodes, 2)
 
     @property
     def world_size(self) -> int:
@@ -341,7 +341,7 @@ class _Reader:
 
     def _count(self, key: str, value: object, example: int) -> int:
         try:
-            return _check_positive_int(key, value, example)
+            return check_positive_int(key, value, example)
         except MiCSConfigError as error:
             raise self._error(str(error)) from None
 

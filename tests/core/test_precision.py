@@ -9,7 +9,8 @@ from models import WIDTH, build, loss_of, microbatch, regression_loss
 from torch import Tensor, nn
 
 from lightning_mics import Hop, MiCSConfig, MiCSConfigError, communication_ledger, mics_shard
-from lightning_mics.precision import SUPPORTED_PRECISIONS, MiCSGradScaler, apply_precision
+from lightning_mics.core.loss_scaling import MiCSGradScaler
+from lightning_mics.precision import PRECISIONS
 from lightning_mics.testing import WorkerPool
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)
@@ -81,16 +82,16 @@ def test_inputs_and_outputs_are_cast_as_asked(pool: WorkerPool) -> None:
 
 
 def test_lightnings_precisions_become_gather_dtypes() -> None:
-    assert apply_precision(MiCSConfig(), "bf16-mixed").param_dtype is torch.bfloat16
-    assert apply_precision(MiCSConfig(), "16-mixed").param_dtype is torch.float16
-    assert apply_precision(MiCSConfig(param_dtype="bfloat16"), "16-mixed").param_dtype is torch.bfloat16
+    assert MiCSConfig().with_precision("bf16-mixed").param_dtype is torch.bfloat16
+    assert MiCSConfig().with_precision("16-mixed").param_dtype is torch.float16
+    assert MiCSConfig(param_dtype="bfloat16").with_precision("16-mixed").param_dtype is torch.bfloat16
     for precision in ("32-true", "bf16-true"):
-        assert apply_precision(MiCSConfig(), precision) == MiCSConfig()
-    assert all(apply_precision(MiCSConfig(), p).reduce_dtype is torch.float32 for p in SUPPORTED_PRECISIONS)
+        assert MiCSConfig().with_precision(precision) == MiCSConfig()
+    assert all(MiCSConfig().with_precision(p).reduce_dtype is torch.float32 for p in PRECISIONS)
     with pytest.raises(
         MiCSConfigError, match=r"precision='64-true' is not supported by MiCS. Values that work: 32-true"
     ):
-        apply_precision(MiCSConfig(), "64-true")
+        MiCSConfig().with_precision("64-true")
 
 
 def overflow_on_one_rank() -> tuple[float, bool]:
