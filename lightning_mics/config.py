@@ -241,7 +241,8 @@ def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torc
     dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None or not dtype.is_floating_point:
         raise MiCSConfigError(
-            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', 'float16'.",
+            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', "
+            "'float16'.",
             setting=name,
         )
     return dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -47,6 +46,7 @@ from lightning_mics.core.collectives import (
 )
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.window import ReplicationSync, attach_sync, reshard
+from lightning_mics.core.log import inform
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.mesh import (
     MiCSMesh,
@@ -240,8 +240,7 @@ def _decide(
     from lightning_mics.auto.resources import Usage
 
     choice = choose_shard_size(model, config, topology, device_type=device_type, optimizers=optimizers, sample=sample)
-    if dist.get_rank() == 0:
-        print(f"lightning-mics: {choice}", file=sys.stderr, flush=True)
+    inform(str(choice))
     return choice, MemoryCheck(choice, Usage(model, communication_device(device_type)))
 
 

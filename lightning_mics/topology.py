@@ -148,28 +148,27 @@ class ClusterTopology:
             return self.node_size
         if shard_size == "world":
             return self.world_size
-        works = f"Values that work on this cluster: {listing(self.valid_shard_sizes())}, 'node' or 'world'."
-        if shard_size == "auto":
-            raise MiCSConfigError(
-                f"shard_size='auto' needs a model, and there is none here. {works}", setting="shard_size"
-            )
         cluster = f"a world of {self.world_size} ranks ({self.num_nodes} x {self.node_size})"
-        if isinstance(shard_size, bool) or not isinstance(shard_size, int):
-            raise MiCSConfigError(
-                f"shard_size={shard_size!r} is neither a whole number nor a known word. {works}", setting="shard_size"
+        problem = None
+        if shard_size == "auto":
+            problem = "needs a model, and there is none here"
+        elif isinstance(shard_size, bool) or not isinstance(shard_size, int):
+            problem = "is neither a whole number nor a known word"
+        elif shard_size < 1:
+            problem = "must be at least 1"
+        elif shard_size > self.world_size:
+            problem = f"is larger than {cluster}"
+        elif self.world_size % shard_size:
+            problem = f"does not divide {cluster}"
+        elif shard_size not in self.valid_shard_sizes():
+            problem = (
+                f"makes partition groups straddle nodes unevenly in {cluster}: a partition must fit into a node or "
+                "fill whole nodes"
             )
-        if shard_size < 1:
-            raise MiCSConfigError(f"shard_size={shard_size} must be at least 1. {works}", setting="shard_size")
-        if shard_size > self.world_size:
-            raise MiCSConfigError(f"shard_size={shard_size} is larger than {cluster}. {works}", setting="shard_size")
-        if self.world_size % shard_size:
-            raise MiCSConfigError(f"shard_size={shard_size} does not divide {cluster}. {works}", setting="shard_size")
-        if shard_size not in self.valid_shard_sizes():
-            raise MiCSConfigError(
-                f"shard_size={shard_size} makes partition groups straddle nodes unevenly in {cluster}: a partition "
-                f"must fit into a node or fill whole nodes. {works}",
-                setting="shard_size",
-            )
+        if problem is not None:
+            works = f"Values that work on this cluster: {listing(self.valid_shard_sizes())}, 'node' or 'world'."
+            raise MiCSConfigError(f"shard_size={shard_size!r} {problem}. {works}", setting="shard_size")
+        assert isinstance(shard_size, int)
         return shard_size
 
     def layout(self, shard_size: ShardSize = "node") -> GroupLayout:

@@ -521,7 +521,8 @@ def _check_mixed_precision(accelerator: Accelerator) -> None:
     precision = accelerator.mixed_precision
     if precision not in ACCELERATE_PRECISIONS:
         raise MiCSConfigError(
-            f"mixed_precision={precision!r} is not supported by MiCS. Values that work: {', '.join(ACCELERATE_PRECISIONS)}."
+            f"mixed_precision={precision!r} is not supported by MiCS. Values that work: "
+            f"{', '.join(ACCELERATE_PRECISIONS)}."
         )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise MiCSConfigError("mixed_precision='fp16' needs a GPU. On CPUs, use 'bf16' or 'no'.")

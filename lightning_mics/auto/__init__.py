@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import socket
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics.auto.resources import Usage, bytes_on, device_memory, free_host_memory
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import communication_device, require_agreement
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import format_bytes
@@ -482,8 +482,8 @@ class MemoryCheck:
         most = torch.tensor(-1 if peak is None else peak, device=self._usage.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         text = compare(self._choice, int(most), self._usage.device.type) if int(most) >= 0 else ""
-        if text and dist.get_rank() == 0:
-            print(f"lightning-mics: {text}", file=sys.stderr, flush=True)
+        if text:
+            inform(text)
         return True
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lightning_mics.core.collectives import (
     HierarchicalAllGather,
     HierarchicalReduceScatter,
 )
+from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import MiCSMesh, communication_device
 from lightning_mics.metrics import format_bytes
 
@@ -78,8 +78,7 @@ def choose_stages(mesh: MiCSMesh, message_bytes: Sequence[int]) -> list[bool]:
     classes = [_size_class(count) for count in message_bytes]
     for size in sorted({size for size in classes if size <= largest} - mesh.timings.keys()):
         mesh.timings[size] = _measure(mesh, size)
-        if dist.get_rank() == 0:
-            print(f"lightning-mics: hierarchical='auto' measured {mesh.timings[size]}", file=sys.stderr, flush=True)
+        inform(f"hierarchical='auto' measured {mesh.timings[size]}")
     return [size > largest or mesh.timings[size].prefers_two_stages for size in classes]
 
 
