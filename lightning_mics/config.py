@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from lightning_mics._moved import open_door
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.precision import DTYPE_NAMES, supported_precision
 from lightning_mics.text import did_you_mean, parse_quantity
@@ -194,9 +195,8 @@ class MiCSConfig:
         Raises:
             MiCSConfigError: If the file cannot be read, or a value in it is wrong.
         """
-        from lightning_mics.deepspeed import convert_deepspeed
-
-        return convert_deepspeed(source).config
+        config: MiCSConfig = open_door("MiCSConfig.from_deepspeed")(source).config
+        return config
 
     def replace(self, **changes: Any) -> MiCSConfig:
         """Returns a copy with some settings changed, checked anew."""
