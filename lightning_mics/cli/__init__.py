@@ -235,6 +235,3 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[ar
     "plan": ("predict memory, time and traffic of training a model, and rank what fits", _configure_plan),
     "bench": ("emulate a cluster with slow links on this machine; compare training on it", _configure_bench),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())
