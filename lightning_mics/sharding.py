@@ -237,7 +237,7 @@ def _decide(
     """Decides what ``shard_size="auto"`` leaves open, and says so; prepares to see how true it comes."""
     # Planning needs PyTorch's tracers, which other settings do without.
     from lightning_mics.auto import MemoryCheck, choose_shard_size
-    from lightning_mics.auto.resources import Usage
+    from lightning_mics.core.resources import Usage
 
     choice = choose_shard_size(model, config, topology, device_type=device_type, optimizers=optimizers, sample=sample)
     inform(str(choice))

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
-from lightning_mics.auto.resources import ResidentMemory
+from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import format_bytes
 from lightning_mics.plan import Candidate, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node

@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mics.auto.resources import Usage, bytes_on, device_memory, free_host_memory
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core._torch import tree_leaves, tree_map_only
 from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import communication_device, require_agreement
+from lightning_mics.core.resources import Usage, bytes_on, device_memory, free_host_memory
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import format_bytes
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics.auto.resources import ResidentMemory
 from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import StepClock, timed_hops
 from lightning_mics.bench.records import Case, Contender, Record, append
 from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.core.mesh import destroy_groups
+from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import Hop
 
 

@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.config import Wrap, as_dtype
+from lightning_mics.core._torch import tree_leaves, tree_map_only
 from lightning_mics.core.units import Unit as UnitModules
 from lightning_mics.core.units import backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.errors import MiCSConfigError

@@ -21,10 +21,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mics.auto.resources import device_memory, free_host_memory
 from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core.collectives import FlatAllGather, FlatReduceScatter
 from lightning_mics.core.mesh import MiCSMesh, build_mesh, communication_device, detect_topology
+from lightning_mics.core.resources import device_memory, free_host_memory
+from lightning_mics.core.timing import across_ranks, timed
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_accelerator
 from lightning_mics.topology import ClusterTopology
@@ -251,28 +252,11 @@ def _time(call: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds of one call: the median over rounds of what the slowest rank takes."""
     call()  # makes connections
     # All ranks know the slowest one's time, and so go on alike.
-    first = _slowest([_seconds(call, 1, device)], device)[0]
+    first = across_ranks([timed(call, device)], device)[0]
     count = max(1, min(_MOST_CALLS, round(_ROUND_SECONDS / first)))
     rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(_LONGEST_SECONDS / first)))
-    _seconds(call, count, device)  # takes what a link lets pass above its rate, which comes back while ranks talk
-    return statistics.median(_slowest([_seconds(call, count, device) for _ in range(rounds)], device))
-
-
-def _seconds(call: Callable[[], object], count: int, device: torch.device) -> float:
-    """Returns the seconds of one of ``count`` calls back to back, begun by all ranks at the same time."""
-    synchronize = torch.get_device_module(device.type).synchronize
-    dist.barrier()
-    synchronize()
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - begin) / count
-
-
-def _slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
-    """Returns the largest value of any rank, for each of the values."""
-    return [max(ranks) for ranks in zip(*_everywhere(seconds, device), strict=True)]
+    timed(call, device, count)  # takes what a link lets pass above its rate, which comes back while ranks talk
+    return statistics.median(across_ranks([timed(call, device, count) for _ in range(rounds)], device))
 
 
 # Compute and memory.
@@ -290,7 +274,7 @@ def _measure_accelerator(
     peaks = dict(known.peak_flops) if known is not None else {dtype: max(product, achieved)}
     return Accelerator(
         name=name,
-        memory=int(min(row[0] for row in _everywhere([memory], device))),
+        memory=int(across_ranks([memory], device, dist.ReduceOp.MIN)[0]),
         peak_flops=peaks,
         memory_bandwidth=_copy_rate(device),
         compute_efficiency=min(1.0, achieved / peaks.get(dtype, max(product, achieved))),
@@ -351,12 +335,4 @@ def _time_compute(call: Callable[[], object], device: torch.device) -> float:
         call()
         synchronize()
         count += 1
-    return max(row[0] for row in _everywhere([(time.perf_counter() - begin) / count], device))
-
-
-def _everywhere(values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """Returns the values of each rank, the same to the last bit on all of them."""
-    rows = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64, device=device)
-    rows[dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(rows)
-    return rows.tolist()
+    return across_ranks([(time.perf_counter() - begin) / count], device)[0]

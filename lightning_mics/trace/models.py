@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_mics.core._torch import tree_leaves
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.profile import DEFAULT_LENGTH
 

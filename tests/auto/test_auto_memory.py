@@ -17,8 +17,8 @@ from lightning_mics.accelerate.launch_file import (
 )
 from lightning_mics.accelerate.plugin import launched_settings
 from lightning_mics.auto import AutoChoice, Sample, compare
-from lightning_mics.auto.resources import ResidentMemory, bytes_on, device_memory, free_host_memory
 from lightning_mics.cli import main
+from lightning_mics.core.resources import ResidentMemory, bytes_on, device_memory, free_host_memory
 from lightning_mics.plan import MemoryBreakdown
 
 GIB = 2**30
