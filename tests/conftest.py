@@ -9,6 +9,7 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
+from script_tools import HEAVY
 
 from lightning_mics.testing import WorkerPool, get_pool
 
@@ -35,5 +36,11 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
-    with get_pool(preload=("lightning.pytorch", "transformers")) as pool:
+    with get_pool(preload=HEAVY) as pool:
         yield pool
+
+
+@pytest.fixture(params=["forked", pytest.param("real", marks=pytest.mark.campaign)])
+def real(request: pytest.FixtureRequest) -> bool:
+    """Whether a script is started by a real launcher and in fresh interpreters, or in processes that are forked."""
+    return bool(request.param == "real")

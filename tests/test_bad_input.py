@@ -50,7 +50,15 @@ SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "told"), SETTINGS, ids=[str(settings) for settings, _ in SETTINGS])
+def name_of(settings: dict[str, Any]) -> str:
+    """Names a case by its settings; a function's text holds an address, which differs between processes."""
+    named = {
+        key: [each.__name__ for each in value] if isinstance(value, list) else value for key, value in settings.items()
+    }
+    return str(named)
+
+
+@pytest.mark.parametrize(("settings", "told"), SETTINGS, ids=[name_of(settings) for settings, _ in SETTINGS])
 def test_a_wrong_setting_is_named_with_one_that_works(
     pool: WorkerPool, settings: dict[str, Any], told: list[str]
 ) -> None:
@@ -90,7 +98,7 @@ def without_collectives(settings: dict[str, Any]) -> list[str]:
     return called
 
 
-@pytest.mark.parametrize("settings", [settings for settings, _ in SETTINGS], ids=str)
+@pytest.mark.parametrize("settings", [settings for settings, _ in SETTINGS], ids=name_of)
 def test_the_error_comes_before_any_collective(pool: WorkerPool, settings: dict[str, Any]) -> None:
     assert pool.run(without_collectives, settings, world_size=WORLD) == [[]] * WORLD
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from script_tools import LAUNCH, run_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GUESS = math.log(256)  # the loss of a uniform guess among bytes
@@ -19,19 +20,8 @@ ACCELERATE = EXAMPLES / "accelerate"
 ONE_REPLICA = ["--num_processes", 2, "--parallelism_config_dp_replicate_size", 1]  # instead of two on four processes
 
 
-def run(folder: Path, *command: object, expected_remark: str | None = None) -> str:
-    """Runs a command in an empty folder; returns what it printed, which must hold no remark but an expected one."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as if the environment were activated
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(folder),  # torchrun leaves its logs there
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
+def screen_of(done: subprocess.CompletedProcess[str], expected_remark: str | None = None) -> str:
+    """Returns what a program printed, which must have succeeded and hold no remark but an expected one."""
     screen = done.stdout + done.stderr
     assert done.returncode == 0, screen[-6000:]
     # Python and Lightning begin a warning with the file and the line; others say what it is.
@@ -41,30 +31,33 @@ def run(folder: Path, *command: object, expected_remark: str | None = None) -> s
     return done.stdout
 
 
+def lightning(folder: Path, *words: object, real: bool, expected_remark: str | None = None) -> str:
+    return screen_of(run_python(folder, *words, ranks=2, real=real), expected_remark)
+
+
 def losses(screen: str) -> list[float]:
     return [float(number) for number in re.findall(r"loss ([\d.]+)", screen)]
 
 
-def test_trainer_gpt2_and_its_resumption(tmp_path: Path) -> None:
+def test_trainer_gpt2_and_its_resumption(tmp_path: Path, real: bool) -> None:
     script = EXAMPLES / "trainer_gpt2.py"
-    first = run(tmp_path, sys.executable, script, *CPU, "--node-size", 1, "--steps", 4)
+    first = lightning(tmp_path, script, *CPU, "--node-size", 1, "--steps", 4, real=real)
     assert (tmp_path / "runs" / "gpt2" / "last.ckpt").is_dir()
     assert "1 replica(s) x 2 shard(s)" in first
     resumed = [*CPU, "--shard-size", 1, "--steps", 8, "--ckpt-path", "runs/gpt2/last.ckpt"]
     # Lightning says so wherever a run ends in the middle of an epoch.
-    second = run(tmp_path, sys.executable, script, *resumed, expected_remark="your dataloader is not resumable")
+    second = lightning(tmp_path, script, *resumed, real=real, expected_remark="your dataloader is not resumable")
     assert losses(second)[-1] < losses(first)[-1] < GUESS
 
 
 @pytest.mark.slow
-def test_trainer_bert_is_better_than_chance(tmp_path: Path) -> None:
-    screen = run(tmp_path, sys.executable, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 20)
-    accuracy = float(re.search(r"accuracy on held-out files ([\d.]+)", screen)[1])
-    assert accuracy > 0.5  # chance is 0.25
+def test_trainer_bert_is_better_than_chance(tmp_path: Path, real: bool) -> None:
+    screen = lightning(tmp_path, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 20, real=real)
+    assert accuracy(screen) > 0.5  # chance is 0.25
 
 
-def test_fabric_gpt2(tmp_path: Path) -> None:
-    screen = run(tmp_path, sys.executable, EXAMPLES / "fabric_gpt2.py", *CPU, "--steps", 10)
+def test_fabric_gpt2(tmp_path: Path, real: bool) -> None:
+    screen = lightning(tmp_path, EXAMPLES / "fabric_gpt2.py", *CPU, "--steps", 10, real=real)
     first, last = losses(screen)[0], losses(screen)[-1]
     assert last < first
     assert (tmp_path / "runs" / "fabric.ckpt").is_dir()
@@ -72,8 +65,18 @@ def test_fabric_gpt2(tmp_path: Path) -> None:
 
 def test_pytorch_loop(tmp_path: Path) -> None:
     # Port 0 lets torchrun choose a free one, which only a single node can do.
-    torchrun = ["env", "NODES=1", "GPUS=4", "HEAD=localhost", "PORT=0", EXAMPLES / "launch" / "torchrun.sh"]
-    screen = run(tmp_path, *torchrun, EXAMPLES / "pytorch_loop.py", "--node-size", 2, "--steps", 10)
+    cluster = {"NODES": "1", "GPUS": "4", "HEAD": "localhost", "PORT": "0"}
+    environment = {
+        **os.environ,
+        **cluster,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as if the environment were activated
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(tmp_path),  # torchrun leaves its logs there
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [EXAMPLES / "launch" / "torchrun.sh", EXAMPLES / "pytorch_loop.py", "--node-size", "2", "--steps", "10"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    screen = screen_of(done)
     first, last = losses(screen)
     assert last < first
     assert (tmp_path / "runs" / "loop").is_dir()
@@ -82,12 +85,12 @@ def test_pytorch_loop(tmp_path: Path) -> None:
 def test_lightning_cli(tmp_path: Path) -> None:
     config = EXAMPLES / "cli_gpt2.yaml"
     small = ["--trainer.devices", "2", "--trainer.max_steps", "4", "--trainer.strategy.init_args.node_size", "1"]
-    screen = run(tmp_path, sys.executable, EXAMPLES / "cli_gpt2.py", "fit", "--config", config, *small)
+    screen = lightning(tmp_path, EXAMPLES / "cli_gpt2.py", "fit", "--config", config, *small, real=True)
     assert losses(screen)[-1] < GUESS
 
 
-def accelerate(folder: Path, *command: object) -> str:
-    return run(folder, "accelerate", "launch", "--config_file", ACCELERATE / "mics.yaml", *command)
+def accelerate(folder: Path, *command: object, real: bool) -> str:
+    return screen_of(run_python(folder, *LAUNCH, ACCELERATE / "mics.yaml", *command, real=real))
 
 
 def accuracy(screen: str) -> float:
@@ -100,11 +103,11 @@ def calls(screen: str, hop: str) -> int:
 
 
 @pytest.mark.slow
-def test_accelerate_bert(tmp_path: Path) -> None:
+def test_accelerate_bert(tmp_path: Path, real: bool) -> None:
     from transformers import AutoModelForSequenceClassification
 
     small = ["--steps", 8, "--accumulate", 2, "--folder", "bert"]
-    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "bert_classification.py", *small)
+    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "bert_classification.py", *small, real=real)
     assert "1 replica(s) x 2 shard(s)" in screen
     assert accuracy(screen) > 0.4  # chance is 0.25
     assert calls(screen, "partition reduce") == 8 * 2 * 8 and calls(screen, "replication reduce") == 0
@@ -112,11 +115,11 @@ def test_accelerate_bert(tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert" / "model")
 
 
-def test_accelerate_gpt2_by_the_runner(tmp_path: Path) -> None:
+def test_accelerate_gpt2_by_the_runner(tmp_path: Path, real: bool) -> None:
     from transformers import GPT2LMHeadModel
 
     script = [ACCELERATE / "gpt2_pretraining.py", "--epochs", 1, "--batch-size", 16, "--folder", "gpt2"]
-    screen = accelerate(tmp_path, "-m", "lightning_mics.run", "--report", "report.json", *script)
+    screen = accelerate(tmp_path, "-m", "lightning_mics.run", "--report", "report.json", *script, real=real)
     assert "the script runs under MiCS (shard_size=2)" in screen and "2 replica(s) x 2 shard(s)" in screen
     assert losses(screen)[-1] < GUESS
     (units,) = json.loads((tmp_path / "report.json").read_text())
@@ -126,20 +129,20 @@ def test_accelerate_gpt2_by_the_runner(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate_trainer_bert(tmp_path: Path) -> None:
+def test_accelerate_trainer_bert(tmp_path: Path, real: bool) -> None:
     from transformers import AutoModelForSequenceClassification
 
     small = ["--steps", 8, "--accumulate", 2, "--folder", "bert"]
-    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "trainer_bert.py", *small)
+    screen = accelerate(tmp_path, *ONE_REPLICA, ACCELERATE / "trainer_bert.py", *small, real=real)
     assert "1 replica(s) x 2 shard(s)" in screen
     assert accuracy(screen) > 0.4  # chance is 0.25
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert" / "model")
 
 
-def test_accelerate_lora(tmp_path: Path) -> None:
+def test_accelerate_lora(tmp_path: Path, real: bool) -> None:
     from peft import PeftConfig
 
-    screen = accelerate(tmp_path, ACCELERATE / "lora_gpt2.py", "--steps", 6, "--folder", "lora")
+    screen = accelerate(tmp_path, ACCELERATE / "lora_gpt2.py", "--steps", 6, "--folder", "lora", real=real)
     first, last = losses(screen)
     assert last < first
     share = float(re.search(r"([\d.]+)% of the parameters are trained", screen)[1])

@@ -5,39 +5,30 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script_tools import LAUNCH, run_python
 
 from lightning_mics.accelerate.launch_file import LaunchSettings, write_launch_file
 
 SCRIPTS = Path(__file__).parents[0] / "scripts"
+PATH = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def launch(
-    folder: Path, *script: str, settings: dict[str, Any] | None = None, arguments: tuple[str, ...] = ()
+    folder: Path,
+    *script: str,
+    settings: dict[str, Any] | None = None,
+    arguments: tuple[str, ...] = (),
+    real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script in ``folder`` on four CPU processes, by a file that ``mics config`` writes."""
     config = write_launch_file(
         folder / "mics.yaml", LaunchSettings(**{"shard_size": 2, "num_processes": 4, "cpu": True, **(settings or {})})
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return subprocess.run(
-        [*command, *arguments, *script],
-        cwd=folder,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TMPDIR": str(folder),
-            "PYTHONPATH": str(SCRIPTS),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_python(folder, *LAUNCH, config, *arguments, *script, environment=PATH, real=real, timeout=120)
 
 
 def run(folder: Path, *script: str, **options: Any) -> tuple[str, list[dict[str, int]]]:
@@ -51,7 +42,7 @@ def run(folder: Path, *script: str, **options: Any) -> tuple[str, list[dict[str,
 def test_an_accelerate_script(tmp_path: Path) -> None:
     from transformers import BertForSequenceClassification
 
-    screen, units = run(tmp_path, str(SCRIPTS / "accelerate_script.py"), "--output_dir", "saved")
+    screen, units = run(tmp_path, str(SCRIPTS / "accelerate_script.py"), "--output_dir", "saved", real=True)
     assert screen.count("the script runs under MiCS (shard_size=2)") == 1
     assert "2 replica(s) x 2 shard(s)" in screen and "epoch 1: " in screen
     assert "4 partition reduce-scatter(s) for each all-reduce between replicas" in screen
@@ -64,22 +55,22 @@ def test_an_accelerate_script(tmp_path: Path) -> None:
 TRAINER = ("--output_dir", "out", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")
 
 
-def test_a_trainer_script_and_its_resumption_on_another_shard_size(tmp_path: Path) -> None:
+def test_a_trainer_script_and_its_resumption_on_another_shard_size(tmp_path: Path, real: bool) -> None:
     script = str(SCRIPTS / "trainer_script.py")
     options = (*TRAINER, "--max_steps", "4", "--save_steps", "2", "--report_to", "none")
-    screen, units = run(tmp_path, script, *options)
+    screen, units = run(tmp_path, script, *options, real=real)
     assert screen.count("the script runs under MiCS") == 1 and "eval_loss" in screen
     assert all((unit["PARTITION_REDUCE"], unit["REPLICATION_REDUCE"]) == (16, 4) for unit in units)
     other = tmp_path / "other"
     other.mkdir()
     resume = ("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2"))
-    _, units = run(other, script, *options, *resume, settings={"shard_size": 4})
+    _, units = run(other, script, *options, *resume, settings={"shard_size": 4}, real=real)
     assert all((unit["PARTITION_REDUCE"], unit["REPLICATION_REDUCE"]) == (8, 0) for unit in units)
 
 
-def test_a_module_by_name(tmp_path: Path) -> None:
+def test_a_module_by_name(tmp_path: Path, real: bool) -> None:
     options = (*TRAINER, "--max_steps", "1", "--save_strategy", "no", "--report_to", "none")
-    assert "eval_loss" in run(tmp_path, "-m", "trainer_script", *options)[0]
+    assert "eval_loss" in run(tmp_path, "-m", "trainer_script", *options, real=real)[0]
 
 
 @pytest.mark.parametrize("script", [("-m", "lightning_mics.run"), ()], ids=["runner", "own script"])
@@ -96,15 +87,9 @@ def test_lines_that_accelerate_drops_are_refused(tmp_path: Path) -> None:
     write = LaunchSettings(shard_size=2, num_processes=4, cpu=True)
     file = write_launch_file(tmp_path / "typo.yaml", write)
     file.write_text(file.read_text().replace("fsdp_config:", "fsdp_config:\n  mics_hierarchical: false"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "typo.yaml"]
-    done = subprocess.run(
-        [*command, "-m", "lightning_mics.run", str(SCRIPTS / "accelerate_script.py")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    script = str(SCRIPTS / "accelerate_script.py")
+    # Ranks read the command of the launcher, so it must be one.
+    done = run_python(tmp_path, *LAUNCH, "typo.yaml", "-m", "lightning_mics.run", script, real=True, timeout=120)
     assert done.returncode != 0
     assert "mics_hierarchical: false is not carried by Accelerate" in done.stderr
     assert "MICS_HIERARCHICAL=false" in done.stderr
@@ -125,22 +110,12 @@ DEEPSPEED = {
 }
 
 
-def test_a_converted_deepspeed_configuration_trains(tmp_path: Path) -> None:
+def test_a_converted_deepspeed_configuration_trains(tmp_path: Path, real: bool) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
-    environ = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TMPDIR": str(tmp_path),
-        "MICS_NODE_SIZE": "2",
-    }
     convert = ["-m", "lightning_mics.cli", "convert-config", "ds.json", "--world-size", "4", "--format", "accelerate"]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "mics.yaml", "-m", "lightning_mics.run"]
-    script = ["--report", "report.json", str(SCRIPTS / "accelerate_script.py")]
-    for command in (convert, [*launch, *script]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
-        )
+    script = ["-m", "lightning_mics.run", "--report", "report.json", SCRIPTS / "accelerate_script.py"]
+    for command in (convert, [*LAUNCH, "mics.yaml", *script]):
+        done = run_python(tmp_path, *command, environment={"MICS_NODE_SIZE": "2"}, real=real, timeout=120)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert "1 replica(s) x 4 shard(s)" in done.stdout and "epoch 1: " in done.stdout
     (model,) = json.loads((tmp_path / "report.json").read_text())
