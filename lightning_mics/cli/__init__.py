@@ -169,50 +169,9 @@ def _config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
 
 
 def _configure_convert_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
-    formats = ("mics", "accelerate", "lightning")
-    parser.add_argument("deepspeed_config", type=Path, help="a DeepSpeed configuration (JSON)")
-    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks, to check sizes against")
-    parser.add_argument("--num-machines", type=int, metavar="N", help="number of machines, with equally many ranks")
-    parser.add_argument("--main-process-ip", metavar="IP", help="address of machine 0, for --format accelerate")
-    parser.add_argument("--output", type=Path, default=Path("mics.yaml"), help="what to write (default: mics.yaml)")
-    parser.add_argument(
-        "--format",
-        choices=formats,
-        default=formats[0],
-        help="for MiCSConfig.from_yaml, for accelerate launch --config_file, or for LightningCLI (default: mics)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
-    return _convert_config
+    from lightning_mics.cli.convert import configure
 
-
-def _convert_config(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from lightning_mics.deepspeed import convert_deepspeed
-    from lightning_mics.deepspeed.screen import print_next_step, print_report
-    from lightning_mics.deepspeed.write import node_size_of, write_for_accelerate, write_text
-
-    node_size = node_size_of(options.world_size, options.num_machines)
-    conversion = convert_deepspeed(options.deepspeed_config, world_size=options.world_size, node_size=node_size)
-    use = f"Read it with MiCSConfig.from_yaml({str(options.output)!r})."
-    if options.format == "accelerate":
-        use = "Start a script with it: " + write_for_accelerate(
-            conversion,
-            options.output,
-            world_size=options.world_size,
-            num_machines=options.num_machines or 1,
-            main_process_ip=options.main_process_ip,
-            force=options.force,
-        )
-    elif options.format == "lightning":
-        write_text(options.output, conversion.lightning_cli_yaml(), force=options.force)
-        use = f"Pass it to a script that uses LightningCLI: fit --config {options.output}"
-    else:
-        write_text(options.output, conversion.to_yaml(), force=options.force)
-    console = Console(highlight=False)
-    print_report(conversion, console)
-    print_next_step(conversion, console)
-    print(f"\nWrote {options.output}. {use}")
+    return configure(parser)
 
 
 def _configure_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:

@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_mics.config import MiCSConfig
-from lightning_mics.deepspeed.batch import read_batch, read_clipping
-from lightning_mics.deepspeed.conversion import Call, Code, Conversion, Field
-from lightning_mics.deepspeed.optimizers import read_optimizer
-from lightning_mics.deepspeed.precision import Precision, read_precision, read_reduce_dtype
+from lightning_mics.deepspeed.conversion import Conversion, Field, Optimizer
 from lightning_mics.deepspeed.reader import Reader, load
-from lightning_mics.deepspeed.remainder import account_for_the_rest
-from lightning_mics.deepspeed.schedulers import read_scheduler
-from lightning_mics.deepspeed.sharding import check_cluster, read_activations, read_offload, read_sharding
+from lightning_mics.deepspeed.script import read_batch, read_clipping, read_optimizer, read_precision, read_scheduler
+from lightning_mics.deepspeed.sharding import (
+    check_cluster,
+    read_activations,
+    read_offload,
+    read_reduce_dtype,
+    read_sharding,
+)
 
-__all__ = ["Call", "Code", "Conversion", "Field", "convert_deepspeed"]
+__all__ = ["Conversion", "Field", "Optimizer", "convert_deepspeed"]
 
 
 def convert_deepspeed(
@@ -43,46 +45,36 @@ def convert_deepspeed(
     check_cluster(world_size, node_size)
     reader = Reader(tree)
     sharding = read_sharding(reader, world_size, node_size)
+    settings = {**sharding, **read_reduce_dtype(reader), **read_offload(reader), **read_activations(reader)}
     batch = read_batch(reader, world_size)
     precision = read_precision(reader)
-    settings = {**sharding, **read_reduce_dtype(reader), **read_offload(reader), **read_activations(reader)}
-    schedule = read_scheduler(reader)
-    optimizer = read_optimizer(reader, schedule)
-    clip_norm = read_clipping(reader)
-    hints = _default_hints(reader, precision, settings)
-    account_for_the_rest(reader)
+    scheduled_rate = read_scheduler(reader)
     return Conversion(
         config=MiCSConfig.from_dict(settings),
         source=name,
-        gradient_accumulation_steps=batch.steps,
-        micro_batch_size=batch.micro,
-        global_batch_size=batch.total,
-        world_size=batch.world,
-        clip_norm=clip_norm,
-        precision=precision.lightning,
-        mixed_precision=precision.accelerate,
-        grad_scaler=precision.scaler,
-        optimizer=optimizer,
-        scheduler=schedule.call,
-        hints=tuple(hints),
-        carried=reader.fields("carried"),
-        changed=reader.fields("changed"),
-        no_counterpart=reader.fields("no_counterpart"),
+        **batch,
+        clip_norm=read_clipping(reader),
+        precision=precision,
+        optimizer=read_optimizer(reader, scheduled_rate),
+        hints=tuple(_default_hints(reader, precision, settings)),
+        report=reader.report(),
     )
 
 
-def _default_hints(reader: Reader, precision: Precision, settings: Mapping[str, Any]) -> list[str]:
+def _default_hints(reader: Reader, precision: str | None, settings: Mapping[str, Any]) -> list[str]:
     hints = []
     if "gradient_clipping" not in reader:
         hints.append(
             "gradient_clipping is not in the file. Recent versions of DeepSpeed then clip at 1.0, older ones do not; "
             "here nothing is clipped unless you say so."
         )
-    if precision.lightning in ("bf16-mixed", "bf16-true") and "reduce_dtype" not in settings:
+    if precision in ("bf16-mixed", "bf16-true") and "reduce_dtype" not in settings:
         hints.append(
             "Gradients are reduced in float32. DeepSpeed reduces those of a bfloat16 model in bfloat16, with half the "
             "bytes; reduce_dtype='bfloat16' does that here."
         )
-    if precision.is_open:
+    if precision is None and any(
+        reader.is_auto(f"{name}.enabled") for name in ("bf16", "fp16", "amp", "torch_autocast")
+    ):
         hints.append("The precision is 'auto' in the file: set precision= or mixed_precision= in the script.")
     return hints

@@ -1,18 +1,33 @@
-"""Reading the file, and remembering what became of each leaf field."""
+"""Reading the file, and accounting for each of its leaf fields."""
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_mics.deepspeed.conversion import Field
-from lightning_mics.deepspeed.tables import AUTO, AUTO_OF_HUGGING_FACE, OBJECTS, ZERO
-from lightning_mics.errors import MiCSConfigError
+import yaml
 
-KeyPath = tuple[str, ...]
+from lightning_mics.deepspeed.conversion import Field, Outcome
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import nearest
+
+AUTO = "auto"
+ZERO = "zero_optimization"
+_TO_SCRIPT = "Left to the script."
+_STAGE3 = "stage3_"  # DeepSpeed takes some fields of zero_optimization with it and without
+
+
+@functools.cache
+def known() -> dict[str, Any]:
+    """Returns the table of DeepSpeed's fields."""
+    text = (importlib.resources.files("lightning_mics.deepspeed") / "fields.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -52,109 +67,152 @@ def _json_kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _leaves(tree: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*path, str(key)))
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield (*path, str(key)), value
+            yield f"{prefix}{key}", value
 
 
 class Reader:
-    """The leaves of the file, and for each the list it went to."""
+    """The leaf fields of the file, and what became of those that were decided about.
+
+    A decision about a field that is not in the file does nothing.
+    """
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
-        self._leaves = dict(_leaves(tree))
-        self._verdicts: dict[KeyPath, tuple[str, str]] = {}
-        for section in OBJECTS:
-            value = self._leaves.get(tuple(section.split(".")))
+        self._leaves = list(_leaves(tree))
+        self._values = dict(self._leaves)
+        self._decided: dict[str, tuple[Outcome, str]] = {}
+        for section in _sections():
+            value = self._values.get(section)
             if value is not None and value != {} and not (section == ZERO and isinstance(value, bool)):
                 raise MiCSConfigError(
-                    f"{section}={value!r} is {_json_kind(value)}, but must be an object of settings: {{...}}."
+                    f"{section}={value!r} is {_json_kind(value)}, but must be an object of settings: {{...}}.",
+                    setting=section,
                 )
 
     def __contains__(self, key: str) -> bool:
-        return tuple(key.split(".")) in self._leaves
+        return key in self._values
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a leaf."""
-        return self._leaves.get(tuple(key.split(".")), default)
+        """Returns the value of a field."""
+        return self._values.get(key, default)
 
     def under(self, section: str) -> dict[str, Any]:
-        """The leaves directly or further below a section, by the rest of their keys."""
-        path = tuple(section.split("."))
-        return {".".join(key[len(path) :]): value for key, value in self._leaves.items() if key[: len(path)] == path}
+        """Returns the fields below a section, by the rest of their keys."""
+        start = f"{section}."
+        return {key.removeprefix(start): value for key, value in self._leaves if key.startswith(start)}
 
-    def open_leaves(self) -> list[tuple[KeyPath, Any]]:
-        """The leaves that nobody has decided about yet."""
-        return [(path, value) for path, value in self._leaves.items() if path not in self._verdicts]
-
-    def carried(self, key: str, note: str) -> None:
-        """Notes that a field keeps its meaning; as do the next two, for a field that is not there nothing happens."""
-        self._decide(key, "carried", note)
-
-    def changed(self, key: str, note: str) -> None:
-        """Notes that a field became something else."""
-        self._decide(key, "changed", note)
-
-    def dropped(self, key: str, note: str) -> None:
-        """Notes that a field has no counterpart."""
-        self._decide(key, "no_counterpart", note)
-
-    def left_to_script(self, key: str) -> None:
-        """Notes that the file says "auto"."""
-        ours = AUTO_OF_HUGGING_FACE.get(key)
-        note = f"Left to the script ({ours} of TrainingArguments)." if ours else "Left to the script."
-        self._decide(key, "changed", note)
-
-    def decide_path(self, path: KeyPath, verdict: str, note: str) -> None:
-        """Notes what became of a leaf that is known by its path."""
-        assert path not in self._verdicts, path
-        self._verdicts[path] = (verdict, note)
-
-    def _decide(self, key: str, verdict: str, note: str) -> None:
-        path = tuple(key.split("."))
-        if path in self._leaves:
-            self.decide_path(path, verdict, note)
-
-    def fields(self, verdict: str) -> tuple[Field, ...]:
-        """The fields of one list, in the order of the file."""
-        found = []
-        for path, value in self._leaves.items():
-            list_name, note = self._verdicts[path]
-            if list_name == verdict:
-                found.append(Field(".".join(path), value, note))
-        return tuple(found)
+    def is_auto(self, key: str) -> bool:
+        """Returns whether the file leaves a field to the script."""
+        return bool(self.value(key) == AUTO)
 
     def whole(self, key: str, least: int = 1, example: int = 8) -> int | None:
-        """A whole number; ``None`` if it is not there or "auto"."""
-        value = self.value(key)
-        if value is None or value == AUTO:
-            return None
+        """Returns a whole number; ``None`` if it is not there or "auto"."""
+        value = self._given(key)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise MiCSConfigError(f"{key}={value!r} is not a whole number of at least {least}. Try {key}={example}.")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise MiCSConfigError(
+                f"{key}={value!r} is not a whole number of at least {least}. Try {key}={example}.", setting=key
+            )
         return value
 
     def number(self, key: str) -> float | None:
-        """A number of at least 0; ``None`` if it is not there or "auto"."""
-        value = self.value(key)
-        if value is None or value == AUTO:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise MiCSConfigError(f"{key}={value!r} is not a number of at least 0. Try {key}=1.0.")
-        return float(value)
+        """Returns a number of at least 0; ``None`` if it is not there or "auto"."""
+        value = self._given(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+            raise MiCSConfigError(f"{key}={value!r} is not a number of at least 0. Try {key}=1.0.", setting=key)
+        return None if value is None else float(value)
 
     def switch(self, key: str) -> bool | None:
-        """A switch; ``None`` if it is not there or "auto"."""
-        value = self.value(key)
-        if value is None or value == AUTO:
-            return None
-        if not isinstance(value, bool):
-            raise MiCSConfigError(f"{key}={value!r} is not a switch. Values that work: true, false, 'auto'.")
+        """Returns a switch; ``None`` if it is not there or "auto"."""
+        value = self._given(key)
+        if value is not None and not isinstance(value, bool):
+            raise MiCSConfigError(
+                f"{key}={value!r} is not a switch. Values that work: true, false, 'auto'.", setting=key
+            )
         return value
 
-    def is_auto(self, key: str) -> bool:
-        """Whether the file leaves a field to the script."""
-        return bool(self.value(key) == AUTO)
+    def _given(self, key: str) -> Any:
+        return None if self.is_auto(key) else self.value(key)
+
+    def kept(self, key: str, note: str) -> None:
+        """Decides that a field means the same here, or in the script."""
+        self._decided[key] = ("kept", note)
+
+    def replaced(self, key: str, note: str) -> None:
+        """Decides that a field became something else, or is not needed."""
+        self._decided[key] = ("replaced", note)
+
+    def dropped(self, key: str, note: str) -> None:
+        """Decides that a field has no counterpart."""
+        self._decided[key] = ("dropped", note)
+
+    def report(self) -> tuple[Field, ...]:
+        """Returns all fields in the file's order, those that nobody decided about by the table."""
+        return tuple(
+            Field(key, value, *(self._decided.get(key) or self._look_up(key, value))) for key, value in self._leaves
+        )
+
+    def _look_up(self, key: str, value: Any) -> tuple[Outcome, str]:
+        entry = _entry(key)
+        if value == AUTO and (key in known()["auto"] or key.startswith(("optimizer.", "scheduler."))):
+            filled_by = known()["auto"].get(key)
+            return "replaced", f"Left to the script ({filled_by} of TrainingArguments)." if filled_by else _TO_SCRIPT
+        if entry is None:
+            return ("replaced", "Empty: nothing to do.") if key in _sections() else ("unknown", _nearest(key))
+        ((outcome, note),) = entry.items()
+        if outcome == "dropped" and (value in (None, False, {}) or self._is_off(key)):
+            note = "Off in this file: nothing to do."
+        return outcome, note
+
+    def _is_off(self, key: str) -> bool:
+        """Returns whether a section around a field is switched off."""
+        return any(self.value(f"{section}.enabled") is False for section in _sections_of(key))
+
+
+def _sections_of(key: str) -> list[str]:
+    """Returns the names of the sections around a field."""
+    names = key.split(".")[:-1]
+    return [".".join(names[: depth + 1]) for depth in range(len(names))]
+
+
+def _entry(key: str) -> dict[Outcome, str] | None:
+    fields: dict[str, dict[Outcome, str]] = known()["fields"]
+    spellings = [key]
+    if key.startswith(f"{ZERO}."):
+        name = key.removeprefix(f"{ZERO}.").removeprefix(_STAGE3)
+        spellings += [f"{ZERO}.{name}", f"{ZERO}.{_STAGE3}{name}"]
+    spellings += [f"{section}.*" for section in reversed([*_sections_of(key), key])]
+    return next((fields[name] for name in spellings if name in fields), None)
+
+
+@functools.cache
+def _known_keys() -> list[str]:
+    """Returns the names of all fields and sections."""
+    return [key.removesuffix(".*") for key in known()["fields"]] + sorted(_sections())
+
+
+@functools.cache
+def _sections() -> set[str]:
+    """Returns the names of the sections that must be objects."""
+    fields = known()["fields"]
+    sections = {section for key in fields for section in _sections_of(key.removesuffix(".*"))}
+    return {section for section in sections if section == ZERO or section not in fields}
+
+
+def _nearest(key: str) -> str:
+    """Names the known key that looks most like an unknown one, of the same section if there is one."""
+    section, _, name = key.rpartition(".")
+    whole = {near: near.rpartition(".") for near in _known_keys()}
+    near = nearest(name, [last for parent, _, last in whole.values() if parent == section])
+    if near is not None:
+        return f"Not a known DeepSpeed setting. The nearest is {f'{section}.{near}'.lstrip('.')!r}."
+    near = nearest(name, [last for _, _, last in whole.values()], cutoff=0.7)
+    if near is not None:
+        place = next(key for key, (_, _, last) in whole.items() if last == near)
+        return f"Not a known DeepSpeed setting. The nearest is {place!r}."
+    return "Not a known DeepSpeed setting, and none is near. If your own code reads it, it stays there."

@@ -1,13 +1,17 @@
-"""How the model is sharded: stage, partition size, hierarchy, offloading, activations."""
+"""The settings of MiCS: partition groups, hierarchy, the dtype of reduction, offloading, activations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning_mics.deepspeed.reader import Reader
-from lightning_mics.deepspeed.tables import AUTO, ZERO
+import torch
+
+from lightning_mics.config import as_dtype
+from lightning_mics.deepspeed.reader import AUTO, ZERO, Reader
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ClusterTopology, check_positive_int, divisors
+
+_MICS, _HPZ = f"{ZERO}.mics_shard_size", f"{ZERO}.zero_hpz_partition_size"
 
 
 def check_cluster(world_size: int | None, node_size: int | None) -> None:
@@ -23,8 +27,8 @@ def check_cluster(world_size: int | None, node_size: int | None) -> None:
 def read_sharding(reader: Reader, world_size: int | None, node_size: int | None) -> dict[str, Any]:
     """Reads over how many ranks the states are sharded, and whether in two stages."""
     stage = _read_stage(reader)
-    mics = reader.whole(f"{ZERO}.mics_shard_size", least=-1)
-    hpz = reader.whole(f"{ZERO}.zero_hpz_partition_size", least=0)
+    mics = reader.whole(_MICS, least=-1)
+    hpz = reader.whole(_HPZ, least=0)
     shard_size: int | str
     if mics is not None and mics > 0:
         shard_size, origin = mics, "mics_shard_size"
@@ -42,9 +46,10 @@ def read_sharding(reader: Reader, world_size: int | None, node_size: int | None)
 def _read_stage(reader: Reader) -> int:
     if isinstance(legacy := reader.value(ZERO), bool):
         return int(legacy)
-    stage = reader.whole(f"{ZERO}.stage", least=0, example=3)
-    if reader.is_auto(f"{ZERO}.stage") or (stage is not None and stage > 3):
-        raise MiCSConfigError(f"{ZERO}.stage={reader.value(f'{ZERO}.stage')!r} is not one of 0, 1, 2, 3. Try 3.")
+    key = f"{ZERO}.stage"
+    stage = reader.whole(key, least=0, example=3)
+    if reader.is_auto(key) or (stage is not None and stage > 3):
+        raise MiCSConfigError(f"{key}={reader.value(key)!r} is not one of 0, 1, 2, 3. Try 3.", setting=key)
     return stage or 0
 
 
@@ -56,100 +61,117 @@ def _check_shard_size(shard_size: int | str, world_size: int | None, node_size: 
     elif world_size % shard_size:
         works = ", ".join(map(str, divisors(world_size)))
         raise MiCSConfigError(
-            f"shard_size={shard_size} does not divide a world of {world_size} ranks. Values that work: {works}."
+            f"shard_size={shard_size} does not divide a world of {world_size} ranks. Values that work: {works}.",
+            setting="shard_size",
         )
 
 
 def _note_stage(reader: Reader, stage: int, shard_size: int | str, origin: str) -> None:
     key = ZERO if isinstance(reader.value(ZERO), bool) else f"{ZERO}.stage"
     if stage == 3 and origin != "stage 3":
-        reader.carried(key, "MiCS shards parameters, gradients and optimizer states, as stage 3 does.")
+        reader.kept(key, "MiCS shards parameters, gradients and optimizer states, as stage 3 does.")
     elif stage == 3:
-        reader.changed(
+        reader.replaced(
             key,
             "shard_size='world', as stage 3 without MiCS shards over all ranks. A node ('node') or a few nodes, if "
             "the model fits there, keep gathers off the slow network.",
         )
     elif origin == "the default":
-        reader.changed(
+        reader.replaced(
             key,
             f"shard_size='node', the default. Stage {stage} keeps whole parameters on each rank; MiCS shards all "
             "states, here over a node. shard_size=1 would replicate everything.",
         )
     else:
-        reader.changed(
+        reader.replaced(
             key, f"DeepSpeed ignores {origin} in stage {stage}; here shard_size={shard_size} holds, for all states."
         )
 
 
 def _note_shard_size(reader: Reader, shard_size: int | str, origin: str) -> None:
-    mics, hpz = f"{ZERO}.mics_shard_size", f"{ZERO}.zero_hpz_partition_size"
     if origin == "mics_shard_size":
-        reader.carried(mics, f"shard_size={shard_size}")
-    elif reader.is_auto(mics):
-        reader.changed(mics, f"'auto' is no number; shard_size={shard_size!r} follows from {origin}.")
+        reader.kept(_MICS, f"shard_size={shard_size}")
     else:
-        reader.changed(mics, f"MiCS is off in this file; shard_size={shard_size!r} follows from {origin}.")
+        why = "'auto' is no number" if reader.is_auto(_MICS) else "MiCS is off in this file"
+        reader.replaced(_MICS, f"{why}; shard_size={shard_size!r} follows from {origin}.")
     if origin == "zero_hpz_partition_size":
-        reader.changed(
-            hpz,
+        reader.replaced(
+            _HPZ,
             f"shard_size={shard_size}. hpZ gathers parameters for the backward pass from a copy inside {shard_size} "
             f"ranks, and shards the states over all of them; MiCS shards the states over {shard_size} ranks, too. "
             "That takes more memory for optimizer states, and keeps the forward gathers inside as well.",
         )
-    else:
-        state = "Off" if reader.whole(hpz, least=0) in (0, 1) else f"Superseded by {origin}"
-        reader.changed(hpz, f"{state}: shard_size={shard_size!r}.")
+    elif (reader.whole(_HPZ, least=0) or 0) > 1:
+        reader.replaced(_HPZ, f"Superseded by {origin}: shard_size={shard_size!r}.")
 
 
 def _read_hierarchical(reader: Reader, shard_size: int | str, node_size: int | None) -> bool | str:
     key = f"{ZERO}.mics_hierarchical_params_gather"
     wanted = reader.switch(key)
     if wanted is False:
-        reader.carried(key, "hierarchical=False")
+        reader.kept(key, "hierarchical=False")
         return False
     if wanted is None:
-        reader.changed(key, "Left at hierarchical='auto': two stages wherever a partition spans nodes.")
         return "auto"
-    if node_size is not None and isinstance(shard_size, int) and shard_size > node_size:
-        reader.carried(key, "hierarchical=True, for gathers and for the reduction of gradients.")
+    both = "for gathers and for the reduction of gradients."
+    if node_size is None or isinstance(shard_size, str):
+        reader.replaced(key, f"hierarchical='auto': two stages wherever a partition spans nodes, {both}")
+        return "auto"
+    if shard_size > node_size:
+        reader.kept(key, f"hierarchical=True, {both}")
         return True
-    if node_size is not None and isinstance(shard_size, int):
-        note = f"no partition of {shard_size} ranks spans nodes of {node_size}"
-        reader.changed(key, f"hierarchical='auto', as {note}: there True is an error, 'auto' is not.")
-    else:
-        reader.changed(
-            key,
-            "hierarchical='auto': two stages wherever a partition spans nodes, for gathers and for the reduction of "
-            "gradients.",
-        )
+    reader.replaced(
+        key,
+        f"hierarchical='auto', as no partition of {shard_size} ranks spans nodes of {node_size}: there True is an "
+        "error, 'auto' is not.",
+    )
     return "auto"
+
+
+def read_reduce_dtype(reader: Reader) -> dict[str, Any]:
+    """Reads two settings that are one here: the dtype of reduction, and of accumulation over microsteps."""
+    dtypes: dict[str, torch.dtype] = {}
+    for key in ("communication_data_type", "data_types.grad_accum_dtype"):
+        value = reader.value(key)
+        if value not in (None, AUTO) and (dtype := as_dtype(str(value).lower(), key)) is not None:
+            dtypes[key] = dtype
+    if not dtypes:
+        return {}
+    # The wider of the two loses nothing.
+    chosen = max(dtypes.values(), key=lambda dtype: torch.finfo(dtype).bits)
+    name = str(chosen).removeprefix("torch.")
+    for key, dtype in dtypes.items():
+        if dtype == chosen:
+            reader.kept(key, f"reduce_dtype={name!r}")
+        else:
+            reader.replaced(
+                key, f"reduce_dtype={name!r}: one setting for both hops and the accumulation, so the wider."
+            )
+    return {"reduce_dtype": name}
 
 
 def read_offload(reader: Reader) -> dict[str, Any]:
     """Reads whether host memory is used."""
     offloads = False
+    together = "cpu_offload=True: parameters, gradients and optimizer states, always together."
     for section in ("offload_optimizer", "offload_param"):
         key = f"{ZERO}.{section}.device"
         device = reader.value(key, "none")
         if device not in (None, "none", "cpu", "nvme", AUTO):
-            raise MiCSConfigError(f"{key}={device!r} is not a device. Values that work: 'none', 'cpu', 'nvme'.")
+            raise MiCSConfigError(
+                f"{key}={device!r} is not a device. Values that work: 'none', 'cpu', 'nvme'.", setting=key
+            )
         if device == "cpu":
             offloads = True
-            reader.changed(key, "cpu_offload=True: parameters, gradients and optimizer states, always together.")
+            reader.replaced(key, together)
         elif device == "nvme":
             reader.dropped(
                 key, "No disk offload. Use a larger shard_size, or cpu_offload=True with enough host memory."
             )
-        elif device == AUTO:
-            reader.left_to_script(key)
-        else:
-            reader.carried(key, "cpu_offload=False, the default, unless the other part is offloaded.")
     for name in ("cpu_offload", "cpu_offload_param", "cpu_offload_params"):
-        on = reader.switch(f"{ZERO}.{name}")
-        offloads = offloads or bool(on)
-        note = "cpu_offload=True: parameters, gradients and optimizer states, always together."
-        reader.changed(f"{ZERO}.{name}", note if on else "Off: cpu_offload stays as it is.")
+        if reader.switch(f"{ZERO}.{name}"):
+            offloads = True
+            reader.replaced(f"{ZERO}.{name}", together)
     return {"cpu_offload": True} if offloads else {}
 
 
@@ -162,8 +184,8 @@ def read_activations(reader: Reader) -> dict[str, Any]:
     if not on:
         return {}
     checkpoints = "activation_checkpointing=True: each unit is a checkpoint. Remove deepspeed.checkpointing calls"
-    reader.changed(f"{section}.number_checkpoints", f"{checkpoints}.")
-    reader.changed(
+    reader.replaced(f"{section}.number_checkpoints", f"{checkpoints}.")
+    reader.replaced(
         f"{section}.partition_activations",
         f"{checkpoints}. What a rank keeps is not divided: that needs model parallelism.",
     )

@@ -298,7 +298,7 @@ def _tell(rank: int) -> Iterator[Callable[[str], None] | None]:
 def _save_measured(options: argparse.Namespace, measurement: Measurement) -> None:
     from rich.console import Console
 
-    from lightning_mics.deepspeed.write import write_text
+    from lightning_mics.cli.code import write_text
     from lightning_mics.plan.hardware import cluster_to_yaml
     from lightning_mics.plan.screen import print_measurement
 
@@ -367,7 +367,7 @@ def _print(options: argparse.Namespace, planning: Planning, scaling: list[Scalin
 
 
 def _write_json(options: argparse.Namespace, planning: Planning, scaling: list[ScalingPoint]) -> None:
-    from lightning_mics.deepspeed.write import write_text
+    from lightning_mics.cli.code import write_text
     from lightning_mics.plan.write import to_json
 
     if options.json is None:

@@ -14,8 +14,7 @@ from typing import Any, get_args
 import yaml
 
 from lightning_mics.accelerate.launch_file import LaunchSettings, Precision, launch_commands, write_launch_file
-from lightning_mics.deepspeed.conversion import Code, _layout_call, keyword_list
-from lightning_mics.deepspeed.write import write_text
+from lightning_mics.cli.code import call, layout_call, write_text
 from lightning_mics.plan.precision import _PRECISIONS
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.scaling import ScalingPoint
@@ -60,8 +59,8 @@ def trainer_code(planning: Planning) -> str:
     Raises:
         MiCSConfigError: If no plan fits.
     """
-    strategy = Code(f"MiCSStrategy({', '.join(keyword_list(mics_settings(planning)))})")
-    return _layout_call("trainer = Trainer", {"strategy": strategy, **_trainer_arguments(planning)})
+    strategy = call("MiCSStrategy", mics_settings(planning))
+    return layout_call("trainer = Trainer", {"strategy": strategy, **_trainer_arguments(planning)})
 
 
 def accelerate_code(planning: Planning) -> str:
@@ -70,13 +69,13 @@ def accelerate_code(planning: Planning) -> str:
     Raises:
         MiCSConfigError: If no plan fits.
     """
-    plugin = Code(f"MiCSPlugin({', '.join(keyword_list(mics_settings(planning)))})")
+    plugin = call("MiCSPlugin", mics_settings(planning))
     arguments = {
         "mics_plugin": plugin,
         "gradient_accumulation_steps": planning.best.candidate.accumulation,
         "mixed_precision": _mixed_precision(planning.training),
     }
-    return _layout_call("accelerator = MiCSAccelerator", arguments)
+    return layout_call("accelerator = MiCSAccelerator", arguments)
 
 
 def _trainer_arguments(planning: Planning) -> dict[str, Any]:
