@@ -1,0 +1,116 @@
+"""A world of pretended ranks on a pretended device, for FSDP2 and for lightning_mics.
+
+The one place that knows how the two choose between CPUs and accelerators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from stream_checker import StreamChecker
+from stream_clocks import Settings, StandInDevice
+from stream_collectives import Collectives, Peers, same_objects
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_mics.core import collectives
+from lightning_mics.core._torch import forget_dtensor_meshes
+
+_STREAMS = {
+    "all_gather_copy_in_stream": "copy-in",
+    "all_gather_stream": "gather",
+    "reduce_scatter_stream": "reduce",
+    "all_reduce_stream": "all-reduce",
+}
+
+
+@contextmanager
+def pretended_device(
+    world_size: int = 4, rank: int = 1, settings: Settings | None = None, peers: Peers | None = None
+) -> Iterator[StreamChecker]:
+    """Makes CPU tensors stand for those of an accelerator; models and groups are made inside.
+
+    Only what runs inside ``with checker:`` is watched.
+
+    Args:
+        world_size: Ranks that the fake process group pretends to have.
+        rank: The one that runs.
+        settings: What is left out, and how the device behaves.
+        peers: What other ranks add to messages of which the maximum is taken.
+
+    Yields:
+        The checker.
+    """
+    checker = StreamChecker(settings)
+    with ExitStack() as stack:
+        _replace_device(stack, checker)
+        _replace_collectives(stack, checker, peers)
+        _replace_what_is_not_dispatched(stack, checker)
+        _choose_device_ways(stack)
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            yield checker
+        finally:
+            dist.destroy_process_group()
+            forget_dtensor_meshes()
+
+
+def _patch(stack: ExitStack, owner: Any, name: str, value: object) -> None:
+    stack.enter_context(mock.patch.object(owner, name, value))
+
+
+def _replace_device(stack: ExitStack, checker: StreamChecker) -> None:
+    device = StandInDevice(checker.timeline)
+    for module in (_fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state):
+        _patch(stack, module, "_get_device_handle", lambda device_type="cuda": device)
+    _patch(stack, torch.accelerator, "current_stream", device.current_stream)
+    lazy_init = _fsdp_param_group.FSDPCommContext.lazy_init
+
+    def named_streams(context: Any, device: torch.device) -> None:
+        lazy_init(context, device)
+        for attribute, name in _STREAMS.items():
+            getattr(context, attribute).name = name
+
+    _patch(stack, _fsdp_param_group.FSDPCommContext, "lazy_init", named_streams)
+
+
+def _replace_collectives(stack: ExitStack, checker: StreamChecker, peers: Peers | None) -> None:
+    for name, method in Collectives(checker, peers).methods().items():
+        _patch(stack, dist.ProcessGroup, name, method)
+    _patch(stack, dist, "all_gather_object", same_objects)
+
+
+def _replace_what_is_not_dispatched(stack: ExitStack, checker: StreamChecker) -> None:
+    resize, tolist = torch.UntypedStorage.resize_, torch.Tensor.tolist
+
+    def watched_resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        if size == 0:
+            checker.memory.resize(storage, 0)
+        resize(storage, size)
+        if size:
+            checker.memory.resize(storage, size)
+        return storage
+
+    def watched_tolist(tensor: Tensor) -> Any:
+        checker.read_by_host(tensor)
+        return tolist(tensor)
+
+    _patch(stack, torch.UntypedStorage, "resize_", watched_resize)
+    _patch(stack, Tensor, "tolist", watched_tolist)
+    _patch(stack, Tensor, "record_stream", lambda tensor, stream: checker.memory.record(tensor, stream))
+
+
+def _choose_device_ways(stack: ExitStack) -> None:
+    """Makes lightning_mics take the ways of accelerators."""
+    if importlib.util.find_spec("lightning_mics.core.transport") is None:
+        return
+    transport = importlib.import_module("lightning_mics.core.transport")
+    _patch(stack, transport, "transport_for", lambda *args, **kwargs: transport.DeviceTransport())
+    _patch(stack, collectives, "batched", lambda group, device: dist._coalescing_manager(group=group, device=device))

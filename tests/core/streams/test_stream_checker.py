@@ -1,0 +1,148 @@
+"""The checker itself: it finds what is unordered, and only that, in small programs and in plain FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from stream_checker import StreamChecker
+from stream_clocks import Settings, StandInDevice, Stream
+from stream_plain import PLAIN
+from stream_world import pretended_device
+
+
+class Program:
+    """Two streams and a tensor, in a run of the checker."""
+
+    def __init__(self, checker: StreamChecker) -> None:
+        self.checker = checker
+        self.device = StandInDevice(checker.timeline)
+        self.compute = self.device.current_stream()
+        self.side = Stream(checker.timeline, "side")
+        self.tensor = torch.zeros(4)
+
+    def on_side(self, launch: Callable[[], object], *, waits: bool) -> None:
+        """Launches something on the other stream."""
+        if waits:
+            self.side.wait_stream(self.compute)
+        with self.device.stream(self.side):
+            launch()
+
+
+def read_what_is_written(program: Program, waits: bool) -> None:
+    program.on_side(lambda: program.tensor + 1, waits=waits)
+
+
+def write_what_is_written(program: Program, waits: bool) -> None:
+    program.on_side(lambda: program.tensor.zero_(), waits=waits)
+
+
+def write_what_is_read(program: Program, waits: bool) -> None:
+    program.side.wait_stream(program.compute)
+    program.tensor + 1
+    program.on_side(lambda: program.tensor.zero_(), waits=waits)
+
+
+def free_what_is_read(program: Program, waits: bool) -> None:
+    program.on_side(lambda: program.tensor + 1, waits=True)
+    del program.tensor
+    if waits:
+        program.compute.wait_stream(program.side)
+    torch.ones(4)
+
+
+def reduce_what_is_written(program: Program, waits: bool) -> None:
+    program.side.wait_stream(program.compute)
+    with program.device.stream(program.side):
+        work = dist.all_reduce(program.tensor, async_op=True)
+    if waits:
+        work.wait()
+    program.tensor + 1
+
+
+def read_on_host(program: Program, waits: bool) -> None:
+    if waits:
+        program.tensor.sum().item()
+    program.on_side(lambda: program.tensor + 1, waits=False)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(
+    ("launches", "kinds"),
+    [
+        (read_what_is_written, {"RAW"}),
+        (write_what_is_written, {"WAW"}),
+        (write_what_is_read, {"WAR"}),
+        (free_what_is_read, {"FREED"}),
+        (reduce_what_is_written, {"RAW"}),
+        (read_on_host, {"RAW"}),
+    ],
+)
+def test_a_missing_wait_is_a_race_and_a_wait_mends_it(
+    launches: Callable[[Program, bool], None], kinds: set[str], waits: bool
+) -> None:
+    with pretended_device() as checker, checker:
+        launches(Program(checker), waits)
+    assert {race.kind for race in checker.races} == (set() if waits else kinds)
+
+
+def test_ranges_that_do_not_meet_are_no_race() -> None:
+    with pretended_device() as checker, checker:
+        program = Program(checker)
+        program.side.wait_stream(program.compute)
+        program.tensor[:2].add_(1)
+        program.on_side(lambda: program.tensor[2:].add_(1), waits=False)
+    assert not checker.races
+
+
+def test_a_recorded_stream_keeps_memory() -> None:
+    with pretended_device() as checker, checker:
+        program = Program(checker)
+        program.on_side(lambda: program.tensor + 1, waits=True)
+        program.tensor.record_stream(program.side)
+        del program.tensor
+        torch.ones(4)
+    assert not checker.races
+
+
+def test_a_synchronous_collective_runs_where_the_settings_say() -> None:
+    def run(settings: Settings) -> set[str]:
+        with pretended_device(settings=settings) as checker, checker:
+            tensor = torch.zeros(4)
+            dist.all_reduce(tensor)
+            tensor + 1
+        return {race.kind for race in checker.races} | set(checker.timeline.waits.sites)
+
+    (wait,) = run(Settings(sync_on_current=False))
+    assert "torch/distributed_c10d.py" in wait
+    assert run(Settings()) == set()
+    assert "RAW" in run(Settings(sync_on_current=False, left_out=frozenset([wait])))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_fsdp2_has_no_races(name: str) -> None:
+    checker = PLAIN[name].run()
+    assert not checker.races
+    assert checker.num_operators > 1000
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "foreach_all_gather",
+        "foreach_all_gather_copy_out",
+        "foreach_reduce",
+        "_wait_all_gather_streams_on_event",
+        "post_backward",
+        "finalize_backward",
+        "_root_pre_forward",
+        "_post_forward",
+    ],
+)
+def test_waits_of_fsdp2_left_out_are_found(function: str) -> None:
+    plain = PLAIN["2-D, mixed"]
+    sites = frozenset(site for site in plain.run().timeline.waits.sites if f"({function})" in site)
+    assert sites
+    assert plain.run(Settings(left_out=sites)).races

@@ -1,0 +1,45 @@
+"""Each wait of lightning_mics is needed: without it, the checker finds a race."""
+
+from __future__ import annotations
+
+import pytest
+from stream_clocks import Settings
+from stream_memory import Race
+from stream_windows import CONFIGURATIONS, WINDOWS
+
+pytest.importorskip("lightning_mics.core.transport")
+
+# Together they run every wait.
+_RUNS = [
+    ("accumulation", "flat"),
+    ("replaced everywhere", "flat"),
+    ("unused on this rank only", "flat"),
+    ("second backward pass, edited", "flat"),
+    ("replaced between microsteps", "bf16 parameters"),
+    ("failed backward pass, syncing", "flat"),
+    ("failed backward pass, syncing, scaled", "flat"),
+    ("failed backward pass, replaced", "bf16 parameters"),
+    ("asynchronous gathers", "hierarchical"),
+    ("no backward pass", "flat"),
+]
+
+
+def places(races: list[Race]) -> set[tuple[str, str, str]]:
+    return {race.places for race in races}
+
+
+def test_each_wait_left_out_is_found() -> None:
+    whole = {run: WINDOWS[run[0]].run(CONFIGURATIONS[run[1]]) for run in _RUNS}
+    sites = {site for checker in whole.values() for site in checker.timeline.waits.of_package}
+    assert sites
+
+    def is_found(site: str) -> bool:
+        settings = Settings(left_out=frozenset([site]))
+        for (window, configuration), checker in whole.items():
+            if site in checker.timeline.waits.sites:
+                found = WINDOWS[window].run(CONFIGURATIONS[configuration], settings)
+                if places(found.races) - places(checker.races):
+                    return True
+        return False
+
+    assert not [site for site in sorted(sites) if not is_found(site)]
