@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import torch
 import yaml
@@ -23,6 +25,9 @@ _DTYPES: dict[str, torch.dtype] = {
     alias: getattr(torch, name) for name, aliases in DTYPE_NAMES.items() for alias in (name, *aliases)
 }
 _ENV_PREFIX = "MICS_"
+# Constructors that take settings have these behind their own arguments, so that older positions keep their meaning.
+_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs")
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +133,18 @@ class MiCSConfig:
         )
 
     @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """Returns the names of all settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MiCSConfig:
         """Builds a config from a mapping of setting names to values.
 
         Raises:
             MiCSConfigError: If a name is unknown (the nearest known one is suggested) or a value is wrong.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = cls.setting_names()
         for name in values:
             if name not in known:
                 hint = did_you_mean(str(name), known, f"Known settings: {', '.join(known)}.")
@@ -174,10 +184,9 @@ class MiCSConfig:
             MiCSConfigError: If a value is wrong.
         """
         environ = os.environ if environ is None else environ
-        known = {field.name for field in dataclasses.fields(cls)}
         found = {
             name: yaml.safe_load(environ[_ENV_PREFIX + name.upper()])
-            for name in known
+            for name in cls.setting_names()
             if _ENV_PREFIX + name.upper() in environ
         }
         return cls.from_dict({**(defaults or {}), **found, **explicit})
@@ -220,6 +229,59 @@ class MiCSConfig:
         # Autocast looks after inputs of the root; casting a whole batch would round its targets, too.
         inputs: Literal["units"] | bool = "units" if self.cast_forward_inputs else False
         return self.replace(param_dtype=found.param_dtype, cast_forward_inputs=inputs)
+
+
+class Settings(TypedDict, total=False):
+    """Fields of :class:`MiCSConfig` as arguments, for type checkers and editors; ``None`` stands for "not given"."""
+
+    shard_size: ShardSize | None
+    node_size: int | None
+    hierarchical: bool | Literal["auto"] | None
+    wrap: Wrap | None
+    reshard_after_forward: bool | None
+    param_dtype: torch.dtype | str | None
+    reduce_dtype: torch.dtype | str | None
+    output_dtype: torch.dtype | str | None
+    cast_forward_inputs: bool | Literal["units"] | None
+    activation_checkpointing: bool | None
+    cpu_offload: bool | None
+    verify: bool | None
+    memory_limit: int | str | None
+
+
+def takes_settings(init: _Init) -> _Init:
+    """Makes every field of :class:`MiCSConfig` an argument of a constructor, by position or name.
+
+    The constructor takes its own arguments by name, and the settings that are given as ``**settings``. Whoever looks at
+    its signature at run time sees them all, with types and descriptions.
+
+    Raises:
+        TypeError: By the constructor, if an argument is unknown; suggests the nearest known one.
+    """
+    this, *own = inspect.signature(init, eval_str=True).parameters.values()
+    own = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    types: dict[str, Any] = get_type_hints(MiCSConfig)
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    settings = {
+        name: inspect.Parameter(name, by_position, default=None, annotation=types[name] | None)
+        for name in MiCSConfig.setting_names()
+    }
+    later = [settings.pop(name) for name in _LATER]
+    arguments = [*settings.values(), *(parameter.replace(kind=by_position) for parameter in own), *later]
+    signature = inspect.Signature([this, *arguments])
+
+    @functools.wraps(init)
+    def spelled_out(*args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in signature.parameters:
+                hint = did_you_mean(name, signature.parameters)
+                raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {name!r}. {hint}".rstrip())
+        init(**signature.bind(*args, **kwargs).arguments)
+
+    spelled_out.__signature__ = signature  # type: ignore[attr-defined]
+    spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in arguments}
+    spelled_out.__doc__ = MiCSConfig.__doc__
+    return spelled_out  # type: ignore[return-value]
 
 
 def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from settings_tools import other_settings
 from torch import nn
 
 from lightning_mics import MiCSConfig, MiCSConfigError
@@ -99,6 +102,19 @@ def test_from_env_loses_to_explicit_arguments() -> None:
     assert MiCSConfig.from_env(environ, shard_size=2).shard_size == 2
     with pytest.raises(MiCSConfigError, match="shard_size=0"):
         MiCSConfig.from_env({"MICS_SHARD_SIZE": "0"})
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), other_settings(), ids=[name for name, _, _ in other_settings()])
+def test_every_setting_comes_from_dicts_files_and_variables(
+    tmp_path: Path, name: str, value: Any, expected: MiCSConfig
+) -> None:
+    assert name in MiCSConfig.setting_names()
+    assert MiCSConfig.from_dict({name: value}) == MiCSConfig().replace(**{name: value}) == expected
+    (tmp_path / "mics.yaml").write_text(f"{name}: {json.dumps(value)}\n")
+    assert MiCSConfig.from_yaml(tmp_path / "mics.yaml") == expected
+    variables = {f"MICS_{name.upper()}": value if isinstance(value, str) else json.dumps(value)}
+    assert MiCSConfig.from_env(variables) == expected
+    assert MiCSConfig.from_env({}, defaults={name: value}) == MiCSConfig.from_env({}, **{name: value}) == expected
 
 
 def test_replace_checks_anew() -> None:
