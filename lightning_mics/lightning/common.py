@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.precision import supported_precision
-from lightning_mics.sharding import check_layout
+from lightning_mics.sharding import check_layout, mics_shard
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 if TYPE_CHECKING:
@@ -61,25 +59,42 @@ def require_layout(layout: GroupLayout | None) -> GroupLayout:
     return layout
 
 
-def init_process_group(environment: Any, device: torch.device, backend: str | None, timeout: timedelta | None) -> str:
+def register(registry: Any, strategy: type) -> None:
+    """Makes a strategy known as ``"mics"``."""
+    if "mics" not in registry:
+        registry.register("mics", strategy, description="Shards within partition groups, replicates across them (MiCS)")
+
+
+def set_ranks(environment: ClusterEnvironment, num_nodes: int, ranks_per_node: int) -> None:
+    """Tells the cluster environment, and Lightning's rank-zero helpers, who this process is."""
+    environment.set_global_rank(environment.node_rank() * ranks_per_node + environment.local_rank())
+    environment.set_world_size(num_nodes * ranks_per_node)
+    rank_zero_only: Any = utils_rank_zero_only
+    rank_zero_only.rank = environment.global_rank()
+
+
+def init_process_group(
+    environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta | None
+) -> str:
     """Starts ``torch.distributed`` unless it runs already; returns the backend's name."""
-    backend = backend or _get_default_process_group_backend_for_device(device)
+    backend = backend or dist.get_default_backend_for_device(device)
     device_id = device if device.type != "cpu" else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
     return backend
 
 
-def check_precision_plugin(plugin: Any) -> None:
-    """Checks that a precision plugin is one that MiCS can shard.
+def take_precision(plugin: Any) -> None:
+    """Makes a precision plugin scale losses over all shards.
 
     Raises:
-        MiCSConfigError: If it is not.
+        MiCSConfigError: If it is one that MiCS cannot shard.
     """
     supported_precision(str(plugin.precision))
     if type(plugin).__name__.startswith(("FSDP", "DeepSpeed", "ModelParallel")):
         raise MiCSConfigError(
             f"{type(plugin).__name__} belongs to another strategy. Use precision={plugin.precision!r} instead."
         )
+    use_sharded_scaler(plugin)
 
 
 def check_sync_batchnorm(device: torch.device) -> None:
@@ -90,6 +105,33 @@ def check_sync_batchnorm(device: torch.device) -> None:
     """
     if device.type == "cpu":
         raise MiCSConfigError("sync_batchnorm=True needs GPUs: PyTorch has no SyncBatchNorm for CPUs. Use False there.")
+
+
+def shard(
+    module: nn.Module,
+    config: MiCSConfig,
+    topology: ClusterTopology,
+    device: torch.device,
+    precision: Any,
+    *,
+    loader: Any,
+    **options: Any,
+) -> None:
+    """Shards a module in place.
+
+    Args:
+        module: The module.
+        config: The strategy's settings.
+        topology: The cluster.
+        device: This process's device.
+        precision: The precision plugin.
+        loader: A DataLoader that ``shard_size="auto"`` may take a sample of, or ``None``.
+        **options: More for :func:`~lightning_mics.mics_shard`.
+    """
+    sample = find_sample(module, loader) if config.shard_size == "auto" else None
+    config = config.with_precision(str(precision.precision))
+    mics_shard(module, config, topology=topology, device_type=device.type, sample=sample, **options)
+    _gather_in_steps(module)
 
 
 def find_sample(module: nn.Module, loader: Any) -> Sample | None:
@@ -109,22 +151,16 @@ def find_sample(module: nn.Module, loader: Any) -> Sample | None:
     return None if first is None else replace(first, through_forward=is_manual)
 
 
-def gather_in_steps(module: nn.Module) -> None:
+def _gather_in_steps(module: nn.Module) -> None:
     """Makes the steps of a LightningModule gather parameters, as ``forward`` does; Lightning calls them directly."""
     for name in ("training_step", "validation_step", "test_step", "predict_step"):
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
 
 
-def set_rank(rank: int) -> None:
-    """Tells Lightning's rank-zero helpers who this process is."""
-    rank_zero_only: Any = utils_rank_zero_only
-    rank_zero_only.rank = rank
-
-
 def barrier(device: torch.device) -> None:
     """Waits for all ranks, if there are others."""
-    if not _distributed_is_initialized():
+    if not _is_initialized():
         return
     if dist.get_backend() == "nccl":
         dist.barrier(device_ids=[device.index])
@@ -134,8 +170,17 @@ def barrier(device: torch.device) -> None:
 
 def broadcast(value: Any, src: int = 0) -> Any:
     """Returns rank ``src``'s value on every rank."""
-    if not _distributed_is_initialized():
+    if not _is_initialized():
         return value
     values = [value]
     dist.broadcast_object_list(values, src)
     return values[0]
+
+
+def all_reduce(value: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    """Reduces a tensor over all ranks; returns anything else as it is."""
+    return _sync_ddp_if_available(value, group, reduce_op=reduce_op) if isinstance(value, Tensor) else value
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

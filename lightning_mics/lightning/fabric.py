@@ -5,30 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import STRATEGY_REGISTRY
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.config import MiCSConfig, Wrap, build_config
+from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core.gradients.window import defer_replication_sync
-from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.metrics import CommLedger
-from lightning_mics.sharding import clip_parameters_, is_sharded, mics_shard, runtime_of
-from lightning_mics.topology import GroupLayout, ShardSize
+from lightning_mics.sharding import clip_parameters_, is_sharded, runtime_of
+from lightning_mics.topology import GroupLayout
 
 
 class MiCSStrategy(ParallelStrategy):
@@ -37,59 +36,30 @@ class MiCSStrategy(ParallelStrategy):
     ``fabric.setup(model, optimizer)`` shards in place; the optimizer may have been created before. In accumulation
     loops ``fabric.no_backward_sync(model, enabled=...)`` defers the all-reduce between replicas.
 
+    Every setting of :class:`~lightning_mics.MiCSConfig` is an argument, such as ``shard_size``; what is left out or
+    ``None`` is as ``config`` says. ``node_size`` is Fabric's number of devices where nobody gives it, and
+    ``param_dtype`` follows Fabric's ``precision``.
+
     Args:
-        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
-            that is predicted to fit into memory.
-        node_size: Ranks on a node; by default Fabric's number of devices.
-        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
-        wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
-        reshard_after_forward: Whether units, except the root, are freed between forward and backward.
-        param_dtype: Gather dtype; overrides what Fabric's ``precision`` asks for.
-        reduce_dtype: Dtype of gradient reduction.
-        activation_checkpointing: Whether units recompute their activations in the backward pass.
-        cpu_offload: Whether shards, gradients and optimizer states live in host memory.
-        verify: Whether the first accumulation window is checked.
-        config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
+        config: A whole :class:`~lightning_mics.MiCSConfig`; settings that are given override it.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
         timeout: How long a collective may wait.
-        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
     """
 
+    @takes_settings
     def __init__(
         self,
-        shard_size: ShardSize | None = None,
-        node_size: int | None = None,
-        hierarchical: bool | Literal["auto"] | None = None,
-        wrap: Wrap | None = None,
-        reshard_after_forward: bool | None = None,
-        param_dtype: torch.dtype | str | None = None,
-        reduce_dtype: torch.dtype | str | None = None,
-        activation_checkpointing: bool | None = None,
-        cpu_offload: bool | None = None,
-        verify: bool | None = None,
+        *positional: Any,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        memory_limit: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        settings = {
-            "shard_size": shard_size,
-            "node_size": node_size,
-            "hierarchical": hierarchical,
-            "wrap": wrap,
-            "reshard_after_forward": reshard_after_forward,
-            "param_dtype": param_dtype,
-            "reduce_dtype": reduce_dtype,
-            "activation_checkpointing": activation_checkpointing,
-            "cpu_offload": cpu_offload,
-            "verify": verify,
-            "memory_limit": memory_limit,
-        }
         self.config = build_config(config, settings)
         super().__init__()
         self._num_nodes = 1
@@ -157,8 +127,7 @@ class MiCSStrategy(ParallelStrategy):
     @precision.setter
     def precision(self, plugin: Precision | None) -> None:
         if plugin is not None:
-            common.check_precision_plugin(plugin)
-            use_sharded_scaler(plugin)
+            common.take_precision(plugin)
         self._precision = plugin
 
     def _configure_launcher(self) -> None:
@@ -172,9 +141,7 @@ class MiCSStrategy(ParallelStrategy):
         super().setup_environment()
         reset_seed()
         assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        common.set_rank(self.global_rank)
+        common.set_ranks(self.cluster_environment, self.num_nodes, self.num_processes)
         self._process_group_backend = common.init_process_group(
             self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
         )
@@ -187,17 +154,16 @@ class MiCSStrategy(ParallelStrategy):
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shards a module in place and points its optimizers, created before, to the shards."""
-        config = self.config.with_precision(str(self.precision.precision))
-        mics_shard(
+        common.shard(
             module,
-            config,
-            topology=common.plan_topology(config, self.num_nodes, self.num_processes),
-            device_type=self.root_device.type,
+            self.config,
+            common.plan_topology(self.config, self.num_nodes, self.num_processes),
+            self.root_device,
+            self.precision,
+            loader=self._loader,
             optimizer=optimizers,
-            sample=common.find_sample(module, self._loader) if config.shard_size == "auto" else None,
         )
         self._decided, self._loader = runtime_of(module).mesh.layout, None
-        common.gather_in_steps(module)
         return module, optimizers, scheduler
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -223,7 +189,7 @@ class MiCSStrategy(ParallelStrategy):
 
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces a tensor over all ranks."""
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+        return common.all_reduce(tensor, group, reduce_op)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks."""
@@ -248,7 +214,7 @@ class MiCSStrategy(ParallelStrategy):
 
     def save_checkpoint(
         self,
-        path: _PATH,
+        path: str | Path,
         state: dict[str, Any],
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
@@ -275,7 +241,7 @@ class MiCSStrategy(ParallelStrategy):
 
     def load_checkpoint(
         self,
-        path: _PATH,
+        path: str | Path,
         state: nn.Module | Optimizer | dict[str, Any] | None = None,
         strict: bool = True,
         weights_only: bool | None = None,
@@ -317,7 +283,4 @@ def _split_state(state: dict[str, Any]) -> tuple[str, nn.Module, dict[str, Optim
     return models[0], state[models[0]], optimizers
 
 
-if "mics" not in STRATEGY_REGISTRY:
-    STRATEGY_REGISTRY.register(
-        "mics", MiCSStrategy, description="Shards within partition groups, replicates across them (MiCS)"
-    )
+common.register(STRATEGY_REGISTRY, MiCSStrategy)

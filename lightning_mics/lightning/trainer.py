@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer, _configure_optimizers
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.config import MiCSConfig, Wrap, build_config
+from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core.gradients.window import defer_replication_sync
-from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.metrics import CommLedger
-from lightning_mics.sharding import is_sharded, mics_shard, runtime_of
-from lightning_mics.topology import GroupLayout, ShardSize
+from lightning_mics.sharding import is_sharded, runtime_of
+from lightning_mics.topology import GroupLayout
 
 
 class MiCSStrategy(ParallelStrategy):
@@ -46,23 +45,15 @@ class MiCSStrategy(ParallelStrategy):
     Plain LightningModules work as they are; modules that build their layers in ``configure_model`` may do so on the
     meta device. With ``accumulate_grad_batches`` replicas synchronise once per optimizer step.
 
+    Every setting of :class:`~lightning_mics.MiCSConfig` is an argument, such as ``shard_size``; what is left out or
+    ``None`` is as ``config`` says. ``node_size`` is Lightning's number of devices where nobody gives it, and
+    ``param_dtype`` follows the Trainer's ``precision``.
+
     Args:
-        shard_size: Ranks in a partition group: a number, ``"node"``, ``"world"``, or ``"auto"`` for the smallest one
-            that is predicted to fit into memory.
-        node_size: Ranks on a node; by default Lightning's number of devices.
-        hierarchical: Whether collectives of a partition that spans nodes run in two stages.
-        wrap: What becomes an FSDP unit; see :class:`~lightning_mics.MiCSConfig`.
-        reshard_after_forward: Whether units, except the root, are freed between forward and backward.
-        param_dtype: Gather dtype; overrides what the Trainer's ``precision`` asks for.
-        reduce_dtype: Dtype of gradient reduction.
-        activation_checkpointing: Whether units recompute their activations in the backward pass.
-        cpu_offload: Whether shards, gradients and optimizer states live in host memory.
-        verify: Whether the first accumulation window is checked.
-        config: A whole :class:`~lightning_mics.MiCSConfig`; the arguments above override it where given.
+        config: A whole :class:`~lightning_mics.MiCSConfig`; settings that are given override it.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
         timeout: How long a collective may wait.
-        memory_limit: What ``shard_size="auto"`` may use on a rank, for example ``"36GiB"``.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -74,37 +65,16 @@ class MiCSStrategy(ParallelStrategy):
 
     strategy_name = "mics"
 
+    @takes_settings
     def __init__(
         self,
-        shard_size: ShardSize | None = None,
-        node_size: int | None = None,
-        hierarchical: bool | Literal["auto"] | None = None,
-        wrap: Wrap | None = None,
-        reshard_after_forward: bool | None = None,
-        param_dtype: torch.dtype | str | None = None,
-        reduce_dtype: torch.dtype | str | None = None,
-        activation_checkpointing: bool | None = None,
-        cpu_offload: bool | None = None,
-        verify: bool | None = None,
+        *positional: Any,
         config: MiCSConfig | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
-        memory_limit: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        settings = {
-            "shard_size": shard_size,
-            "node_size": node_size,
-            "hierarchical": hierarchical,
-            "wrap": wrap,
-            "reshard_after_forward": reshard_after_forward,
-            "param_dtype": param_dtype,
-            "reduce_dtype": reduce_dtype,
-            "activation_checkpointing": activation_checkpointing,
-            "cpu_offload": cpu_offload,
-            "verify": verify,
-            "memory_limit": memory_limit,
-        }
         self.config = build_config(config, settings)
         super().__init__()
         self.num_nodes = 1
@@ -176,8 +146,7 @@ class MiCSStrategy(ParallelStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None:
-            common.check_precision_plugin(plugin)
-            use_sharded_scaler(plugin)
+            common.take_precision(plugin)
         self._precision_plugin = plugin
 
     @property
@@ -194,21 +163,19 @@ class MiCSStrategy(ParallelStrategy):
     def set_world_ranks(self) -> None:
         """Takes over the cluster environment's ranks; the first moment at which the whole cluster is known."""
         common.plan_layout(self.config, self.num_nodes, self.num_processes)
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        common.set_rank(self.global_rank)
+        assert self.cluster_environment is not None
+        common.set_ranks(self.cluster_environment, self.num_nodes, self.num_processes)
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Starts the process group."""
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
+        assert self.cluster_environment is not None
         self._process_group_backend = common.init_process_group(
             self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
         )
@@ -218,7 +185,6 @@ class MiCSStrategy(ParallelStrategy):
         assert self.accelerator is not None and self.lightning_module is not None
         _refuse_averaging(trainer)
         self.accelerator.setup(trainer)
-        _disable_inference_mode(trainer)
         self._shard(self.lightning_module, trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
@@ -235,21 +201,18 @@ class MiCSStrategy(ParallelStrategy):
         if self._layer_sync is not None:
             common.check_sync_batchnorm(self.root_device)
             self._layer_sync.apply(module)
-        config = self.config.with_precision(str(self.precision_plugin.precision))
-        entries = [] if module.automatic_optimization else _manual_entries(module)
-        is_auto = config.shard_size == "auto"
-        with _logging_off(module) if is_auto else nullcontext():
-            mics_shard(
-                module,
-                config,
-                topology=common.plan_topology(config, self.num_nodes, self.num_processes),
-                device_type=self.root_device.type,
-                entries=entries,
-                optimizer=_future_optimizers(module) if is_auto and trainer.state.fn == TrainerFn.FITTING else None,
-                sample=common.find_sample(module, _train_loader(trainer)) if is_auto else None,
-                rebind=False,
-            )
-        common.gather_in_steps(module)
+        plans_states = self.config.shard_size == "auto" and trainer.state.fn == TrainerFn.FITTING
+        common.shard(
+            module,
+            self.config,
+            common.plan_topology(self.config, self.num_nodes, self.num_processes),
+            self.root_device,
+            self.precision_plugin,
+            loader=_train_loader(trainer),
+            entries=[] if module.automatic_optimization else _manual_entries(module),
+            optimizer=_future_optimizers(module) if plans_states else None,
+            rebind=False,
+        )
         module._device_mesh = runtime_of(module).mesh.device_mesh
 
     def _check_same_layout(self, module: pl.LightningModule) -> None:
@@ -297,7 +260,7 @@ class MiCSStrategy(ParallelStrategy):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces a tensor over all ranks."""
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+        return common.all_reduce(tensor, group, reduce_op)
 
     def teardown(self) -> None:
         """Ends the run; the sharded module stays where it is."""
@@ -319,7 +282,7 @@ class MiCSStrategy(ParallelStrategy):
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return checkpoints.optimizer_state(self.model, inner, full=not self._save_distributed_checkpoint)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
         if storage_options is not None:
             raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
@@ -334,15 +297,17 @@ class MiCSStrategy(ParallelStrategy):
             state[f"optimizer_{index}"] = optimizer_state
         checkpoints.save_sharded(path, state, checkpoint)
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint of any shard size, sharded or full, into the model and its optimizers."""
         assert self.lightning_module is not None and self.model is not None
+        if weights_only is None and isinstance(self.launcher, _Launcher):
+            weights_only = self.launcher.weights_only
         checkpoint = checkpoints.load_into(
             self.broadcast(str(checkpoint_path)),
             self.model,
             {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
             strict=self.lightning_module.strict_loading,
-            weights_only=_asked_weights_only() if weights_only is None else weights_only,
+            weights_only=weights_only,
         )
         # What another loop than the Trainer's wrote lacks these, and the Trainer insists on them.
         known = {"pytorch-lightning_version": pl.__version__, "lr_schedulers": []}
@@ -355,24 +320,30 @@ class MiCSStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Does nothing: :meth:`load_checkpoint` filled the states."""
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         """Deletes a checkpoint, which loses its name first."""
         if self.is_global_zero:
             checkpoints.remove(filepath)
 
 
-def _asked_weights_only() -> bool | None:
-    """Returns what the user passed as ``weights_only``.
+class _Launcher(_SubprocessScriptLauncher):
+    """Starts the processes of a node where nobody else has, and remembers what the Trainer was asked for.
 
-    Lightning 2.6 loses it on the way to strategies that restore after set-up.
+    Lightning 2.6 loses ``weights_only`` on the way to strategies that restore after set-up.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_run" and isinstance(frame.f_locals.get("self"), pl.Trainer):
-            asked: bool | None = frame.f_locals.get("weights_only")
-            return asked
-        frame = frame.f_back
-    return None
+
+    weights_only: bool | None = None
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return self.cluster_environment.creates_processes_externally
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        asked = inspect.signature(function).bind(*args, **kwargs).arguments
+        self.weights_only = asked.get("weights_only")
+        if self.cluster_environment.creates_processes_externally:
+            return function(*args, **kwargs)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
 def _refuse_averaging(trainer: pl.Trainer) -> None:
@@ -384,50 +355,25 @@ def _refuse_averaging(trainer: pl.Trainer) -> None:
             )
 
 
-def _disable_inference_mode(trainer: pl.Trainer) -> None:
-    """Parameters first gathered in inference mode (the sanity check) could not be trained afterwards."""
-    for loop in (
-        trainer.fit_loop.epoch_loop.val_loop,
-        trainer.validate_loop,
-        trainer.test_loop,
-        trainer.predict_loop,
-    ):
-        loop.inference_mode = False
-
-
-@contextmanager
-def _logging_off(module: pl.LightningModule) -> Generator[None, None, None]:
-    """Lets steps run before there is a loop that takes what they log."""
-    names = ("log", "log_dict")
-    module.__dict__.update(dict.fromkeys(names, _nothing))
-    try:
-        yield
-    finally:
-        for name in names:
-            del module.__dict__[name]
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
 # Where a module notes what assigning to it adds.
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
-    """Asks a module for optimizers over its whole parameters, to learn their classes and settings."""
+    """Asks a module for optimizers over its whole parameters, to learn their classes and settings.
+
+    A shallow copy is asked, so that what its ``configure_optimizers`` assigns does not reach the module.
+    """
     from lightning_mics.auto import random_states_kept
 
-    attributes = {name: copy.copy(value) if name in _REGISTRIES else value for name, value in module.__dict__.items()}
+    asked = object.__new__(type(module))
+    for name, value in vars(module).items():
+        vars(asked)[name] = copy.copy(value) if name in _REGISTRIES else value
     try:
         with random_states_kept():
-            return _configure_optimizers(module.configure_optimizers())[0]  # type: ignore[arg-type]
+            return _configure_optimizers(asked.configure_optimizers())[0]  # type: ignore[arg-type]
     except Exception:
         return None
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
 
 
 def _train_loader(trainer: pl.Trainer) -> Any:
@@ -449,7 +395,4 @@ def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:
     return callable_parts(module)
 
 
-if "mics" not in StrategyRegistry:
-    StrategyRegistry.register(
-        "mics", MiCSStrategy, description="Shards within partition groups, replicates across them (MiCS)"
-    )
+common.register(StrategyRegistry, MiCSStrategy)

@@ -459,9 +459,14 @@ def _copy(
     copied = copy_as_fake(model, memo, mode)
     for module in copied.modules():
         _leave_out(module, absent)
-        vars(module).update(dict.fromkeys(_TRAINERS.intersection(vars(module))))
+        if _TRAINERS.intersection(vars(module)):
+            vars(module).update(dict.fromkeys(_TRAINERS), log=_nothing, log_dict=_nothing)
     copied.train()
     return copied, {module: memo[id(module)] for module in model.modules() if id(module) in memo}
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _leave_out(stack: nn.Module, absent: nn.Module) -> None:

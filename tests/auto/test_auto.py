@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import random
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,8 @@ class Stepping(Model):
 def fit_stepping() -> tuple[int, list[str]]:
     module, Stepping.traced = Stepping(), 0
     trainer = make_trainer(strategy=MiCSStrategy(**strategy_settings(2**30)))
-    with Said() as said:
+    with Said() as said, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="You are trying to `self.log")
         trainer.fit(module, loader(2, 2))
     assert "log" not in vars(module) and trainer.logged_metrics.keys() == {"loss", "again"}
     return Stepping.traced, said.lines

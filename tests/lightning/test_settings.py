@@ -1,0 +1,102 @@
+"""Every setting reaches both strategies, from Python and from the files of LightningCLI."""
+
+from __future__ import annotations
+
+import inspect
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jsonargparse
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from settings_tools import OTHER_VALUES, other_settings
+
+from lightning_mics import MiCSConfig, MiCSStrategy
+from lightning_mics.config import Settings
+from lightning_mics.fabric import MiCSStrategy as FabricStrategy
+
+both = pytest.mark.parametrize("strategy", [MiCSStrategy, FabricStrategy], ids=["trainer", "fabric"])
+every_setting = pytest.mark.parametrize(
+    ("name", "value", "expected"), other_settings(), ids=[name for name, _, _ in other_settings()]
+)
+
+
+@both
+@every_setting
+def test_a_strategy_takes_every_setting(strategy: Any, name: str, value: Any, expected: MiCSConfig) -> None:
+    assert strategy(**{name: value}).config == expected
+    assert strategy(config=MiCSConfig(verify=False), **{name: value}).config == expected.replace(verify=False)
+    assert strategy(config=expected).config == strategy(config=expected, **{name: None}).config == expected
+
+
+@both
+def test_positions_keep_their_meaning(strategy: Any) -> None:
+    assert strategy(8).config == MiCSConfig(shard_size=8)
+    positions = [name for name in OTHER_VALUES if name not in ("memory_limit", "output_dtype", "cast_forward_inputs")]
+    values = [OTHER_VALUES[name] for name in positions]
+    made = strategy(*values, MiCSConfig(output_dtype="float16"), False, "gloo", timedelta(seconds=5), "36GiB")
+    assert made.config == MiCSConfig(**{**OTHER_VALUES, "cast_forward_inputs": True})
+    assert made.process_group_backend == "gloo"
+    with pytest.raises(TypeError, match="multiple values for argument 'shard_size'"):
+        strategy(8, shard_size=8)
+
+
+@both
+def test_a_wrong_name_suggests_the_nearest(strategy: Any) -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'shardsize'\. Did you mean 'shard_size'\?"):
+        strategy(shardsize=8)
+    with pytest.raises(TypeError, match=r"Did you mean 'timeout'\?"):
+        strategy(time_out=8)
+
+
+@both
+def test_tools_see_every_setting_with_type_and_description(strategy: Any) -> None:
+    arguments = inspect.signature(strategy).parameters
+    own = {"config", "save_distributed_checkpoint", "process_group_backend", "timeout"}
+    assert arguments.keys() == OTHER_VALUES.keys() | own
+    assert all(arguments[name].default is None for name in OTHER_VALUES)
+    assert arguments["save_distributed_checkpoint"].default is True
+    hints = get_type_hints(strategy.__init__)
+    assert all(hints[name] == arguments[name].annotation for name in arguments)
+    assert "Ranks in a partition group" in strategy.__init__.__doc__
+
+
+def test_what_type_checkers_see_are_the_settings() -> None:
+    fields = get_type_hints(MiCSConfig)
+    assert get_type_hints(Settings) == {name: fields[name] | None for name in MiCSConfig.setting_names()}
+
+
+def make_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], *options: str) -> Any:
+    """Returns the Trainer that LightningCLI makes of a file, and of options behind it."""
+    file, strategy = folder / "trainer.yaml", {"class_path": "lightning_mics.MiCSStrategy", "init_args": settings}
+    file.write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", "devices": 4, "strategy": strategy}}))
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(file), "--trainer.logger", "false", *options])
+    return LightningCLI(BoringModel, run=False, save_config_callback=None, seed_everything_default=False).trainer
+
+
+@every_setting
+def test_lightning_cli_takes_every_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, expected: MiCSConfig
+) -> None:
+    assert make_trainer(tmp_path, monkeypatch, {name: value}).strategy.config == expected
+
+
+def test_lightning_cli_checks_types_and_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = "--trainer.strategy.init_args.verify=false"
+    assert make_trainer(tmp_path, monkeypatch, {"shard_size": 2}, option).strategy.config.verify is False
+    for settings, words in (({"node_size": "many"}, "many"), ({"shardsize": 2}, "shardsize")):
+        with pytest.raises(SystemExit):
+            make_trainer(tmp_path, monkeypatch, settings)
+        assert words in capsys.readouterr().err
+
+
+def test_lightning_cli_explains_settings() -> None:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(MiCSStrategy, "strategy")
+    text = " ".join(parser.format_help().split())
+    assert "--strategy.shard_size SHARD_SIZE Ranks in a partition group" in text
