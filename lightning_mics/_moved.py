@@ -23,6 +23,8 @@ MOVED = {
 # What a module offers under a name of its own, though a higher module does it: looked up when it is called.
 DOORS = {
     "MiCSConfig.from_deepspeed": "deepspeed:convert_deepspeed",
+    "plan.memory.optimizer_footprint": "trace.optimizers:optimizer_footprint",
+    "plan.plan": "trace.planning:plan",
 }
 
 

@@ -30,6 +30,11 @@ def parse_quantity(text: str, unit: str) -> float | None:
     return None if factor is None else number * factor
 
 
+def int_or_word(text: str) -> int | str:
+    """Returns the whole number that a text is, else the text: what a setting such as a shard size may be."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 def _factor(word: str, unit: str) -> float | None:
     """Returns what one of a unit is in the base unit, for example 1.25e8 for ``Gbit/s`` in ``B/s``."""
     if not word:

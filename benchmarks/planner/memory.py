@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import format_bytes
-from lightning_mics.plan import Candidate, evaluate
+from lightning_mics.plan import Candidate, Training, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
-from lightning_mics.plan.precision import training_for
 from lightning_mics.trace import profile_model
 
 RANKS = 4
@@ -112,7 +111,7 @@ def sample(batch: int, seed: int = 0) -> dict[str, Tensor]:
 
 def predict(combination: Combination) -> dict[str, float]:
     """Returns the planner's memory by part, in bytes."""
-    training = training_for(combination.precision, combination.optimizer)
+    training = Training.in_precision(combination.precision, combination.optimizer)
     profile = profile_model(build(combination.model), sample(1), param_dtype=training.param_dtype, device_type="cpu")
     link = Link(bandwidth=1e9, efficiency=1.0, latency=1e-6)
     cpu = Accelerator(

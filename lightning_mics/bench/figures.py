@@ -16,53 +16,18 @@ from lightning_mics.bench.report import (
     reference_of,
     shared_conditions,
 )
-from lightning_mics.errors import MiCSError
+from lightning_mics.bench.style import COLOURS, OUR_COLOURS, STYLE, save
 from lightning_mics.metrics import format_bytes, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Ours are blues; the others are the colours of Okabe and Ito, which colour-blind people can tell apart, without blue.
-_OUR_COLOURS = ("#08519c", "#3d8fd1", "#08306b", "#7fb8e6", "#9ecae1")
-_COLOURS = {
-    "full-sharding": "#d55e00",
-    "deepspeed-zero3": "#cc79a7",
-    "mesh-2d": "#e69f00",
-    "mesh-2d-no-sync": "#a67c00",
-    "fsdp2-flat": "#009e73",
-    "ddp": "#6f6f6f",
-}
 _SPARE_COLOURS = ("#882255", "#117733", "#444444")
 _HOP_COLOURS = ("#bdbdbd", "#08519c", "#56a0d8", "#e69f00", "#e8e8e8")
 _MARKERS = "osD^vPX*<>"
 _OUR_CURVE: Any = {"ls": "-", "lw": 2.6, "ms": 6, "zorder": 2}
 _OTHER_CURVE: Any = {"ls": (0, (4, 2)), "lw": 1.5, "ms": 8, "mfc": "none", "mew": 1.5, "zorder": 3}
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "savefig.dpi": 150,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lightning-mics",
-}
-
-
-def require_matplotlib() -> None:
-    """Raises an error in words if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MiCSError(
-            "Figures need matplotlib, which is not installed: pip install 'lightning-mics[bench]'"
-        ) from error
 
 
 def draw(summaries: list[Summary], out: Path, prefix: str) -> list[Path]:
@@ -79,12 +44,9 @@ def draw(summaries: list[Summary], out: Path, prefix: str) -> list[Path]:
     import matplotlib
 
     files: list[Path] = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, figure in _figures(summaries):
-            path = out / f"{prefix}-{name}"
-            figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-            files += [path.with_suffix(".png"), path.with_suffix(".svg")]
+            files += [save(figure, out / f"{prefix}-{name}{suffix}") for suffix in (".png", ".svg")]
     return files
 
 
@@ -135,12 +97,12 @@ def _main_case(summaries: list[Summary]) -> list[Summary]:
 def _colours(summaries: list[Summary]) -> dict[str, str]:
     """Returns a colour for each label."""
     colours: dict[str, str] = {}
-    ours, spare = iter(_OUR_COLOURS * 9), iter(_SPARE_COLOURS * 9)
+    ours, spare = iter(OUR_COLOURS * 9), iter(_SPARE_COLOURS * 9)
     used = set()
     for contender in (summary.contender for summary in summaries):
         if contender.label in colours:
             continue
-        colour = next(ours) if contender.name == OURS else _COLOURS.get(contender.name)
+        colour = next(ours) if contender.name == OURS else COLOURS.get(contender.name)
         if colour is None or (contender.name != OURS and colour in used):
             colour = next(spare)
         colours[contender.label] = colour
@@ -304,7 +266,7 @@ def _speed_up(group: list[Summary], colours: dict[str, str]) -> Figure:
 def _shard_sizes(group: list[Summary]) -> Figure:
     figure, axes = _start("Time of an optimizer step against shard size", group, 4.0)
     ours = [summary for summary in group if summary.is_ours]
-    kinds = (("flat collectives", False, _OUR_COLOURS[1], "s"), ("two-stage collectives", True, _OUR_COLOURS[2], "o"))
+    kinds = (("flat collectives", False, OUR_COLOURS[1], "s"), ("two-stage collectives", True, OUR_COLOURS[2], "o"))
     for name, hierarchical, colour, marker in kinds:
         # A group inside a node has no second stage: it is a point of both curves.
         chosen = [

@@ -597,9 +597,10 @@ def write_report(results: Sequence[Path], out: Path) -> list[Path]:
         ResultsError: If the results are damaged or empty.
         MiCSError: If matplotlib is not installed.
     """
-    from lightning_mics.bench.figures import draw, require_matplotlib
+    from lightning_mics.bench.figures import draw
+    from lightning_mics.bench.style import require_matplotlib
 
-    require_matplotlib()
+    require_matplotlib("Figures need matplotlib, which is not installed: pip install 'lightning-mics[bench]'")
     records = [record for path in results for record in _read(path)]
     summaries, failed = summarise(records), failures(records)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from lightning_mics import __version__
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import format_bytes
 from lightning_mics.processes import exit_on_signals
+from lightning_mics.text import int_or_word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +121,7 @@ def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Nam
     add("--yes", action="store_true", help="ask nothing: take the default of what is not given")
     add(
         "--shard-size",
-        type=_int_or_word,
+        type=int_or_word,
         metavar="N",
         help="ranks of a partition group, 'node' (default), 'world' or 'auto'",
     )
@@ -142,10 +143,6 @@ def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Nam
     add("--node-size", type=int, metavar="N", help="ranks of a pretended node; travels by environment")
     add("--reduce-dtype", metavar="DTYPE", help="dtype of gradient reduction; travels by environment")
     return functools.partial(_config, parser)
-
-
-def _int_or_word(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -181,7 +178,7 @@ def _configure_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 
 def _configure_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
-    from lightning_mics.plan.cli import configure
+    from lightning_mics.cli.plan import configure
 
     return configure(parser)
 

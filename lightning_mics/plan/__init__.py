@@ -1,27 +1,23 @@
 """The planner: which partition size, how much memory, what crosses which link, how it scales; without a cluster.
 
-Nothing here needs a process group. :func:`plan` is the way in; its answer is made of plain dataclasses.
+Nothing here needs PyTorch. :func:`plan` is the way in; its answer is made of plain dataclasses.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.batch import divide_batch
+from lightning_mics._moved import open_door
 from lightning_mics.plan.evaluate import Plan, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_instance, load_cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
-from lightning_mics.plan.precision import training_for
 from lightning_mics.plan.profile import Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.search import Choices, Misfit, Planning, search
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Event, StepTime
-from lightning_mics.topology import ShardSize, check_positive_int
 
 if TYPE_CHECKING:
-    from torch import nn
+    from lightning_mics.trace.planning import plan
 
 __all__ = [
     "Accelerator",
@@ -50,104 +46,7 @@ __all__ = [
 ]
 
 
-def plan(
-    model: str | os.PathLike[str] | nn.Module | ModelProfile,
-    cluster: Cluster | str | os.PathLike[str],
-    *,
-    num_nodes: int | None = None,
-    sample: Any = None,
-    sequence_length: int | None = None,
-    global_batch: int | None = None,
-    micro_batch: int | None = None,
-    accumulation: int | None = None,
-    precision: str = "bf16-mixed",
-    optimizer: str = "AdamW",
-    shard_size: ShardSize | None = None,
-    hierarchical: bool | None = None,
-    activation_checkpointing: bool | None = None,
-    reshard_after_forward: bool | None = None,
-    memory_limit: float | None = None,
-) -> Planning:
-    """Predicts memory, time and traffic of training a model, and ranks what fits.
-
-    Args:
-        model: A built-in name (``"gpt2-xl"``), the path of a Hugging Face configuration, ``"module:factory"``, a module
-            (of which only shapes are used; it may be on the meta device), or a profile.
-        cluster: Hardware from :func:`find_instance` or :func:`load_cluster`, the name of a cloud instance, or the path
-            of a YAML file.
-        num_nodes: Number of nodes; by default what ``cluster`` says, one for the name of an instance.
-        sample: A batch of one sample or more, if ``model`` is a module; without it activations follow a formula,
-            or are left out where none is known.
-        sequence_length: Tokens of a sample; by default the longest that the model takes (8,192 if it could take more).
-        global_batch: Samples of an optimizer step, of all ranks.
-        micro_batch: Samples of a rank in a microstep.
-        accumulation: Microsteps of an optimizer step.
-        precision: One of Lightning's names: ``"bf16-mixed"``, ``"bf16-true"``, ``"16-mixed"``, ``"32-true"`` ...
-        optimizer: Name of a class in ``torch.optim``.
-        shard_size: Fixes the partition size; all that work are tried by default.
-        hierarchical: Fixes whether collectives across nodes run in two stages.
-        activation_checkpointing: Fixes whether blocks are computed again in the backward pass.
-        reshard_after_forward: Fixes whether blocks are freed after the forward pass.
-        memory_limit: Bytes that a rank may use; by default the accelerator's memory.
-
-    Returns:
-        The ranked plans, what does not fit, and other ways to train to compare with.
-
-    Raises:
-        MiCSConfigError: If a name is unknown or numbers contradict each other. That nothing fits is not an error
-            here; ``Planning.best`` raises it.
-
-    Example::
-
-        best = plan("gpt2-xl", "p4d.24xlarge", num_nodes=16, global_batch=1024).best
-        print(best.candidate.shard_size, best.memory.total, best.time.seconds)
-    """
-    if isinstance(cluster, str):
-        hardware = find_instance(cluster, 1 if num_nodes is None else num_nodes)
-    else:
-        hardware = load_cluster(cluster, num_nodes) if isinstance(cluster, os.PathLike) else cluster
-    if num_nodes is not None:
-        hardware = hardware.with_nodes(num_nodes)
-    training = training_for(precision, optimizer)
-    if shard_size is not None:
-        shard_size = hardware.topology.resolve_shard_size(shard_size)
-    if hierarchical is not None and not isinstance(hierarchical, bool):
-        raise MiCSConfigError(f"hierarchical={hierarchical!r} is not one of None, True, False.")
-    if sequence_length is not None:
-        check_positive_int("sequence_length", sequence_length, 1024)
-    choices = Choices(
-        batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
-        shard_sizes=None if shard_size is None else [shard_size],
-        hierarchical=hierarchical,
-        activation_checkpointing=activation_checkpointing,
-        reshard_after_forward=reshard_after_forward,
-        memory_limit=memory_limit,
-    )
-    if memory_limit is not None and not memory_limit > 0:
-        raise MiCSConfigError(f"memory_limit={memory_limit!r} must be positive. Try memory_limit=40 * 2**30.")
-    profile = _profile(model, sample, sequence_length, training, hardware.node.accelerator.device_type)
-    if profile.trainable_numel == 0:
-        raise MiCSConfigError(f"{profile.name} has no parameter that is trained, so there is nothing to plan.")
-    return search(profile, hardware, training, choices)
-
-
-def _profile(
-    model: Any, sample: Any, sequence_length: int | None, training: Training, device_type: str
-) -> ModelProfile:
-    if isinstance(model, ModelProfile):
-        return model
-    # These need PyTorch's distributed package; planning with a profile does not.
-    from lightning_mics.trace import profile_model
-    from lightning_mics.trace.models import build_model
-
-    name = None
-    if isinstance(model, str | os.PathLike):
-        model, sample, name = build_model(model, sequence_length=sequence_length)
-    return profile_model(
-        model,
-        sample,
-        param_dtype=None if training.param_dtype == "float32" else training.param_dtype,
-        name=name,
-        sequence_length=sequence_length,
-        device_type="cpu" if device_type == "cpu" else "cuda",
-    )
+def __getattr__(name: str) -> Any:
+    if name != "plan":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return open_door("plan.plan")  # it traces models, with PyTorch

@@ -56,6 +56,11 @@ class Plan:
         """Samples of an optimizer step."""
         return self.world_size * self.candidate.micro_batch * self.candidate.accumulation
 
+    @property
+    def inter_bytes(self) -> int:
+        """Bytes that leave a node in an optimizer step."""
+        return sum(traffic.inter_bytes for traffic in self.traffic.values())
+
 
 def evaluate(
     profile: ModelProfile,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 
+from lightning_mics._moved import open_door
 from lightning_mics.plan.hardware import Accelerator
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Param, Unit
 from lightning_mics.plan.settings import Candidate, Training
@@ -87,8 +88,7 @@ def predict_memory(
         training: Dtypes and the optimizer.
         accelerator: The device; decides what is lost to its context and allocator.
     """
-    from lightning_mics.trace.optimizers import optimizer_footprint  # loads PyTorch
-
+    optimizer_footprint = open_door("plan.memory.optimizer_footprint")  # an optimizer of PyTorch is measured by it
     on_cpu = accelerator.device_type == "cpu"
     shard_size = candidate.shard_size
     parameters = gradients = optimizer = partial_sums = step_extra = 0.0

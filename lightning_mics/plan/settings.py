@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lightning_mics.plan.profile import Unit
+from lightning_mics.precision import PRECISIONS, find_precision
 from lightning_mics.topology import ClusterTopology, GroupLayout
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 Scheme = Literal["mics", "full-sharding", "mesh-2d", "ddp"]
 SCHEME_NAMES: dict[Scheme, str] = {
@@ -18,6 +16,7 @@ SCHEME_NAMES: dict[Scheme, str] = {
     "mesh-2d": "2-D mesh, all-reduce every microstep",
     "ddp": "DDP",
 }
+_SHORT_NAMES: dict[Scheme, str] = {**SCHEME_NAMES, "full-sharding": "full sharding", "mesh-2d": "2-D mesh"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,26 @@ class Training:
 
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "float32"
-    optimizer: str | type[Optimizer] | Optimizer = "AdamW"
+    optimizer: object = "AdamW"
     state_dtype: str | None = None
+
+    @classmethod
+    def in_precision(cls, precision: str, optimizer: object) -> Training:
+        """Returns the dtypes of a precision, by any of its names.
+
+        Raises:
+            MiCSConfigError: If it is unknown; suggests the nearest known name.
+        """
+        found = find_precision(str(precision))
+        return cls(param_dtype=found.param_dtype, optimizer=optimizer, state_dtype=found.state_dtype)
+
+    @property
+    def precision(self) -> str:
+        """Lightning's name of these dtypes; that of ``param_dtype`` where there is none."""
+        for known in PRECISIONS.values():
+            if (known.param_dtype, known.state_dtype) == (self.param_dtype, self.state_dtype):
+                return known.name
+        return self.param_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +97,8 @@ class Candidate:
         if self.scheme != "mics":
             return SCHEME_NAMES[self.scheme]
         return f"MiCS p={self.shard_size}" + (" two-stage" if self.hierarchical else "")
+
+    @property
+    def short_label(self) -> str:
+        """What to call it where there is little room, for example ``"2-D mesh"``."""
+        return self.label if self.scheme == "mics" else _SHORT_NAMES[self.scheme]

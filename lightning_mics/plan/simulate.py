@@ -129,6 +129,11 @@ class StepTime:
     busy: Mapping[str, float]
     events: Sequence[Event] = field(default=(), repr=False)
 
+    @property
+    def waiting(self) -> float:
+        """Share of the step in which compute waits for communication."""
+        return sum(self.exposed.values()) / self.seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:

@@ -14,7 +14,6 @@ from plan_examples import make_cluster, make_profile
 from lightning_mics.accelerate.launch_file import check_launch_file
 from lightning_mics.cli import main
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan import cli
 from lightning_mics.plan.hardware import find_instance, load_cluster
 from lightning_mics.trace.links import LinkFit, Measurement
 
@@ -31,7 +30,7 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def no_trace(monkeypatch):
     """Plans with a profile made by hand, whatever the name of the model."""
-    monkeypatch.setattr("lightning_mics.plan._profile", lambda *_: make_profile())
+    monkeypatch.setattr("lightning_mics.trace.planning.profile_of", lambda *_: make_profile())
 
 
 def run(capsys, *words, model="gpt2", hardware=HARDWARE):
@@ -294,12 +293,6 @@ def test_the_group_ends_where_measuring_fails(capsys, one_rank):
     code, out, err = run(capsys, "--measure", hardware=[])
     assert (code, out, err) == (2, "", "mics: no links\n")
     assert not torch.distributed.is_initialized()
-
-
-def test_formats_are_those_of_the_writer():
-    from lightning_mics.plan.write import FORMATS
-
-    assert cli._FORMATS == FORMATS
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -10,7 +10,7 @@ from lightning_mics.plan.search import Choices, search
 from lightning_mics.plan.settings import Training
 
 pytest.importorskip("matplotlib")
-from lightning_mics.plan import figures
+from lightning_mics.cli.plan import figures
 
 TRAINING = Training(param_dtype="bfloat16", optimizer="AdamW")
 

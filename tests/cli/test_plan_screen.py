@@ -5,9 +5,10 @@ import pytest
 from plan_examples import GIB, make_cluster, make_profile
 from rich.console import Console
 
+from lightning_mics.cli.plan.drawings import last_microstep, layout_lines, timeline_lines
+from lightning_mics.cli.plan.screen import print_planning
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
-from lightning_mics.plan.screen import last_microstep, layout_lines, print_planning, timeline_lines
 from lightning_mics.plan.search import Choices, search
 from lightning_mics.plan.settings import Training
 from lightning_mics.plan.simulate import Event

@@ -5,25 +5,20 @@ import yaml
 from plan_examples import make_cluster, make_profile
 
 from lightning_mics.accelerate.launch_file import check_launch_file
+from lightning_mics.cli.plan import FORMATS
+from lightning_mics.cli.plan.write import MACHINE_0, accelerate_code, mics_settings, to_json, trainer_code, write_plan
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.precision import training_for
 from lightning_mics.plan.scaling import weak_scaling
 from lightning_mics.plan.search import Choices, search
-from lightning_mics.plan.write import (
-    MACHINE_0,
-    accelerate_code,
-    mics_settings,
-    precision_of,
-    to_json,
-    trainer_code,
-    write_plan,
-)
+from lightning_mics.plan.settings import Training
 
 
 def find(num_nodes=2, node_size=4, *, precision="bf16-mixed", device_type="cuda", batch=(2, 4), **choices):
     cluster = make_cluster(num_nodes, node_size, device_type=device_type)
-    return search(make_profile(), cluster, training_for(precision, "AdamW"), Choices(batches=[batch], **choices))
+    return search(
+        make_profile(), cluster, Training.in_precision(precision, "AdamW"), Choices(batches=[batch], **choices)
+    )
 
 
 FIXED = {"shard_sizes": [4], "activation_checkpointing": True, "reshard_after_forward": False}
@@ -31,7 +26,7 @@ FIXED = {"shard_sizes": [4], "activation_checkpointing": True, "reshard_after_fo
 
 @pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 def test_a_precision_is_found_by_its_dtypes(name):
-    assert precision_of(training_for(name, "AdamW")) == name
+    assert Training.in_precision(name, "AdamW").precision == name
 
 
 # Settings and code.
@@ -132,7 +127,7 @@ def test_the_settings_file_is_one_that_mics_config_reads(tmp_path):
     assert "micro-batch of a rank 2, microsteps 4 (global batch 64)" in file.read_text()
 
 
-@pytest.mark.parametrize("kind", ["accelerate", "lightning", "mics"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_stays_without_force(tmp_path, kind):
     file = tmp_path / "mics.yaml"
     file.write_text("mine")

@@ -9,29 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from lightning_mics.accelerate.launch_file import LaunchSettings, Precision, launch_commands, write_launch_file
+from lightning_mics.accelerate.launch_file import LaunchSettings, launch_commands, write_launch_file
 from lightning_mics.cli.code import call, layout_call, write_text
-from lightning_mics.plan.precision import _PRECISIONS
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Planning
 from lightning_mics.plan.settings import Training
 from lightning_mics.plan.simulate import StepTime
+from lightning_mics.precision import PRECISIONS
 
-FORMATS = ("accelerate", "lightning", "mics")
 # Stands for the address that nobody knows before the machines are there.
 MACHINE_0 = "ADDRESS_OF_MACHINE_0"
-_ACCELERATE_PRECISIONS = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
-
-
-def precision_of(training: Training) -> str:
-    """Returns Lightning's name of a precision."""
-    dtypes = training.param_dtype, training.state_dtype
-    return next((name for name, known in _PRECISIONS.items() if known == dtypes), training.param_dtype)
 
 
 def mics_settings(planning: Planning) -> dict[str, Any]:
@@ -69,9 +61,8 @@ def accelerate_code(planning: Planning) -> str:
     Raises:
         MiCSConfigError: If no plan fits.
     """
-    plugin = call("MiCSPlugin", mics_settings(planning))
     arguments = {
-        "mics_plugin": plugin,
+        "mics_plugin": call("MiCSPlugin", mics_settings(planning)),
         "gradient_accumulation_steps": planning.best.candidate.accumulation,
         "mixed_precision": _mixed_precision(planning.training),
     }
@@ -85,13 +76,15 @@ def _trainer_arguments(planning: Planning) -> dict[str, Any]:
         **on_cpu,
         "num_nodes": planning.cluster.num_nodes,
         "devices": node.num_accelerators,
-        "precision": precision_of(planning.training),
+        "precision": planning.training.precision,
         "accumulate_grad_batches": planning.best.candidate.accumulation,
     }
 
 
 def _mixed_precision(training: Training) -> str:
-    return _ACCELERATE_PRECISIONS.get(precision_of(training), "no")
+    """Returns Accelerate's name of a precision; what it has none for leaves the model as it is."""
+    precision = PRECISIONS.get(training.precision)
+    return (precision and precision.accelerate) or "no"
 
 
 def write_plan(
@@ -102,7 +95,7 @@ def write_plan(
     Args:
         planning: The answer of the planner.
         path: The file.
-        kind: One of :data:`FORMATS`.
+        kind: ``"accelerate"``, ``"lightning"`` or ``"mics"``.
         main_process_ip: Address of machine 0, for ``"accelerate"``; without it the file has a placeholder.
         force: Whether to replace the file if it exists.
 
@@ -125,15 +118,13 @@ def write_plan(
 
 def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str | None, force: bool) -> str:
     candidate, machines = planning.best.candidate, planning.cluster.num_nodes
-    mixed_precision = _mixed_precision(planning.training)
-    assert mixed_precision in get_args(Precision)
     several = machines > 1
     settings = LaunchSettings(
         shard_size=candidate.shard_size,
         num_processes=planning.cluster.world_size,
         num_machines=machines,
         main_process_ip=(main_process_ip or MACHINE_0) if several else main_process_ip,
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]
+        mixed_precision=_mixed_precision(planning.training),  # type: ignore[arg-type]
         cpu=planning.cluster.node.accelerator.device_type == "cpu",
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
@@ -150,7 +141,7 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
 def _lightning_yaml(planning: Planning) -> str:
     strategy = {"class_path": "lightning_mics.MiCSStrategy", "init_args": mics_settings(planning)}
     trainer = {**_trainer_arguments(planning), "strategy": strategy}
-    comments = _comments(planning, "For LightningCLI.", ["micro-batch of a rank"])
+    comments = _comments(planning, "For LightningCLI.")
     return comments + yaml.safe_dump({"trainer": trainer}, sort_keys=False)
 
 
@@ -158,19 +149,18 @@ def _mics_yaml(planning: Planning) -> str:
     settings = mics_settings(planning)
     if planning.training.param_dtype != "float32":
         settings["param_dtype"] = planning.training.param_dtype
-    comments = _comments(planning, "Read it with MiCSConfig.from_yaml(...).", ["micro-batch of a rank", "microsteps"])
+    microsteps = f", microsteps {planning.best.candidate.accumulation}"
+    comments = _comments(planning, "Read it with MiCSConfig.from_yaml(...).", microsteps)
     return comments + yaml.safe_dump(settings, sort_keys=False)
 
 
-def _comments(planning: Planning, use: str, names: Sequence[str]) -> str:
-    candidate, cluster = planning.best.candidate, planning.cluster
-    outside = {"micro-batch of a rank": candidate.micro_batch, "microsteps": candidate.accumulation}
-    belongs = ", ".join(f"{name} {outside[name]}" for name in names)
-    lines = [
-        f"Written by `mics plan` for {planning.profile.name} on {cluster.num_nodes} x {cluster.node.name}. {use}",
-        f"For the training script: {belongs} (global batch {planning.best.global_batch}).",
-    ]
-    return "".join(f"# {line}\n" for line in lines)
+def _comments(planning: Planning, use: str, more: str = "") -> str:
+    best, cluster = planning.best, planning.cluster
+    batch = f"micro-batch of a rank {best.candidate.micro_batch}{more} (global batch {best.global_batch})"
+    return (
+        f"# Written by `mics plan` for {planning.profile.name} on {cluster.num_nodes} x {cluster.node.name}. {use}\n"
+        f"# For the training script: {batch}.\n"
+    )
 
 
 # JSON.
@@ -186,7 +176,7 @@ def to_json(planning: Planning, scaling: Sequence[ScalingPoint] = (), *, events:
     """
     with_events = [plan.time for plan in (*planning.plans[:1], *planning.contenders)] if events else []
     plain = _Plain(with_events)
-    answer = {**plain(planning), "precision": precision_of(planning.training), "scaling": plain(list(scaling))}
+    answer = {**plain(planning), "precision": planning.training.precision, "scaling": plain(list(scaling))}
     return json.dumps(answer, indent=2, allow_nan=False) + "\n"
 
 
@@ -195,16 +185,8 @@ class _Plain:
 
     # Properties that save readers arithmetic.
     _PROPERTIES = (
-        "fits",
-        "global_batch",
-        "total",
-        "label",
-        "numel",
-        "trainable_numel",
-        "flops",
-        "world_size",
-        "reason",
-        "rate",
+        *("fits", "global_batch", "total", "label", "numel"),
+        *("trainable_numel", "flops", "world_size", "reason", "rate"),
     )
 
     def __init__(self, with_events: Sequence[StepTime]) -> None:

@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_mics.bench.figures import _COLOURS, _OUR_COLOURS, _STYLE
-from lightning_mics.errors import MiCSConfigError, MiCSError
-from lightning_mics.metrics import format_bytes, format_number
+from lightning_mics.bench.style import COLOURS, OUR_COLOURS, STYLE, require_matplotlib, save
+from lightning_mics.cli.plan.checks import NEEDS_MATPLOTLIB, PICTURES
+from lightning_mics.cli.plan.page import format_duration
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
-from lightning_mics.plan.screen import format_duration, short_label, waiting
 from lightning_mics.plan.search import Misfit, Planning
-from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, Event
-from lightning_mics.plan.write import precision_of
+from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event
+from lightning_mics.text import format_bytes, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-SUFFIXES = (".png", ".svg")
 _DARK, _LIGHT = "#333333", "#777777"
 # Colours of Okabe and Ito and shades of them, which colour-blind people can tell apart.
 _KINDS: dict[str, tuple[str, str]] = {
@@ -32,7 +31,6 @@ _KINDS: dict[str, tuple[str, str]] = {
     REDUCE: ("#e69f00", "reduce-scatter"),
     REPLICATE: ("#cc79a7", "all-reduce between replicas"),
 }
-_LANES = (COMPUTE, GATHER, REDUCE, REPLICATE)
 _PARTS = {
     "parameters": "#08519c",
     "gradients": "#3d8fd1",
@@ -52,14 +50,6 @@ _THIN = 0.008
 _CUT = 1.6
 
 
-def require_matplotlib() -> None:
-    """Raises an error in words if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MiCSError("--plot needs matplotlib. Install it with: pip install 'lightning-mics[plan]'") from error
-
-
 def draw(planning: Planning, scaling: Sequence[ScalingPoint], target: Path) -> list[Path]:
     """Draws the figures of the best plan.
 
@@ -75,16 +65,16 @@ def draw(planning: Planning, scaling: Sequence[ScalingPoint], target: Path) -> l
         MiCSConfigError: If no plan fits, or a file cannot be written.
         MiCSError: If matplotlib is not installed.
     """
-    require_matplotlib()
+    require_matplotlib(NEEDS_MATPLOTLIB)
     import matplotlib
 
     panels = _panels(planning, scaling)
     try:
-        with matplotlib.rc_context(_STYLE):
-            if target.suffix in SUFFIXES and not target.is_dir():
-                return [_save(_all_in_one(panels), target)]
+        with matplotlib.rc_context(STYLE):
+            if target.suffix in PICTURES and not target.is_dir():
+                return [save(_all_in_one(panels), target)]
             target.mkdir(parents=True, exist_ok=True)
-            return [_save(_alone(panel), target / f"{name}.png") for name, panel in panels.items()]
+            return [save(_alone(panel), target / f"{name}.png") for name, panel in panels.items()]
     except OSError as error:
         raise MiCSConfigError(
             f"{target} cannot be written ({error.strerror or error}). Give --plot a file or a folder of yours."
@@ -129,11 +119,6 @@ def _all_in_one(panels: dict[str, _Panel]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
-    return path
-
-
 def _start(figure: Figure | SubFigure, height: float, title: str, conditions: str) -> Axes:
     """Returns axes below a title and the conditions."""
     axes: Axes = figure.subplots()
@@ -146,7 +131,7 @@ def _start(figure: Figure | SubFigure, height: float, title: str, conditions: st
 def _conditions(planning: Planning) -> str:
     candidate = planning.best.candidate
     return (
-        f"{planning.profile.name}, {planning.cluster.node.name}, {precision_of(planning.training)}, micro-batches of "
+        f"{planning.profile.name}, {planning.cluster.node.name}, {planning.training.precision}, micro-batches of "
         f"{candidate.micro_batch} x {candidate.accumulation}; predicted"
     )
 
@@ -166,10 +151,10 @@ def _scaling(figure: Figure | SubFigure, height: float, planning: Planning, poin
             if point.label == way.candidate.label and point.plan.fits
         ]
         if not curve:
-            missing.append(f"{short_label(way)} needs {format_bytes(way.memory.total)}")
+            missing.append(f"{way.candidate.short_label} needs {format_bytes(way.memory.total)}")
             continue
         _curve(axes, curve, way)
-        ends.append((curve[-1][1], f"{short_label(way)} {curve[-1][2]:.0%}", _colour(way)))
+        ends.append((curve[-1][1], f"{way.candidate.short_label} {curve[-1][2]:.0%}", _colour(way)))
     counts = sorted({point.num_nodes * each for point in points})
     best = next(point for point in points if point.efficiency is not None)
     level = best.plan.samples_per_second / (best.num_nodes * each)
@@ -188,7 +173,7 @@ def _ways(planning: Planning) -> Iterator[Plan]:
 
 
 def _colour(plan: Plan) -> str:
-    return _COLOURS.get(plan.candidate.scheme, _OUR_COLOURS[0])
+    return COLOURS.get(plan.candidate.scheme, OUR_COLOURS[0])
 
 
 def _curve(axes: Axes, curve: Sequence[tuple[int, float, Any]], way: Plan) -> None:
@@ -259,16 +244,14 @@ def _middle(values: Sequence[float]) -> float:
 def _timeline(figure: Figure | SubFigure, height: float, planning: Planning) -> None:
     best = planning.best
     events, numbers = _window(best)
-    share = waiting(best.time)
     shown = "the whole step" if len(numbers) == best.candidate.accumulation else _which(numbers, best)
-    title = (
-        f"A step of {best.candidate.label}: {format_duration(best.time.seconds)}, compute waits for {share:.1%} of it"
-    )
+    takes, waits = format_duration(best.time.seconds), f"{best.time.waiting:.1%}"
+    title = f"A step of {best.candidate.label}: {takes}, compute waits for {waits} of it"
     axes = _start(figure, height, title, f"{_conditions(planning)}; {shown}")
     begin = min(event.start for event in events)
     end = max(event.end for event in events)
     scale, unit = (1e3, "ms") if end - begin < 1 else (1.0, "s")
-    lanes = [lane for lane in _LANES if any(event.stream == lane for event in best.time.events)]
+    lanes = [lane for lane in STREAMS if any(event.stream == lane for event in best.time.events)]
     for (lane, phase), group in _by_kind(events).items():
         bars = [((event.start - begin) * scale, (event.end - event.start) * scale) for event in group]
         colour, label = _KINDS[phase if lane == COMPUTE else lane]

@@ -1,0 +1,123 @@
+"""``mics plan``: what a model needs on a cluster, and how to train it there, before there is a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import int_or_word
+
+if TYPE_CHECKING:
+    from lightning_mics.plan.hardware import Cluster
+
+FORMATS = ("accelerate", "lightning", "mics")
+_EXAMPLES = """examples:
+  mics plan --model gpt2-xl --instance p4d.24xlarge --nodes 2 --global-batch 256
+  mics plan --model config.json --cluster my.yaml --plot figures --write mics.yaml
+  torchrun --nproc-per-node 8 -m lightning_mics plan --measure --model gpt2-xl
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    """Adds the options of ``mics plan`` to its parser; returns what runs it."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    _add_model_options(parser)
+    _add_hardware_options(parser)
+    _add_fixed_options(parser)
+    _add_output_options(parser)
+    return _run
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to train").add_argument
+    add("--model", metavar="MODEL", help="a known name, a Hugging Face config.json, or MODULE:FACTORY")
+    add("--sequence", type=int, metavar="N", help="tokens of a sample (default: the longest that the model takes)")
+    add("--precision", default="bf16-mixed", help="as Lightning names it (default: %(default)s)")
+    add("--optimizer", default="AdamW", metavar="NAME", help="a class of torch.optim (default: %(default)s)")
+    add("--global-batch", type=int, metavar="N", help="samples of an optimizer step, of all ranks")
+    add("--micro-batch", type=int, metavar="N", help="samples of a rank in a microstep")
+    add("--accumulation", type=int, metavar="N", help="microsteps of an optimizer step")
+
+
+def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("hardware").add_argument
+    add("--instance", metavar="NAME", help="a cloud instance, for example p4d.24xlarge")
+    add("--cluster", type=Path, metavar="FILE", help="a YAML file that describes the nodes and their links")
+    add("--measure", action="store_true", help="measure the links of this cluster; start it by torchrun on all nodes")
+    add("--save-cluster", type=Path, metavar="FILE", help="where --measure writes them (default: cluster.yaml)")
+    add("--nodes", type=int, metavar="N", help="number of nodes (default: what the file says, else 1)")
+    add("--memory-limit", metavar="SIZE", help='what a rank may use, for example "36 GiB" (default: all of its memory)')
+    add("--list", action="store_true", help="show known models and hardware, and do nothing else")
+
+
+def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
+    about = "Each value that works is tried, unless it is given."
+    add, switch = parser.add_argument_group("settings to fix", about).add_argument, argparse.BooleanOptionalAction
+    add("--shard-size", type=int_or_word, metavar="N", help="ranks of a partition group, 'node' or 'world'")
+    add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
+    add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
+    add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--top", type=int, default=10, metavar="N", help="rows of the ranked table (default: %(default)s)")
+    add("--plot", type=Path, metavar="PATH", help="draw figures: one PNG or SVG file, or a folder of PNG files")
+    add("--json", nargs="?", const="-", metavar="FILE", help="everything as JSON, into a file or alone on the screen")
+    add("--events", action="store_true", help="put the events of a step into the JSON, too")
+    add(
+        "--write",
+        type=Path,
+        nargs="?",
+        const=Path("mics.yaml"),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the fastest plan (default: mics.yaml); may be repeated",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        action="append",
+        default=[],
+        help="of what --write writes: for accelerate launch (default), LightningCLI or MiCSConfig; one for all, or one "
+        "for each --write",
+    )
+    add("--main-process-ip", metavar="HOST", help="address of machine 0 for the file for accelerate launch")
+    add("--force", action="store_true", help="replace files that exist")
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    if options.list:
+        from lightning_mics.cli.plan.known import print_known
+
+        print_known()
+        return None
+    try:
+        cluster = _cluster(options)
+    except MiCSConfigError:
+        if options.measure and int(os.environ.get("RANK", "0")):
+            return 2  # all ranks raise it; the first one speaks
+        raise
+    if cluster is not None:
+        from lightning_mics.cli.plan.answer import plan_on
+
+        plan_on(options, cluster)
+    return None
+
+
+def _cluster(options: argparse.Namespace) -> Cluster | None:
+    """Returns the hardware; ``None`` on ranks that have only measured."""
+    if options.measure:
+        from lightning_mics.cli.plan.measure import measure
+
+        return measure(options)
+    from lightning_mics.cli.plan.checks import check_options, given_cluster
+
+    check_options(options)
+    return given_cluster(options)

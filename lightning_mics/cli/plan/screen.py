@@ -1,0 +1,282 @@
+"""What the planner found, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_mics.cli.plan.drawings import last_microstep, layout_lines, timeline_lines
+from lightning_mics.cli.plan.page import Page, format_count, format_duration, format_rate, format_short
+from lightning_mics.cli.plan.write import accelerate_code, trainer_code
+from lightning_mics.plan.evaluate import Plan
+from lightning_mics.plan.scaling import ScalingPoint
+from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Misfit, Planning
+from lightning_mics.plan.settings import Candidate
+from lightning_mics.text import format_bytes, format_number
+
+_GIB = 2**30
+
+
+def print_planning(
+    planning: Planning,
+    scaling: Sequence[ScalingPoint],
+    console: Console,
+    *,
+    top: int = 10,
+    assumed: Collection[str] = (),
+) -> None:
+    """Prints what was asked, what fits, why the rest does not, and the best plan in detail.
+
+    Args:
+        planning: The answer of the planner.
+        scaling: Points of weak scaling.
+        console: Where to print.
+        top: Rows of the ranked table.
+        assumed: What was not given: ``"batch"``, ``"sequence"`` or both.
+    """
+    page = Page(console)
+    _print_question(planning, page, assumed)
+    if planning.plans:
+        _print_ranking(planning, page, top)
+    if planning.misfits:
+        _print_misfits(planning, page)
+    if not planning.plans:
+        return
+    _print_best(planning, page)
+    _print_contenders(planning, page)
+    _print_scaling(planning, scaling, page)
+    _print_next_steps(planning, page)
+
+
+# What is planned.
+
+
+def _print_question(planning: Planning, page: Page, assumed: Collection[str]) -> None:
+    profile, cluster, node = planning.profile, planning.cluster, planning.cluster.node
+    source = {"trace": "a trace", "formula": "a formula"}.get(profile.source, profile.source)
+    kept_free = "" if profile.knows_activations else f" ({UNKNOWN_ACTIVATIONS:.0%} are kept free for activations)"
+    rows = {
+        "model": f"{profile.name}: {format_short(profile.numel)} parameters, {len(profile.blocks)} blocks "
+        f"(figures from {source})",
+        "samples": _samples(planning, "sequence" in assumed),
+        "training": f"{planning.training.precision}, {planning.training.optimizer}",
+        "hardware": f"{format_count(cluster.num_nodes, 'node')} x {node.num_accelerators} {node.accelerator.name}"
+        f" ({node.name}), {cluster.world_size} ranks",
+        "links": f"inside a node {format_rate(node.intra.rate)} for each rank, between nodes "
+        f"{format_rate(node.inter.rate)} for each node",
+        "batch": _batch(planning, "batch" in assumed),
+        "memory": f"{format_bytes(planning.memory_limit)} for each rank{kept_free}",
+    }
+    page.console.print(Text("What is planned", style="bold"))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(Text(name, style="dim"), Text(value))
+    page.console.print(grid)
+    if not profile.knows_activations:
+        page.say(
+            "Nothing is known of this model's samples, so activations are left out, and each weight counts for one "
+            f"multiplication and addition a {'sample' if profile.sequence_length is None else 'token'}. Let the "
+            "factory return (model, sample), where sample is a batch of one sample or more."
+        )
+
+
+def _samples(planning: Planning, assumed: bool) -> str:
+    length = planning.profile.sequence_length
+    if length is None:
+        return "no sequences" if planning.profile.knows_activations else "unknown"
+    why = " (assumed: the longest that the model takes; --sequence)" if assumed else ""
+    return f"{length:,} tokens each{why}"
+
+
+def _batch(planning: Planning, assumed: bool) -> str:
+    ranks, (micro_batch, accumulation) = planning.cluster.world_size, planning.choices.batches[0]
+    text = f"{format_count(ranks * micro_batch * accumulation, 'sample')} in an optimizer step"
+    if assumed:
+        text += (
+            f" (assumed: {ranks} ranks x micro-batches of {micro_batch} x {accumulation} microsteps; --global-batch)"
+        )
+    return text
+
+
+# What fits and what does not.
+
+
+def _print_ranking(planning: Planning, page: Page, top: int) -> None:
+    page.heading("What fits, the fastest first")
+    rows = [[str(rank), *_ranked(plan, planning)] for rank, plan in enumerate(planning.plans[:top], start=1)]
+    names = ["#", "p", "sta-\nges", "micro-\nbatch", "recom-\npute", "re-\nshard"]
+    names += [f"GiB of\n{_gib(planning.memory_limit)}", "step\ns", "sam-\nples/s"]
+    names += ["tokens\n/s"] * (planning.profile.sequence_length is not None)
+    page.table([*names, "TFLOP/s\na rank", "MFU", "waits"], rows, words=0, gap=1, bold=0)
+    more = len(planning.plans) - top
+    page.say(
+        "p: ranks of a partition group. Stages of a collective: 2 across nodes, then inside them. Micro-batch: samples "
+        "of a rank x microsteps. Reshard: blocks are freed after the forward pass. Waits: exposed communication."
+        + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
+    )
+
+
+def _ranked(plan: Plan, planning: Planning) -> list[str]:
+    candidate, length = plan.candidate, planning.profile.sequence_length
+    return [
+        str(candidate.shard_size),
+        "-" if candidate.shard_size == 1 else "2" if candidate.hierarchical else "1",
+        f"{candidate.micro_batch} x {candidate.accumulation}",
+        "yes" if candidate.activation_checkpointing else "no",
+        "yes" if candidate.reshard_after_forward else "no",
+        _gib(plan.memory.total),
+        format_number(plan.time.seconds),
+        format_number(plan.samples_per_second),
+        *([] if length is None else [format_short(plan.samples_per_second * length)]),
+        format_number(plan.model_flops / 1e12),
+        f"{plan.mfu:.1%}",
+        f"{plan.time.waiting:.1%}",
+    ]
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.1f}"
+
+
+def _print_misfits(planning: Planning, page: Page) -> None:
+    page.heading(f"What does not fit into {format_bytes(planning.memory_limit)}")
+    fitting, misfits = _by_size(planning.plans), _by_size(planning.misfits)
+    rows = []
+    for size, group in sorted(misfits.items()):
+        fits, closest = len(fitting[size]), group[0]
+        needed, limit = format_bytes(closest.memory.total), format_bytes(closest.memory_limit)
+        why = f"needs {needed} of {limit} ({_settings(closest.candidate)})"
+        rows.append([str(size), f"{fits} of {fits + len(group)}", why])
+    page.table(["p", "settings\nthat fit", "the closest of the others"], rows, words=3)
+
+
+def _by_size(plans: Iterable[Plan | Misfit]) -> defaultdict[int, list[Plan | Misfit]]:
+    groups: defaultdict[int, list[Plan | Misfit]] = defaultdict(list)
+    for plan in plans:
+        groups[plan.candidate.shard_size].append(plan)
+    return groups
+
+
+def _settings(candidate: Candidate) -> str:
+    words = [f"micro-batches of {candidate.micro_batch}"]
+    words += ["recompute"] * candidate.activation_checkpointing
+    words += ["no reshard"] * (not candidate.reshard_after_forward)
+    return ", ".join(words)
+
+
+# The best plan.
+
+
+def _print_best(planning: Planning, page: Page) -> None:
+    best = planning.best
+    page.heading(f"The fastest: {best.candidate.label}, {_settings(best.candidate)}")
+    page.lines("\n".join(layout_lines(best.candidate.layout(planning.cluster.topology), page.width)))
+    _print_memory(best, page)
+    _print_traffic(planning, page)
+    _print_timeline(best, page)
+
+
+def _print_memory(plan: Plan, page: Page) -> None:
+    memory, limit = plan.memory, plan.memory_limit
+    page.heading(f"Memory of a rank: {format_bytes(memory.total)} of {format_bytes(limit)}, {memory.total / limit:.0%}")
+    parts = {name.replace("_", " "): size for name, size in memory.parts().items() if size}
+    room = max(10, page.width - 32)
+    mark = "#" if page.console.options.ascii_only else "█"
+    for name, size in parts.items():
+        page.lines(f"  {name:<14}{format_bytes(size):>10}  {mark * round(room * size / max(parts.values()))}")
+    page.lines(f"  {'free':<14}{format_bytes(limit - memory.total):>10}")
+
+
+def _print_traffic(planning: Planning, page: Page) -> None:
+    page.heading("What a node sends in an optimizer step")
+    rows = [
+        [hop.value, f"{traffic.calls:,}", format_bytes(traffic.intra_bytes), format_bytes(traffic.inter_bytes)]
+        for hop, traffic in planning.best.traffic.items()
+        if traffic.calls
+    ]
+    page.table(["collective", "calls", "inside", "out of the node"], rows)
+    page.say(_savings(planning))
+
+
+def _savings(planning: Planning) -> str:
+    if planning.cluster.num_nodes == 1:
+        return "There is one node: nothing leaves it."
+    ours = planning.best.inter_bytes
+    theirs = sum(plan.inter_bytes for plan in planning.contenders if plan.candidate.scheme == "full-sharding")
+    if not ours or not theirs:
+        return f"{format_bytes(ours)} leave a node; with full sharding {format_bytes(theirs)}."
+    times = theirs / ours
+    how = f"{times:.1f} times less than" if times > 1.05 else "about as much as" if times > 0.95 else "more than"
+    return f"{format_bytes(ours)} leave a node: {how} with full sharding ({format_bytes(theirs)})."
+
+
+def _print_timeline(plan: Plan, page: Page) -> None:
+    time, microsteps = plan.time, plan.candidate.accumulation
+    window = last_microstep(time)
+    which = "the step" if microsteps == 1 else f"the last of {microsteps} microsteps"
+    seconds = window[-1].end - window[0].start if window else 0.0
+    page.heading(
+        f"Timeline of {which}, with the optimizer: {format_duration(seconds)} of {format_duration(time.seconds)}"
+    )
+    for line in timeline_lines(window, page.width - 12):
+        page.lines(f"  {line}")
+    page.say(
+        "F forward, B backward, O optimizer, G gather, R reduce-scatter, A all-reduce between replicas; small: for a "
+        "part of the time; dots: compute waits."
+    )
+    waits = ", ".join(f"{hop} {seconds / time.seconds:.1%}" for hop, seconds in time.exposed.items())
+    page.say(f"Compute waits for {time.waiting:.1%} of the step: {waits}.")
+
+
+# Compared with others.
+
+
+def _print_contenders(planning: Planning, page: Page) -> None:
+    best = planning.best
+    page.heading("Compared with other ways to train, with the same batch and settings")
+    rows = []
+    for plan in (best, *planning.contenders):
+        seconds = plan.time.seconds
+        speed = [format_number(seconds), f"{seconds / best.time.seconds:.2f}"] if plan.fits else ["-", "-"]
+        memory = _gib(plan.memory.total) + ("" if plan.fits else " does not fit")
+        rows.append([plan.candidate.label, *speed, format_bytes(plan.inter_bytes), memory])
+    names = ["", "step s", "times as\nlong", "out of\na node", f"GiB of {_gib(best.memory_limit)}\na rank needs"]
+    page.table(names, rows, bold=0)
+
+
+def _print_scaling(planning: Planning, points: Sequence[ScalingPoint], page: Page) -> None:
+    page.heading("Weak scaling: samples/s, and efficiency against the smallest cluster it fits")
+    ways = [plan.candidate for plan in (planning.best, *planning.contenders)]
+    found = {(point.num_nodes, point.label): point for point in points}
+    counts = sorted({point.num_nodes for point in points})
+    here = counts.index(planning.cluster.num_nodes) if planning.cluster.num_nodes in counts else -1
+    rows = []
+    for place, count in enumerate(counts):
+        ranks = count * planning.cluster.node.num_accelerators
+        cells = [_scaled(found.get((count, way.label))) for way in ways]
+        rows.append([f"{'* ' * (place == here)}{count}", f"{ranks:,}", *cells])
+    page.table(["nodes", "ranks", *(way.short_label for way in ways)], rows, words=0, bold=here)
+    page.say("* as planned; -: does not fit, or the partition does not divide the cluster.")
+
+
+def _scaled(point: ScalingPoint | None) -> str:
+    if point is None or point.efficiency is None:
+        return "-"
+    return f"{format_number(point.plan.samples_per_second)} {point.efficiency:>4.0%}"
+
+
+def _print_next_steps(planning: Planning, page: Page) -> None:
+    page.heading("Next")
+    loader = f"DataLoader(..., batch_size={planning.best.candidate.micro_batch})"
+    parts = {"With the Lightning Trainer": trainer_code, "With Accelerate": accelerate_code}
+    for title, code in parts.items():
+        page.lines(f"{title}, and {loader}:")
+        page.lines(textwrap.indent(code(planning), "  "))  # to be copied: a line that is too long stays one line
+    if planning.training.state_dtype is not None:
+        page.say(f"Accelerate has no name for this precision: build the model in {planning.training.state_dtype}.")
+    page.say("As a file for accelerate launch: --write mics.yaml; for LightningCLI: add --format lightning.")

@@ -1,0 +1,123 @@
+"""Planning for a model: :func:`plan`, which :mod:`lightning_mics.plan` offers under its own name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.batch import divide_batch
+from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
+from lightning_mics.plan.profile import ModelProfile
+from lightning_mics.plan.search import Choices, Planning, search
+from lightning_mics.plan.settings import Training
+from lightning_mics.topology import ShardSize, check_positive_int
+from lightning_mics.trace import profile_model
+from lightning_mics.trace.models import build_model
+from lightning_mics.trace.optimizers import optimizer_footprint
+
+
+def plan(
+    model: str | os.PathLike[str] | nn.Module | ModelProfile,
+    cluster: Cluster | str | os.PathLike[str],
+    *,
+    num_nodes: int | None = None,
+    sample: Any = None,
+    sequence_length: int | None = None,
+    global_batch: int | None = None,
+    micro_batch: int | None = None,
+    accumulation: int | None = None,
+    precision: str = "bf16-mixed",
+    optimizer: str = "AdamW",
+    shard_size: ShardSize | None = None,
+    hierarchical: bool | None = None,
+    activation_checkpointing: bool | None = None,
+    reshard_after_forward: bool | None = None,
+    memory_limit: float | None = None,
+) -> Planning:
+    """Predicts memory, time and traffic of training a model, and ranks what fits.
+
+    Args:
+        model: A built-in name (``"gpt2-xl"``), the path of a Hugging Face configuration, ``"module:factory"``, a module
+            (of which only shapes are used; it may be on the meta device), or a profile.
+        cluster: Hardware from :func:`find_instance` or :func:`load_cluster`, the name of a cloud instance, or the path
+            of a YAML file.
+        num_nodes: Number of nodes; by default what ``cluster`` says, one for the name of an instance.
+        sample: A batch of one sample or more, if ``model`` is a module; without it activations follow a formula,
+            or are left out where none is known.
+        sequence_length: Tokens of a sample; by default the longest that the model takes (8,192 if it could take more).
+        global_batch: Samples of an optimizer step, of all ranks.
+        micro_batch: Samples of a rank in a microstep.
+        accumulation: Microsteps of an optimizer step.
+        precision: One of Lightning's names: ``"bf16-mixed"``, ``"bf16-true"``, ``"16-mixed"``, ``"32-true"`` ...
+        optimizer: Name of a class in ``torch.optim``.
+        shard_size: Fixes the partition size; all that work are tried by default.
+        hierarchical: Fixes whether collectives across nodes run in two stages.
+        activation_checkpointing: Fixes whether blocks are computed again in the backward pass.
+        reshard_after_forward: Fixes whether blocks are freed after the forward pass.
+        memory_limit: Bytes that a rank may use; by default the accelerator's memory.
+
+    Returns:
+        The ranked plans, what does not fit, and other ways to train to compare with.
+
+    Raises:
+        MiCSConfigError: If a name is unknown or numbers contradict each other. That nothing fits is not an error
+            here; ``Planning.best`` raises it.
+
+    Example::
+
+        best = plan("gpt2-xl", "p4d.24xlarge", num_nodes=16, global_batch=1024).best
+        print(best.candidate.shard_size, best.memory.total, best.time.seconds)
+    """
+    hardware = _hardware(cluster, num_nodes)
+    training = Training.in_precision(precision, optimizer)
+    optimizer_footprint(optimizer, (), foreach=False)  # refuses what is none before anything is traced
+    if shard_size is not None:
+        shard_size = hardware.topology.resolve_shard_size(shard_size)
+    if hierarchical is not None and not isinstance(hierarchical, bool):
+        raise MiCSConfigError(f"hierarchical={hierarchical!r} is not one of None, True, False.")
+    if sequence_length is not None:
+        check_positive_int("sequence_length", sequence_length, 1024)
+    if memory_limit is not None and not memory_limit > 0:
+        raise MiCSConfigError(f"memory_limit={memory_limit!r} must be positive. Try memory_limit=40 * 2**30.")
+    choices = Choices(
+        batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
+        shard_sizes=None if shard_size is None else [shard_size],
+        hierarchical=hierarchical,
+        activation_checkpointing=activation_checkpointing,
+        reshard_after_forward=reshard_after_forward,
+        memory_limit=memory_limit,
+    )
+    profile = profile_of(model, sample, sequence_length, training.param_dtype, hardware.node.accelerator.device_type)
+    if profile.trainable_numel == 0:
+        raise MiCSConfigError(f"{profile.name} has no parameter that is trained, so there is nothing to plan.")
+    return search(profile, hardware, training, choices)
+
+
+def _hardware(cluster: Cluster | str | os.PathLike[str], num_nodes: int | None) -> Cluster:
+    if isinstance(cluster, str):
+        return find_instance(cluster, 1 if num_nodes is None else num_nodes)
+    if isinstance(cluster, os.PathLike):
+        return load_cluster(cluster, num_nodes)
+    return cluster if num_nodes is None else cluster.with_nodes(num_nodes)
+
+
+def profile_of(
+    model: Any, sample: Any, sequence_length: int | None, param_dtype: str, device_type: str
+) -> ModelProfile:
+    """Returns the profile of what :func:`plan` takes as a model, in a dtype and on a kind of device."""
+    if isinstance(model, ModelProfile):
+        return model
+    name = None
+    if isinstance(model, str | os.PathLike):
+        model, sample, name = build_model(model, sequence_length=sequence_length)
+    return profile_model(
+        model,
+        sample,
+        param_dtype=None if param_dtype == "float32" else param_dtype,
+        name=name,
+        sequence_length=sequence_length,
+        device_type="cpu" if device_type == "cpu" else "cuda",
+    )
