@@ -16,7 +16,7 @@ from lightning_mics.bench.report import (
     reference_of,
     shared_conditions,
 )
-from lightning_mics.bench.style import COLOURS, OUR_COLOURS, STYLE, save
+from lightning_mics.bench.style import COLOURS, LEGEND_BELOW, OTHER_CURVE, OUR_COLOURS, OUR_CURVE, STYLE, save, start
 from lightning_mics.metrics import format_bytes, format_number
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _SPARE_COLOURS = ("#882255", "#117733", "#444444")
 _HOP_COLOURS = ("#bdbdbd", "#08519c", "#56a0d8", "#e69f00", "#e8e8e8")
 _MARKERS = "osD^vPX*<>"
-_OUR_CURVE: Any = {"ls": "-", "lw": 2.6, "ms": 6, "zorder": 2}
-_OTHER_CURVE: Any = {"ls": (0, (4, 2)), "lw": 1.5, "ms": 8, "mfc": "none", "mew": 1.5, "zorder": 3}
 
 
 def draw(summaries: list[Summary], out: Path, prefix: str) -> list[Path]:
@@ -115,12 +113,7 @@ def _start(title: str, group: list[Summary], height: float, width: float = 8.0) 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    conditions = shared_conditions(by_case(group), short=True)
-    axes.set_title(" ", fontsize=9)  # room for the conditions, which begin where the title does
-    figure.text(0.01, 1 - 0.33 / height, conditions, va="top", fontsize=9, color="#555555")
-    return figure, axes
+    return figure, start(figure, height, title, shared_conditions(by_case(group), short=True))
 
 
 # Bars.
@@ -191,7 +184,7 @@ def _hops(group: list[Summary]) -> Figure:
         left = [begin + more for begin, more in zip(left, seconds, strict=True)]
     _write_values(axes, left, [f"{format_number(value)} s" for value in left])
     axes.set_xlabel("exposed seconds of an optimizer step")
-    figure.legend(loc="outside lower center", ncols=len(HOPS), handlelength=1.2, columnspacing=1.2, fontsize=8.5)
+    figure.legend(ncols=len(HOPS), **LEGEND_BELOW)
     return figure
 
 
@@ -201,12 +194,12 @@ def _hops(group: list[Summary]) -> Figure:
 def _curves(
     axes: Axes, group: list[Summary], axis: str, value: Callable[[Summary], float], colours: dict[str, str]
 ) -> None:
-    """Draws a curve for each label: ours solid, the others dashed above them, so that both show where they meet."""
+    """Draws a curve for each label."""
     labels = list(dict.fromkeys(summary.contender.label for summary in group))
     for label, marker in zip(labels, _MARKERS * 9, strict=False):
         chosen = [summary for summary in group if summary.contender.label == label]
         points = sorted((getattr(summary.case, axis), value(summary)) for summary in chosen)
-        style = _OUR_CURVE if chosen[0].is_ours else _OTHER_CURVE
+        style = OUR_CURVE if chosen[0].is_ours else OTHER_CURVE
         axes.plot(*zip(*points, strict=True), marker=marker, color=colours[label], label=label, **style)
     axes.grid()
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_mics.errors import MiCSError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 # Ours are blues; the others are the colours of Okabe and Ito, which colour-blind people can tell apart, without blue.
 OUR_COLOURS = ("#08519c", "#3d8fd1", "#08306b", "#7fb8e6", "#9ecae1")
@@ -20,6 +21,10 @@ COLOURS = {
     "fsdp2-flat": "#009e73",
     "ddp": "#6f6f6f",
 }
+# Ours are solid, the others dashed above them, so that both show where they meet.
+OUR_CURVE: Any = {"ls": "-", "lw": 2.6, "ms": 6, "zorder": 2}
+OTHER_CURVE: Any = {"ls": (0, (4, 2)), "lw": 1.5, "ms": 8, "mfc": "none", "mew": 1.5, "zorder": 3}
+LEGEND_BELOW: Any = {"loc": "outside lower center", "handlelength": 1.2, "columnspacing": 1.2, "fontsize": 8.5}
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
@@ -50,6 +55,15 @@ def require_matplotlib(advice: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MiCSError(advice) from error
+
+
+def start(figure: Figure | SubFigure, height: float, title: str, conditions: str) -> Axes:
+    """Returns the axes of a figure (its height in inches) below a title and the conditions."""
+    axes: Axes = figure.subplots()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes.set_title(" ", fontsize=9)  # room for the conditions, which begin where the title does
+    figure.text(0.01, 1 - 0.33 / height, conditions, va="top", fontsize=9, color="#555555")
+    return axes
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from lightning_mics.bench.style import COLOURS, OUR_COLOURS, STYLE, require_matplotlib, save
+from lightning_mics.bench.style import (
+    COLOURS,
+    LEGEND_BELOW,
+    OTHER_CURVE,
+    OUR_COLOURS,
+    OUR_CURVE,
+    STYLE,
+    require_matplotlib,
+    save,
+    start,
+)
 from lightning_mics.cli.plan.checks import NEEDS_MATPLOTLIB, PICTURES
 from lightning_mics.cli.plan.page import format_duration
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Misfit, Planning
+from lightning_mics.plan.settings import Scheme
 from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event
 from lightning_mics.text import format_bytes, format_number
 
@@ -22,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 _DARK, _LIGHT = "#333333", "#777777"
+_MARKERS: dict[Scheme, str] = {"mics": "o", "full-sharding": "s", "mesh-2d": "D", "ddp": "^"}
 # Colours of Okabe and Ito and shades of them, which colour-blind people can tell apart.
 _KINDS: dict[str, tuple[str, str]] = {
     "forward": ("#56b4e9", "forward"),
@@ -42,12 +56,16 @@ _PARTS = {
     "temporaries": "#f0b48a",
     "reserve": "#bdbdbd",
 }
+_WIDTH = 9.0
+# A part of a picture: its height in inches, and what draws it.
+_Panel = tuple[float, Callable[["Figure | SubFigure", float], None]]
 # More events than these would be lines too thin to see.
 _MOST_EVENTS = 170
 _MOST_ROWS = 12
 _THIN = 0.008
 # Bars that go further than this many limits are cut.
 _CUT = 1.6
+_GIB = 2**30
 
 
 def draw(planning: Planning, scaling: Sequence[ScalingPoint], target: Path) -> list[Path]:
@@ -72,60 +90,34 @@ def draw(planning: Planning, scaling: Sequence[ScalingPoint], target: Path) -> l
     try:
         with matplotlib.rc_context(STYLE):
             if target.suffix in PICTURES and not target.is_dir():
-                return [save(_all_in_one(panels), target)]
+                return [save(_picture(*panels.values()), target)]
             target.mkdir(parents=True, exist_ok=True)
-            return [save(_alone(panel), target / f"{name}.png") for name, panel in panels.items()]
+            return [save(_picture(panel), target / f"{name}.png") for name, panel in panels.items()]
     except OSError as error:
         raise MiCSConfigError(
             f"{target} cannot be written ({error.strerror or error}). Give --plot a file or a folder of yours."
         ) from error
 
 
-class _Panel:
-    """A part of a picture: its height in inches, and what draws it."""
-
-    def __init__(self, height: float, onto: Callable[[Figure | SubFigure, float], None]) -> None:
-        self.height, self.onto = height, onto
-
-
-_WIDTH = 9.0
-
-
 def _panels(planning: Planning, points: Sequence[ScalingPoint]) -> dict[str, _Panel]:
     rows = _memory_rows(planning)
     return {
-        "scaling": _Panel(4.4, lambda figure, height: _scaling(figure, height, planning, points)),
-        "timeline": _Panel(3.4, lambda figure, height: _timeline(figure, height, planning)),
-        "memory": _Panel(1.9 + 0.3 * len(rows), lambda figure, height: _memory(figure, height, planning, rows)),
+        "scaling": (4.4, lambda figure, height: _scaling(figure, height, planning, points)),
+        "timeline": (3.4, lambda figure, height: _timeline(figure, height, planning)),
+        "memory": (1.9 + 0.3 * len(rows), lambda figure, height: _memory(figure, height, planning, rows)),
     }
 
 
-def _alone(panel: _Panel) -> Figure:
+def _picture(*panels: _Panel) -> Figure:
+    """Returns panels one below the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, panel.height), layout="constrained")
-    panel.onto(figure, panel.height)
-    return figure
-
-
-def _all_in_one(panels: dict[str, _Panel]) -> Figure:
-    from matplotlib.figure import Figure
-
-    heights = [panel.height for panel in panels.values()]
+    heights = [height for height, _ in panels]
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
-    parts: Any = figure.subfigures(len(panels), 1, height_ratios=heights)
-    for part, panel in zip(parts, panels.values(), strict=True):
-        panel.onto(part, panel.height)
+    parts: Any = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)
+    for part, (height, draw_onto) in zip(parts.flat, panels, strict=True):
+        draw_onto(part, height)
     return figure
-
-
-def _start(figure: Figure | SubFigure, height: float, title: str, conditions: str) -> Axes:
-    """Returns axes below a title and the conditions."""
-    axes: Axes = figure.subplots()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes.set_title(" ", fontsize=9)  # room for the conditions, which begin where the title does
-    figure.text(0.01, 1 - 0.33 / height, conditions, va="top", fontsize=9, color="#555555")
-    return axes
 
 
 def _conditions(planning: Planning) -> str:
@@ -140,61 +132,48 @@ def _conditions(planning: Planning) -> str:
 
 
 def _scaling(figure: Figure | SubFigure, height: float, planning: Planning, points: Sequence[ScalingPoint]) -> None:
-    name = planning.cluster.node.accelerator.name
-    axes = _start(figure, height, "Throughput that an accelerator keeps as the cluster grows", _conditions(planning))
-    each = planning.cluster.node.num_accelerators
+    node = planning.cluster.node
+    axes = start(figure, height, "Throughput that an accelerator keeps as the cluster grows", _conditions(planning))
+    counts = sorted({point.num_nodes * node.num_accelerators for point in points})
     ends, missing = [], []
-    for way in _ways(planning):
-        curve = [
-            (point.num_nodes * each, point.plan.samples_per_second / (point.num_nodes * each), point.efficiency)
-            for point in points
-            if point.label == way.candidate.label and point.plan.fits
-        ]
+    for way in (*planning.contenders[::-1], planning.best):  # the best plan above the others
+        curve = [point for point in points if point.label == way.candidate.label and point.plan.fits]
         if not curve:
             missing.append(f"{way.candidate.short_label} needs {format_bytes(way.memory.total)}")
             continue
-        _curve(axes, curve, way)
-        ends.append((curve[-1][1], f"{way.candidate.short_label} {curve[-1][2]:.0%}", _colour(way)))
-    counts = sorted({point.num_nodes * each for point in points})
-    best = next(point for point in points if point.efficiency is not None)
-    level = best.plan.samples_per_second / (best.num_nodes * each)
+        _curve(axes, curve, way.candidate.scheme)
+        label = f"{way.candidate.short_label} {curve[-1].efficiency:.0%}"
+        ends.append((_of_a_rank(curve[-1]), label, _colour(way.candidate.scheme)))
+    level = _of_a_rank(next(point for point in points if point.efficiency is not None))
     axes.axhline(level, color="#999999", lw=1, zorder=1)
     ends.append((level, "linear scaling", _LIGHT))
     axes.axvline(planning.cluster.world_size, color="#999999", lw=1, ls=":", zorder=1)
-    _finish_scaling(axes, counts, level, planning, missing)
-    axes.set_ylabel(f"samples/s of one {name}", wrap=True)
-    _label_ends(axes, counts[-1], ends)
-
-
-def _ways(planning: Planning) -> Iterator[Plan]:
-    """Yields what to draw, the best plan last and thus above the others."""
-    yield from (plan for plan in planning.contenders[::-1])
-    yield planning.best
-
-
-def _colour(plan: Plan) -> str:
-    return COLOURS.get(plan.candidate.scheme, OUR_COLOURS[0])
-
-
-def _curve(axes: Axes, curve: Sequence[tuple[int, float, Any]], way: Plan) -> None:
-    is_ours = way.candidate.scheme == "mics"
-    style: Any = {"ls": "-", "lw": 2.6, "ms": 6} if is_ours else {"ls": (0, (4, 2)), "lw": 1.5, "ms": 7, "mfc": "none"}
-    marker = {"mics": "o", "full-sharding": "s", "mesh-2d": "D", "ddp": "^"}[way.candidate.scheme]
-    ranks, values = [point[0] for point in curve], [point[1] for point in curve]
-    axes.plot(ranks, values, marker=marker, color=_colour(way), zorder=2 if is_ours else 3, **style)
-
-
-def _finish_scaling(axes: Axes, counts: list[int], level: float, planning: Planning, missing: list[str]) -> None:
+    where = (planning.cluster.world_size, 0)
+    axes.annotate("as planned", where, (4, 5), textcoords="offset points", fontsize=9, color=_LIGHT)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.grid(axis="y")
     axes.set_ylim(0, level * 1.15)
     axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
-    where = (planning.cluster.world_size, 0)
-    axes.annotate("as planned", where, (4, 5), textcoords="offset points", fontsize=9, color=_LIGHT)
     note = f"\nDoes not fit at any size: {', '.join(missing)}" if missing else ""
-    axes.set_xlabel(f"accelerators, {planning.cluster.node.num_accelerators} on a node{note}")
+    axes.set_xlabel(f"accelerators, {node.num_accelerators} on a node{note}")
+    axes.set_ylabel(f"samples/s of one {node.accelerator.name}", wrap=True)
+    _label_ends(axes, counts[-1], ends)
+
+
+def _of_a_rank(point: ScalingPoint) -> float:
+    return point.plan.samples_per_second / point.plan.world_size
+
+
+def _colour(scheme: Scheme) -> str:
+    return COLOURS.get(scheme, OUR_COLOURS[0])
+
+
+def _curve(axes: Axes, curve: Sequence[ScalingPoint], scheme: Scheme) -> None:
+    style = OUR_CURVE if scheme == "mics" else OTHER_CURVE
+    ranks, values = [point.plan.world_size for point in curve], [_of_a_rank(point) for point in curve]
+    axes.plot(ranks, values, marker=_MARKERS[scheme], color=_colour(scheme), **style)
 
 
 def _label_ends(axes: Axes, last: int, ends: Iterable[tuple[float, str, str]]) -> None:
@@ -204,17 +183,8 @@ def _label_ends(axes: Axes, last: int, ends: Iterable[tuple[float, str, str]]) -
     heights = _spread([value for value, _, _ in ordered], (top - bottom) * 0.062)
     for (value, text, colour), height in zip(ordered, heights, strict=True):
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 5, "relpos": (0, 0.5)}
-        axes.annotate(
-            text,
-            (last, value),
-            (1.03, height),
-            textcoords=axes.get_yaxis_transform(),
-            annotation_clip=False,
-            color=colour,
-            fontsize=9,
-            va="center",
-            arrowprops=line,
-        )
+        style: Any = {"textcoords": axes.get_yaxis_transform(), "annotation_clip": False, "arrowprops": line}
+        axes.annotate(text, (last, value), (1.03, height), color=colour, fontsize=9, va="center", **style)
 
 
 def _spread(values: Iterable[float], least: float) -> list[float]:
@@ -222,20 +192,14 @@ def _spread(values: Iterable[float], least: float) -> list[float]:
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])
-        while len(groups) > 1 and _middle(groups[-2]) - _middle(groups[-1]) < least * len(groups[-2] + groups[-1]) / 2:
+        while len(groups) > 1 and mean(groups[-2]) - mean(groups[-1]) < least * len(groups[-2] + groups[-1]) / 2:
             groups[-2:] = [groups[-2] + groups[-1]]
-    places = [
-        _middle(group) + least * ((len(group) - 1) / 2 - place) for group in groups for place in range(len(group))
-    ]
+    places = [mean(group) + least * ((len(group) - 1) / 2 - place) for group in groups for place in range(len(group))]
     lowest = least / 2
     for place in range(len(places) - 1, -1, -1):
         places[place] = max(places[place], lowest)
         lowest = places[place] + least
     return places
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 # The timeline.
@@ -247,26 +211,26 @@ def _timeline(figure: Figure | SubFigure, height: float, planning: Planning) -> 
     shown = "the whole step" if len(numbers) == best.candidate.accumulation else _which(numbers, best)
     takes, waits = format_duration(best.time.seconds), f"{best.time.waiting:.1%}"
     title = f"A step of {best.candidate.label}: {takes}, compute waits for {waits} of it"
-    axes = _start(figure, height, title, f"{_conditions(planning)}; {shown}")
-    begin = min(event.start for event in events)
-    end = max(event.end for event in events)
+    axes = start(figure, height, title, f"{_conditions(planning)}; {shown}")
+    begin, end = min(event.start for event in events), max(event.end for event in events)
     scale, unit = (1e3, "ms") if end - begin < 1 else (1.0, "s")
+    events = [replace(e, start=(e.start - begin) * scale, end=(e.end - begin) * scale) for e in events]
     lanes = [lane for lane in STREAMS if any(event.stream == lane for event in best.time.events)]
     for (lane, phase), group in _by_kind(events).items():
-        bars = [((event.start - begin) * scale, (event.end - event.start) * scale) for event in group]
+        bars = [(event.start, event.end - event.start) for event in group]
         colour, label = _KINDS[phase if lane == COMPUTE else lane]
         # White edges tell neighbours apart, but would eat thin bars; edges of their own colour let all of them show.
         edge = "white" if lane == COMPUTE and len(events) <= _MOST_EVENTS else colour
         axes.broken_barh(bars, (lanes.index(lane) - 0.36, 0.72), fc=colour, ec=edge, lw=0.4, label=label)
-    _draw_waits(axes, events, begin, scale, lanes.index(COMPUTE))
-    _mark_microsteps(axes, events, begin, scale, numbers, best, len(lanes))
+    _draw_waits(axes, events, lanes.index(COMPUTE))
+    _mark_microsteps(axes, events, numbers, best.candidate.accumulation, len(lanes))
     axes.set_yticks(range(len(lanes)), lanes)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(lanes) - 0.5, -1.0)
     axes.set_xlim(0, (end - begin) * scale)
     axes.set_xlabel(unit)
     axes.spines["left"].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=7, handlelength=1.2, columnspacing=1.2, fontsize=8.5)
+    figure.legend(ncols=7, **LEGEND_BELOW)
 
 
 def _which(numbers: Sequence[int], plan: Plan) -> str:
@@ -295,39 +259,32 @@ def _by_kind(events: Iterable[Event]) -> dict[tuple[str, str], list[Event]]:
     return {kind: group for kind, group in groups.items() if group}
 
 
-def _draw_waits(axes: Axes, events: Iterable[Event], begin: float, scale: float, lane: int) -> None:
+def _draw_waits(axes: Axes, events: Iterable[Event], lane: int) -> None:
     """Hatches the time in which compute waits."""
-    waits, now = [], begin
+    waits, now = [], 0.0
     for event in sorted((event for event in events if event.stream == COMPUTE), key=lambda event: event.start):
         if event.start > now:
-            waits.append(((now - begin) * scale, (event.start - now) * scale))
+            waits.append((now, event.start - now))
         now = max(now, event.end)
-    whole = sum(width for _, width in waits) and max(start + width for start, width in waits)
+    last = max((start + width for start, width in waits), default=0.0)
     for is_thin in (False, True):
-        chosen = [wait for wait in waits if (wait[1] < _THIN * whole) is is_thin]
+        chosen = [wait for wait in waits if (wait[1] < _THIN * last) is is_thin]
         # A hatch would blur in thin bars.
-        style: Any = {"lw": 0} if is_thin else {"ec": "#c1272d", "hatch": "//////", "lw": 0}
-        axes.broken_barh(chosen, (lane - 0.36, 0.72), fc="#f9b9b2", label=None if is_thin else "compute waits", **style)
+        style: Any = {} if is_thin else {"ec": "#c1272d", "hatch": "//////", "label": "compute waits"}
+        axes.broken_barh(chosen, (lane - 0.36, 0.72), fc="#f9b9b2", lw=0, **style)
 
 
 def _mark_microsteps(
-    axes: Axes,
-    events: Sequence[Event],
-    begin: float,
-    scale: float,
-    numbers: Sequence[int],
-    plan: Plan,
-    num_lanes: int,
+    axes: Axes, events: Sequence[Event], numbers: Sequence[int], accumulation: int, num_lanes: int
 ) -> None:
     """Draws lines between microsteps, and writes their numbers above."""
-    for place, number in enumerate(numbers):
+    for count, number in enumerate(numbers, start=accumulation - len(numbers) + 1):
         chosen = [event for event in events if event.microstep == number and event.phase != "step"]
-        start, end = min(event.start for event in chosen), max(event.end for event in chosen)
-        count = plan.candidate.accumulation - len(numbers) + place + 1
-        text = f"microstep {count} of {plan.candidate.accumulation}"
-        axes.text(((start + end) / 2 - begin) * scale, -0.7, text, ha="center", fontsize=9, color=_DARK)
-        if place:
-            axes.plot([(start - begin) * scale] * 2, [-0.9, num_lanes - 0.5], color=_DARK, lw=1, ls=":")
+        begin, end = min(event.start for event in chosen), max(event.end for event in chosen)
+        text = f"microstep {count} of {accumulation}"
+        axes.text((begin + end) / 2, -0.7, text, ha="center", fontsize=9, color=_DARK)
+        if number != numbers[0]:
+            axes.plot([begin] * 2, [-0.9, num_lanes - 0.5], color=_DARK, lw=1, ls=":")
 
 
 # Memory.
@@ -345,26 +302,24 @@ def _memory_rows(planning: Planning) -> list[Plan | Misfit]:
 
 
 def _memory(figure: Figure | SubFigure, height: float, planning: Planning, rows: Sequence[Plan | Misfit]) -> None:
-    limit = planning.best.memory_limit
+    limit, best = planning.best.memory_limit / _GIB, planning.best.candidate.shard_size
+    edge = limit * _CUT
     conditions = _conditions(planning).partition(", micro-batches")[0]
     about = f"{conditions}; for each p its fastest plan, or what comes closest; predicted"
-    axes = _start(figure, height, "Memory of a rank at the peak of a step", about)
-    scale = 2**30
-    edge = limit * _CUT
+    axes = start(figure, height, "Memory of a rank at the peak of a step", about)
     left = [0.0] * len(rows)
     for part, colour in _PARTS.items():
-        sizes = [getattr(row.memory, part) for row in rows]
+        sizes = [getattr(row.memory, part) / _GIB for row in rows]
         if any(sizes):
-            widths = [max(0.0, min(size, edge - begin)) / scale for size, begin in zip(sizes, left, strict=True)]
-            begins = [begin / scale for begin in left]
-            axes.barh(range(len(rows)), widths, 0.7, left=begins, color=colour, label=part.replace("_", " "))
+            widths = [max(0.0, min(size, edge - begin)) for size, begin in zip(sizes, left, strict=True)]
+            axes.barh(range(len(rows)), widths, 0.7, left=left, color=colour, label=part.replace("_", " "))
         left = [begin + size for begin, size in zip(left, sizes, strict=True)]
-    ends = [max(limit, min(row.memory.total, edge)) / scale for row in rows]
-    for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
-        _write_total(axes, place, row, end, cut=row.memory.total > edge)
-    axes.axvline(limit / scale, color=_DARK, lw=1.4)
-    axes.annotate(f"limit {format_bytes(limit)}", (limit / scale, -0.5), (4, 3), textcoords="offset points", fontsize=9)
-    best = planning.best.candidate.shard_size
+    ends = [max(limit, min(total, edge)) for total in left]
+    for place, (row, end, total) in enumerate(zip(rows, ends, left, strict=True)):
+        _write_total(axes, row, (end, place), "... " if total > edge else "")
+    axes.axvline(limit, color=_DARK, lw=1.4)
+    text = f"limit {format_bytes(planning.best.memory_limit)}"
+    axes.annotate(text, (limit, -0.5), (4, 3), textcoords="offset points", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"p={row.candidate.shard_size}" for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row.candidate.shard_size == best else "normal")
@@ -373,19 +328,11 @@ def _memory(figure: Figure | SubFigure, height: float, planning: Planning, rows:
     axes.set_xlim(0, max(ends) * 1.3)
     axes.grid(axis="x")
     axes.set_xlabel("GiB")
-    figure.legend(loc="outside lower center", ncols=5, handlelength=1.2, columnspacing=1.2, fontsize=8.5)
+    figure.legend(ncols=5, **LEGEND_BELOW)
 
 
-def _write_total(axes: Axes, place: int, row: Plan | Misfit, end: float, *, cut: bool) -> None:
-    fits = row.memory.total <= row.memory_limit
+def _write_total(axes: Axes, row: Plan | Misfit, where: tuple[float, int], begin: str) -> None:
     speed = f", {format_number(row.samples_per_second)} samples/s" if isinstance(row, Plan) else ", does not fit"
-    text = f"{'... ' if cut else ''}{format_bytes(row.memory.total)}{speed}"
-    axes.annotate(
-        text,
-        (end, place),
-        (5, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        color=_DARK if fits else "#b3261e",
-    )
+    text = f"{begin}{format_bytes(row.memory.total)}{speed}"
+    colour = _DARK if isinstance(row, Plan) else "#b3261e"
+    axes.annotate(text, where, (5, 0), textcoords="offset points", va="center", fontsize=9, color=colour)
