@@ -27,14 +27,14 @@ _HOMES = {
     "SelfCheckError": "errors",
     "Traffic": "metrics",
     "UnsyncedGradientsError": "errors",
-    "clip_grad_norm_": "sharding",
-    "communication_ledger": "sharding",
+    "clip_grad_norm_": "core.clipping",
+    "communication_ledger": "core.runtime",
     "consolidate": "checkpoint",
-    "defer_replication_sync": "core.gradients.window",
+    "defer_replication_sync": "core.accumulation",
     "load_checkpoint": "checkpoint",
     "mics_shard": "sharding",
     "save_checkpoint": "checkpoint",
-    "sync_gradients": "core.gradients.window",
+    "sync_gradients": "core.accumulation",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
@@ -42,7 +42,9 @@ __all__ = sorted([*_HOMES, "__version__"])
 if TYPE_CHECKING:
     from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint
     from lightning_mics.config import MiCSConfig
-    from lightning_mics.core.gradients.window import defer_replication_sync, sync_gradients
+    from lightning_mics.core.accumulation import defer_replication_sync, sync_gradients
+    from lightning_mics.core.clipping import clip_grad_norm_
+    from lightning_mics.core.runtime import communication_ledger
     from lightning_mics.errors import (
         CheckpointError,
         MiCSConfigError,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from lightning_mics.lightning.monitor import MiCSMonitor
     from lightning_mics.lightning.trainer import MiCSStrategy
     from lightning_mics.metrics import CommLedger, Hop, Traffic
-    from lightning_mics.sharding import clip_grad_norm_, communication_ledger, mics_shard
+    from lightning_mics.sharding import mics_shard
     from lightning_mics.topology import ClusterTopology, GroupLayout
 
 

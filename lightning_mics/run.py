@@ -32,9 +32,9 @@ from torch import nn
 
 from lightning_mics.accelerate import MiCSAccelerator
 from lightning_mics.accelerate.plugin import take_over_launch
+from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import CommLedger, Hop
-from lightning_mics.sharding import is_sharded
 
 _TRAINER = "transformers.trainer"
 

@@ -28,8 +28,8 @@ from transformers.trainer import SCHEDULER_NAME
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
 from lightning_mics.accelerate.plugin import take_over_launch
+from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
-from lightning_mics.sharding import is_sharded
 
 OPTIMIZER_FOLDER = "optimizer_mics"
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"

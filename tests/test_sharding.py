@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import MiCSConfig, MiCSConfigError, MiCSError, communication_ledger, mics_shard
-from lightning_mics.sharding import runtime_of
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool, full_state_dict
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)

@@ -24,7 +24,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -32,20 +31,17 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
-from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.checks import check_layout
+from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
+from lightning_mics.core.optimizers import ShardedParams, check_unused
+from lightning_mics.core.runtime import is_sharded, register_forward_method, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
-from lightning_mics.sharding import (
-    ShardedParams,
-    check_layout,
-    clip_parameters_,
-    is_sharded,
-    mics_shard,
-    runtime_of,
-)
+from lightning_mics.sharding import mics_shard
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 if TYPE_CHECKING:
@@ -158,7 +154,7 @@ class MiCSAccelerator(Accelerator):
         if self._topology is None or is_sharded(model) or next(model.parameters(), None) is None:
             return
         for optimizer in optimizers:
-            self._sharded.check(optimizer, model)
+            check_unused(optimizer, model)
         assert self.mics_plugin.config is not None
         config = self.mics_plugin.config.with_precision(ACCELERATE_PRECISIONS[self.mixed_precision].name)
         params = set(model.parameters())
@@ -434,7 +430,7 @@ def _prepare_generation(model: nn.Module) -> None:
         if hasattr(module, "generate"):
             module._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers asks for this name
     if hasattr(model, "generate"):
-        register_fsdp_forward_method(model, "generate")
+        register_forward_method(model, "generate")
 
 
 def _key(name: str, index: int) -> str:

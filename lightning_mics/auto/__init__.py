@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core._torch import tree_leaves, tree_map_only
+from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import communication_device, require_agreement
 from lightning_mics.core.resources import Usage, bytes_on, device_memory, free_host_memory
@@ -454,7 +455,7 @@ def _name(dtype: torch.dtype | str) -> str:
 # --- The comparison ---------------------------------------------------------------------------------------------------
 
 
-class MemoryCheck:
+class MemoryCheck(WindowObserver):
     """Compares the prediction with what training takes, once, and says on rank 0 how they compare.
 
     Optimizers create their states in their first step, so the window after it is the first one that has them all.
@@ -472,7 +473,7 @@ class MemoryCheck:
         """Begins to watch; what sharding takes for a while does not count."""
         self._usage.restart_peak()
 
-    def after_window(self) -> bool:
+    def after_window(self, window: AccumulationWindow) -> bool:
         """Returns whether the comparison is done. Collective over the world when it is."""
         self._windows_left -= 1
         if self._windows_left > 0:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_mics.bench.measure import StepClock, gradient_bytes
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
+from lightning_mics.core.runtime import communication_ledger
 from lightning_mics.lightning.trainer import MiCSStrategy
-from lightning_mics.sharding import communication_ledger
 
 _LEARNING_RATE = 1e-3
 

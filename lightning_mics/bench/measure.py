@@ -18,8 +18,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 from lightning_mics.core import collectives
+from lightning_mics.core.cpu import collectives as rings
 from lightning_mics.core.cpu import rings as ring
-from lightning_mics.core.gradients import window as grad_sync
+from lightning_mics.core.gradients import unit as gradients
+from lightning_mics.core.gradients import window
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -139,10 +141,12 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (collectives.HierarchicalAllGather, "__call__", gather),
             (collectives.FlatReduceScatter, "__call__", reduce),
             (collectives.HierarchicalReduceScatter, "__call__", reduce),
+            (rings.RingAllGather, "__call__", gather),
+            (rings.RingReduceScatter, "__call__", reduce),
             (ring.ThreadedWork, "wait", gather),
-            (grad_sync.UnitGradients, "settle", reduce),
-            (grad_sync.UnitGradients, "wait", replicate),
-            (grad_sync.ReplicationSync, "_agree", replicate),
+            (gradients.UnitGradients, "finish_reduction", reduce),
+            (gradients.UnitGradients, "wait", replicate),
+            (window, "agree", replicate),
             (_FsdpDist, "all_reduce", replicate),
         ):
             stack.enter_context(_timed(owner, name, functools.partial(clock.note, hop)))

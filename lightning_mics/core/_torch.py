@@ -1,19 +1,20 @@
-"""Every private or version-dependent name of PyTorch that the package touches, in one place."""
+"""Every private or version-dependent name of PyTorch that the engine touches, in one place."""
 
 from __future__ import annotations
 
-import sys
+import functools
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
@@ -26,6 +27,10 @@ all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None)
 
 
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# Where FSDP2 warns from, for filters of warnings.
+FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
 
 
 def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
@@ -126,32 +131,26 @@ class UnitParam:
         return self._fsdp_param.sharded_size
 
     @property
-    def has_run(self) -> bool:
-        """Whether the parameter was ever gathered."""
-        return hasattr(self._fsdp_param, "_unsharded_param")
-
-    @property
     def has_unsharded_grad(self) -> bool:
         """Whether autograd left an unsharded gradient that was not reduced yet."""
-        if not self.has_run:
-            return False
-        return self._fsdp_param._unsharded_param.grad is not None or (
-            self._fsdp_param.unsharded_accumulated_grad is not None
-        )
+        unsharded = getattr(self._fsdp_param, "_unsharded_param", None)
+        has_grad = unsharded is not None and unsharded.grad is not None
+        return has_grad or self._fsdp_param.unsharded_accumulated_grad is not None
 
     @property
     def has_gradient_hooks(self) -> bool:
         """Whether somebody wants to hear of each reduced gradient at once."""
         return bool(getattr(self.sharded, "_post_accumulate_grad_hooks", None))
 
-    def fill_zero_grad(self) -> None:
-        """Gives the gathered parameter a zero gradient, so that every rank reduces the same set of parameters."""
+    def fill_unsharded_grad(self) -> None:
+        """Gives the gathered parameter a zero gradient, unless it has one."""
         unsharded = self._fsdp_param._unsharded_param
-        unsharded.grad = torch.zeros_like(unsharded)
+        if unsharded.grad is None:
+            unsharded.grad = torch.zeros_like(unsharded)
 
     def drop_unsharded_grad(self) -> None:
         """Forgets what a failed backward pass left unreduced."""
-        if self.has_run:
+        if hasattr(self._fsdp_param, "_unsharded_param"):
             self._fsdp_param._unsharded_param.grad = None
             self._fsdp_param.unsharded_accumulated_grad = None
 
@@ -160,12 +159,33 @@ class UnitParam:
         self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
 
 
+_wants_grad = operator.attrgetter("sharded_param.requires_grad")
+_sharded_grad = operator.attrgetter("sharded_param.grad")
+_unsharded_grad = operator.attrgetter("_unsharded_param.grad")
+_is_none = functools.partial(operator.is_, None)
+
+
+class GradState(NamedTuple):
+    """What FSDP2 holds of a unit's gradients, by parameter.
+
+    Attributes:
+        wanted: Whether the shard requires a gradient.
+        is_new: Whether the shard has none yet.
+        is_missing: Whether autograd left none for the gathered parameter.
+    """
+
+    wanted: tuple[bool, ...]
+    is_new: tuple[bool, ...]
+    is_missing: tuple[bool, ...]
+
+
 class UnitParamGroup:
     """The parameters that one FSDP unit gathers and reduces together, seen from outside FSDP2."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
         self.params = [UnitParam(param) for param in group.fsdp_params]
+        self._has_run = False
         self._gathered_of: list[tuple[int, int, int]] | None = None
 
     @property
@@ -178,15 +198,49 @@ class UnitParamGroup:
         sizes = ((param.padded_shard_numel, (dtype or param.sharded.dtype).itemsize) for param in self.params)
         return sum(numel * itemsize for numel, itemsize in sizes) * self._group.mesh_info.shard_mesh_size
 
+    # Gradients.
+
     @property
-    def has_reduce_hook(self) -> bool:
-        """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
-        return getattr(self._group, "_all_reduce_hook", None) is not None
+    def has_run(self) -> bool:
+        """Whether the unit was ever gathered."""
+        self._has_run = self._has_run or all(hasattr(param, "_unsharded_param") for param in self._group.fsdp_params)
+        return self._has_run
 
     @property
     def reduces_gradients(self) -> bool:
         """Whether the unit reduces gradients in backward (``False`` under ``set_requires_gradient_sync(False)``)."""
         return self._group.reduce_grads
+
+    @property
+    def reduces_unused(self) -> bool:
+        """Whether FSDP2 reduces zeros for parameters that a microstep did not use (torch >= 2.13)."""
+        return getattr(self._group, "reduce_scatter_unused_params", False)
+
+    @property
+    def has_reduce_hook(self) -> bool:
+        """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
+        return getattr(self._group, "_all_reduce_hook", None) is not None
+
+    def grad_state(self) -> GradState:
+        """Returns what there is before hop one. It runs in every microstep, so that no loop of Python is in it."""
+        params = self._group.fsdp_params
+        return GradState(
+            tuple(map(_wants_grad, params)),
+            tuple(map(_is_none, map(_sharded_grad, params))),
+            tuple(map(_is_none, map(_unsharded_grad, params))),
+        )
+
+    def wrap_post_backward(self, around: Callable[[Callable[[], None]], None]) -> None:
+        """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
+        reduce = self._group.post_backward
+        self._group.post_backward = lambda *unused: around(reduce)
+
+    # Streams. On CPUs there are none, and these do nothing.
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether the unit's device runs work on streams, for which the host need not wait."""
+        return self._group.device_handle is not torch.cpu
 
     @contextmanager
     def reduce_stream(self) -> Iterator[None]:
@@ -195,12 +249,28 @@ class UnitParamGroup:
         with context.device_handle.stream(context.reduce_scatter_stream):
             yield
 
+    def current_stream(self) -> Any:
+        """Returns the stream that this thread launches work on."""
+        return self._group.comm_ctx.device_handle.current_stream()
+
+    def reduce_stream_waits(self) -> None:
+        """Makes the reduce stream wait for what the current stream was given so far."""
+        context = self._group.comm_ctx
+        context.reduce_scatter_stream.wait_stream(context.device_handle.current_stream())
+
+    def wait_reduce_stream(self, stream: Any = None) -> None:
+        """Makes a stream, by default the current one, wait for what the reduce stream was given so far."""
+        context = self._group.comm_ctx
+        (stream or context.device_handle.current_stream()).wait_stream(context.reduce_scatter_stream)
+
+    # Gathered parameters.
+
     def reshard(self) -> None:
         """Frees gathered parameters, so that the next forward pass gathers their new values."""
         self.discard_prefetched()
         self._group.reshard()
 
-    def gather_ahead(self) -> None:
+    def prefetch(self) -> None:
         """Starts gathering, for a forward pass of the unit that is about to come."""
         self._gathered_of = self._shard_states()
         self._group._prefetch_unshard(self._group, "forward")
@@ -221,15 +291,26 @@ class UnitParamGroup:
         self._group._all_gather_result = None
         return True
 
+    def unshard_outside_inference_mode(self) -> None:
+        """Makes gathered parameters normal tensors, also if the first forward pass runs under ``inference_mode``.
+
+        FSDP2 keeps them for its whole life, and training could not write into inference tensors.
+        """
+        wait_for_unshard = self._group.wait_for_unshard
+
+        def wait() -> None:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    wait_for_unshard()
+            else:
+                wait_for_unshard()
+
+        self._group.wait_for_unshard = wait
+
     def _shard_states(self) -> list[tuple[int, int, int]]:
         """Returns what changes when anybody writes a shard: its place and versions."""
         shards: list[Any] = [param.sharded for param in self.params]
         return [(s._local_tensor.data_ptr(), s._local_tensor._version, s._version) for s in shards]
-
-    def wait_reduce_stream(self) -> None:
-        """Makes the current stream wait for the work that :meth:`reduce_stream` launched."""
-        context = self._group.comm_ctx
-        context.device_handle.current_stream().wait_stream(context.reduce_scatter_stream)
 
 
 def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
@@ -242,113 +323,67 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     return [UnitParamGroup(group) for group in groups]
 
 
-def gather_beside(root: nn.Module) -> None:
+def gather_asynchronously(root: nn.Module) -> None:
     """Makes the gathers of all units asynchronous, so that those started ahead run beside the computation."""
     assert isinstance(root, FSDPModule)
     root._set_unshard_async_op(True)
 
 
-def tend_root(
-    root: nn.Module,
-    on_forward_begin: Callable[[], None],
-    on_forward_end: Callable[[], None],
-    on_backward: Callable[[], None],
-    on_failure: Callable[[], None],
-) -> None:
-    """Mends habits of FSDP2 around the root's forward and backward pass.
+class ForwardHooks(NamedTuple):
+    """What runs before and after a forward pass of an FSDP module."""
 
-    A registered forward method may call ``forward``, as a ``training_step`` does; FSDP2 would take the end of the inner
-    call for the end of the pass, and free the root too early. Without a backward pass to come the root is freed, which
-    saves memory. And after an exception in a pass FSDP2 starts afresh, which it only does when told to.
+    before: Callable[..., Any]
+    after: Callable[..., Any]
 
-    Args:
-        root: The root FSDP module.
-        on_forward_begin: Called at the beginning of each forward pass of the root.
-        on_forward_end: Called at the end of each forward pass of the root.
-        on_backward: Called when a backward pass reaches the root, behind FSDP2's own preparations.
-        on_failure: Called before the first forward pass after one that failed, or whose backward pass did.
+
+class RootState:
+    """The state that FSDP2 keeps for a root module, and its hooks around the root's passes.
+
+    Attributes:
+        hooks: FSDP2's own hooks around the forward pass.
+        pre_backward: FSDP2's own hook on gradients of the root's outputs.
     """
-    assert isinstance(root, FSDPModule)
-    state: Any = root._get_fsdp_state()
-    pre_forward, post_forward, pre_backward = state._pre_forward, state._post_forward, state._pre_backward
-    running: list[FrameType] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        while running and not _is_running(running[-1]):
-            running.pop()
-        if not running and _has_failed(state):
-            _start_afresh(root)
-            on_failure()
-        running.append(sys._getframe(1))
-        if len(running) > 1:
-            return args, kwargs
-        on_forward_begin()
-        return pre_forward(module, args, kwargs)
+    def __init__(self, root: nn.Module) -> None:
+        assert isinstance(root, FSDPModule)
+        self._root: Any = root
+        self._state: Any = root._get_fsdp_state()
+        self.hooks = ForwardHooks(self._state._pre_forward, self._state._post_forward)
+        self.pre_backward: Callable[[Tensor], Tensor] = self._state._pre_backward
 
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        running.pop()
-        if running:
-            return output
-        output = post_forward(module, args, output)
-        on_forward_end()
-        if not torch.is_grad_enabled():
-            root.reshard()
-        return output
+    def replace_hooks(
+        self, forward: ForwardHooks, method: ForwardHooks, pre_backward: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Puts others in the place of FSDP2's hooks: around ``forward``, around registered methods, and in backward."""
+        state, root = self._state, self._root
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        state._pre_forward_hook_handle = root.register_forward_pre_hook(forward.before, prepend=True, with_kwargs=True)
+        state._post_forward_hook_handle = root.register_forward_hook(forward.after, prepend=False)
+        # Methods of ``register_fsdp_forward_method`` look these up.
+        state._pre_forward, state._post_forward, state._pre_backward = *method, pre_backward
 
-    def begin_backward(grad: Tensor) -> Tensor:
-        grad = pre_backward(grad)
-        on_backward()
-        return grad
+    @property
+    def has_failed(self) -> bool:
+        """Whether an exception ended a pass: outside of passes nothing of theirs is left."""
+        context = self._state._state_ctx
+        is_left = context.iter_forward_root is not None or context.post_backward_final_callback_queued
+        return bool(self._state._is_root and is_left and current_backward_id() == -1)
 
-    state._pre_forward_hook_handle.remove()
-    state._post_forward_hook_handle.remove()
-    state._pre_forward, state._post_forward, state._pre_backward = enter, leave, begin_backward
-    state._pre_forward_hook_handle = root.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
-    state._post_forward_hook_handle = root.register_forward_hook(leave, prepend=False)
+    def reset(self) -> None:
+        """Lets FSDP2 start afresh after a pass that failed."""
+        reset: Callable[[], None] | None = getattr(self._root, "reset_iter_state", None)
+        if reset is None:  # torch < 2.13
+            raise RuntimeError("A forward or backward pass failed; only torch >= 2.13 can train on after that.")
+        reset()
 
-
-def _is_running(frame: FrameType) -> bool:
-    """Returns whether a frame is on this thread's stack; one that an exception ended is not."""
-    current: FrameType | None = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
+    def reshard(self) -> None:
+        """Frees the root's own parameters."""
+        self._root.reshard()
 
 
-def _has_failed(state: Any) -> bool:
-    """Returns whether an exception ended a pass: outside of passes nothing of theirs is left."""
-    context = state._state_ctx
-    is_left = context.iter_forward_root is not None or context.post_backward_final_callback_queued
-    return bool(state._is_root and is_left and current_backward_id() == -1)
-
-
-def _start_afresh(root: nn.Module) -> None:
-    reset: Callable[[], None] | None = getattr(root, "reset_iter_state", None)
-    if reset is None:  # torch < 2.13
-        raise RuntimeError("A forward or backward pass failed; only torch >= 2.13 can train on after that.")
-    reset()
-
-
-def unshard_outside_inference_mode(group: UnitParamGroup) -> None:
-    """Makes gathered parameters normal tensors, also if the first forward pass runs under ``inference_mode``.
-
-    FSDP2 keeps them for its whole life, and training could not write into inference tensors.
-    """
-    inner = group._group
-    wait_for_unshard = inner.wait_for_unshard
-
-    def wait() -> None:
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                wait_for_unshard()
-        else:
-            wait_for_unshard()
-
-    inner.wait_for_unshard = wait
-
-
-def wrap_post_backward(group: UnitParamGroup, around: Callable[[Callable[[], None]], None]) -> None:
-    """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
-    inner = group._group
-    reduce = inner.post_backward
-    inner.post_backward = lambda *unused: around(reduce)
+def reduce_unused_params(root: nn.Module) -> None:
+    """Makes FSDP2 reduce zeros for parameters that a microstep did not use, where it can (torch >= 2.13)."""
+    switch = getattr(root, "set_reduce_scatter_unused_params", None)
+    if switch is not None:
+        switch(True)

@@ -7,7 +7,7 @@ import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,38 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core._torch import wait_for_gloo_threads
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import format_bytes
 from lightning_mics.topology import ClusterTopology, Group, GroupLayout
 
-if TYPE_CHECKING:
-    from lightning_mics.core.stages import StageTiming
+# The groups of a collective's stages, in the order of a gather: across nodes, then inside them; or one group of all.
+Stages = Sequence[dist.ProcessGroup]
+# One stage must win clearly: it sends more out of every node, which other traffic feels.
+_CLEARLY = 0.95
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """What a unit's collectives in one microstep (two gathers, one reduce-scatter) take.
+
+    Attributes:
+        message_bytes: Size of the message.
+        one_stage: Seconds with flat collectives.
+        two_stages: Seconds with hierarchical collectives.
+    """
+
+    message_bytes: int
+    one_stage: float
+    two_stages: float
+
+    @property
+    def prefers_two_stages(self) -> bool:
+        """Whether two stages are to be used."""
+        return self.one_stage > _CLEARLY * self.two_stages
+
+    def __str__(self) -> str:
+        choice = "two stages" if self.prefers_two_stages else "one stage"
+        times = f"one stage {self.one_stage * 1e3:.2f} ms, two stages {self.two_stages * 1e3:.2f} ms"
+        return f"{format_bytes(self.message_bytes)}: {times}; using {choice}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,12 @@ class MiCSMesh:
     def replication_group(self) -> dist.ProcessGroup:
         """Ranks that hold this rank's shard in other replicas."""
         return self.device_mesh.get_group("replicate")
+
+    def stages(self, two_stages: bool) -> Stages:
+        """Returns the groups of a partition's collectives: all of it, or those across nodes and inside them."""
+        if not two_stages or self.inter_group is None or self.intra_group is None:
+            return (self.partition_group,)
+        return self.inter_group, self.intra_group
 
     @property
     def hierarchical(self) -> bool:
@@ -142,7 +176,8 @@ def resolve_hierarchical(config: MiCSConfig, layout: GroupLayout) -> bool:
         works = f"Use hierarchical='auto', or shard_size={larger[0]}" if larger else "Use hierarchical='auto'"
         raise MiCSConfigError(
             f"hierarchical=True, but with shard_size={layout.shard_size} on nodes of {topology.node_size} ranks no "
-            f"partition group spans nodes. {works}."
+            f"partition group spans nodes. {works}.",
+            setting="hierarchical",
         )
     wanted = config.hierarchical is True or config.hierarchical == "auto"
     return wanted and layout.spans_nodes and layout.local_size > 1

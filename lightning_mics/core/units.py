@@ -6,7 +6,6 @@ A pure reading of the model. :func:`plan_units` returns groups of modules, inner
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from lightning_mics.config import Wrap
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import did_you_mean
 
 Unit = tuple[nn.Module, ...]
 
@@ -93,6 +93,12 @@ def backward_order(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
     return sorted(units, key=lambda unit: max(position[module] for module in unit))
 
 
+def unit_names(model: nn.Module, units: Iterable[Unit]) -> list[str]:
+    """Returns the names of units; the root's is ``"(root)"``."""
+    names = {module: name or "(root)" for name, module in model.named_modules()}
+    return [" + ".join(names[module] for module in unit) for unit in units]
+
+
 def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     if isinstance(wrap, str) and wrap == "auto":
         return _huggingface_blocks(model) or _repeated_blocks(model) or _by_size(model)
@@ -120,9 +126,10 @@ def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]
         name = entry.__name__
     if not found:
         names = sorted({type(module).__name__ for module in _inner_modules(model) if _has_parameters(module)})
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"It contains: {', '.join(names[:12])}."
-        raise MiCSConfigError(f"wrap={name!r}: the model contains no module of that class. {hint} Or use wrap='auto'.")
+        hint = did_you_mean(name, names, f"It contains: {', '.join(names[:12])}.")
+        raise MiCSConfigError(
+            f"wrap={name!r}: the model contains no module of that class. {hint} Or use wrap='auto'.", setting="wrap"
+        )
     return found
 
 

@@ -12,13 +12,14 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.checks import check_layout
 from lightning_mics.core.loss_scaling import use_sharded_scaler
+from lightning_mics.core.runtime import register_forward_method
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.precision import supported_precision
-from lightning_mics.sharding import check_layout, mics_shard
+from lightning_mics.sharding import mics_shard
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _gather_in_steps(module: nn.Module) -> None:
     """Makes the steps of a LightningModule gather parameters, as ``forward`` does; Lightning calls them directly."""
     for name in ("training_step", "validation_step", "test_step", "predict_step"):
         if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+            register_forward_method(module, name)
 
 
 def barrier(device: torch.device) -> None:

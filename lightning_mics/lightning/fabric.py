@@ -22,11 +22,12 @@ from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
-from lightning_mics.core.gradients.window import defer_replication_sync
+from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.clipping import clip_parameters_
+from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.metrics import CommLedger
-from lightning_mics.sharding import clip_parameters_, is_sharded, runtime_of
 from lightning_mics.topology import GroupLayout
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
+from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import Hop, Traffic
-from lightning_mics.sharding import is_sharded, runtime_of
 
 _NAMES = {
     Hop.PARTITION_GATHER: "partition_gather",

@@ -29,11 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.config import Wrap, as_dtype
 from lightning_mics.core._torch import tree_leaves, tree_map_only
+from lightning_mics.core.checks import check_model
 from lightning_mics.core.units import Unit as UnitModules
 from lightning_mics.core.units import backward_order, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.profile import DEFAULT_LENGTH, Amount, ModelProfile, Param, Unit
-from lightning_mics.sharding import check_model
 from lightning_mics.trace._torch import (
     Event,
     FakeAttention,

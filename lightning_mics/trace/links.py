@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core.collectives import FlatAllGather, FlatReduceScatter
 from lightning_mics.core.mesh import MiCSMesh, build_mesh, communication_device, detect_topology
 from lightning_mics.core.resources import device_memory, free_host_memory
 from lightning_mics.core.timing import across_ranks, timed
+from lightning_mics.core.transport import transport_for
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_accelerator
 from lightning_mics.topology import ClusterTopology
@@ -232,8 +232,12 @@ def _partition_calls(
     shard: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns a gather and a reduce-scatter, as partitions run them."""
-    gather = functools.partial(FlatAllGather(), whole, shard, group)
-    return gather, functools.partial(FlatReduceScatter(), shard, whole, group, dist.ReduceOp.AVG)
+    carrier = transport_for(group, shard.device.type)
+    gather, reduce_scatter = carrier.all_gather([group]), carrier.reduce_scatter([group])
+    return (
+        functools.partial(gather, whole, shard, group),
+        functools.partial(reduce_scatter, shard, whole, group, dist.ReduceOp.AVG),
+    )
 
 
 def _messages(device: torch.device) -> Iterator[int]:

@@ -41,9 +41,9 @@ from lightning_mics import MiCSConfig, MiCSError, MiCSStrategy, mics_shard
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.auto import random_states_kept, sample_of
 from lightning_mics.core.resources import Usage
+from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.plan import Accelerator, Candidate, Training, predict_memory
-from lightning_mics.sharding import is_sharded, runtime_of
 from lightning_mics.testing import Failure, WorkerPool, full_state_dict, weight_differences
 from lightning_mics.trace import profile_model
 

@@ -12,19 +12,15 @@ from torch import Tensor
 
 from lightning_mics import ClusterTopology, Hop, MiCSConfig, communication_ledger, mics_shard
 from lightning_mics.core._torch import all_gather_single, reduce_scatter_single
-from lightning_mics.core.collectives import (
-    FlatAllGather,
-    FlatReduceScatter,
-    HierarchicalAllGather,
-    HierarchicalReduceScatter,
-)
 from lightning_mics.core.mesh import MiCSMesh, build_mesh
+from lightning_mics.core.transport import DeviceTransport, RingTransport, Transport
 from lightning_mics.testing import WorkerPool
 
 # Nodes of a partition and ranks on each.
 SHAPES = [(2, 2), (4, 2), (2, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64]
 NUMELS = [1, 7, 1024]
+TRANSPORTS = {"backend": DeviceTransport(), "rings": RingTransport(overlaps=True)}
 
 
 def spanning_mesh(local_size: int, hierarchical: bool = True) -> MiCSMesh:
@@ -40,17 +36,17 @@ def values(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randint(0, 255, (numel,), generator=generator).to(dtype)
 
 
-def gather_all_ways(local_size: int) -> list[str]:
+def gather_all_ways(local_size: int, transport: Transport) -> list[str]:
     """Returns the ways in which the two-stage gather differs from the flat one."""
     mesh, rank, world_size = spanning_mesh(local_size), dist.get_rank(), dist.get_world_size()
-    assert mesh.intra_group is not None and mesh.inter_group is not None
+    assert len(mesh.stages(two_stages=True)) == 2
     wrong = []
     for dtype, numel, in_place, async_op in itertools.product(DTYPES, NUMELS, (False, True), (False, True)):
         mine = values(numel, dtype, seed=rank)
         expected = torch.empty(world_size * numel, dtype=dtype)
         all_gather_single(expected, mine, group=mesh.partition_group)
         seen: list[int] = []
-        gather = HierarchicalAllGather(mesh.intra_group, mesh.inter_group, seen.append)
+        gather = transport.all_gather(mesh.stages(two_stages=True), seen.append)
         output = gather.allocate((world_size * numel,), dtype=dtype, device=mine.device)
         part = output[rank * numel : (rank + 1) * numel] if in_place else torch.empty_like(mine)
         part.copy_(mine)
@@ -68,14 +64,17 @@ def gather_all_ways(local_size: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("num_nodes", "local_size"), SHAPES)
-def test_the_two_stage_gather_is_bitwise_the_flat_one(pool: WorkerPool, num_nodes: int, local_size: int) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+def test_the_two_stage_gather_is_bitwise_the_flat_one(
+    pool: WorkerPool, num_nodes: int, local_size: int, transport: Transport
+) -> None:
     world_size = num_nodes * local_size
-    assert pool.run(gather_all_ways, local_size, world_size=world_size) == [[]] * world_size
+    assert pool.run(gather_all_ways, local_size, transport, world_size=world_size) == [[]] * world_size
 
 
-def reduce_all_ways(local_size: int) -> list[str]:
+def reduce_all_ways(local_size: int, transport: Transport) -> list[str]:
     mesh, rank, world_size = spanning_mesh(local_size), dist.get_rank(), dist.get_world_size()
-    assert mesh.intra_group is not None and mesh.inter_group is not None
+    assert len(mesh.stages(two_stages=True)) == 2
     ops = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
     wrong = []
     for dtype, numel, op, async_op in itertools.product(DTYPES[:2], NUMELS, ops, (False, True)):
@@ -84,7 +83,7 @@ def reduce_all_ways(local_size: int) -> list[str]:
         expected = torch.empty(numel, dtype=dtype)
         reduce_scatter_single(expected, message.clone(), group=mesh.partition_group, op=op)
         seen: list[int] = []
-        reduce = HierarchicalReduceScatter(mesh.intra_group, mesh.inter_group, seen.append)
+        reduce = transport.reduce_scatter(mesh.stages(two_stages=True), seen.append)
         output = reduce.allocate((numel,), dtype=dtype, device=message.device)
         work = reduce(output, message, mesh.partition_group, op, async_op=async_op)
         if async_op:
@@ -98,9 +97,12 @@ def reduce_all_ways(local_size: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("num_nodes", "local_size"), SHAPES)
-def test_the_two_stage_reduction_is_the_flat_one(pool: WorkerPool, num_nodes: int, local_size: int) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+def test_the_two_stage_reduction_is_the_flat_one(
+    pool: WorkerPool, num_nodes: int, local_size: int, transport: Transport
+) -> None:
     world_size = num_nodes * local_size
-    assert pool.run(reduce_all_ways, local_size, world_size=world_size) == [[]] * world_size
+    assert pool.run(reduce_all_ways, local_size, transport, world_size=world_size) == [[]] * world_size
 
 
 def step_traffic(local_size: int, hierarchical: bool) -> dict[Hop, tuple[int, int, int]]:
@@ -126,20 +128,21 @@ def test_bytes_that_leave_a_node(pool: WorkerPool, num_nodes: int, local_size: i
         assert hops[Hop.REPLICATION_REDUCE] == (0, 0, 0)
 
 
-def flat_collectives() -> list[int]:
+def flat_collectives(transport: Transport) -> list[int]:
     group = dist.group.WORLD
     assert group is not None
     rank, seen = dist.get_rank(), []
     mine, output = torch.full((3,), float(rank)), torch.empty(6)
-    work = FlatAllGather(seen.append)(output, mine, group, async_op=True)
+    work = transport.all_gather([group], seen.append)(output, mine, group, async_op=True)
     assert isinstance(work, dist.Work)
     work.wait()
     assert output.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
     part = torch.empty(3)
-    assert FlatReduceScatter(seen.append)(part, output, group, dist.ReduceOp.SUM) is None
+    assert transport.reduce_scatter([group], seen.append)(part, output, group, dist.ReduceOp.SUM) is None
     assert part.tolist() == [2.0 * rank] * 3
     return seen
 
 
-def test_flat_collectives_tell_their_bytes(pool: WorkerPool) -> None:
-    assert pool.run(flat_collectives, world_size=2) == [[24, 24]] * 2
+@pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS.keys())
+def test_flat_collectives_tell_their_bytes(pool: WorkerPool, transport: Transport) -> None:
+    assert pool.run(flat_collectives, transport, world_size=2) == [[24, 24]] * 2

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_mics import ClusterTopology, Hop, MiCSConfig, communication_ledger, defer_replication_sync, mics_shard
 from lightning_mics.core.mesh import MiCSMesh, build_mesh
-from lightning_mics.sharding import runtime_of
+from lightning_mics.core.runtime import runtime_of
 
 WORLD, NODE, RANK = 64, 8, 37
 

@@ -19,9 +19,12 @@ from lightning_mics import (
     defer_replication_sync,
     mics_shard,
 )
-from lightning_mics.core.gradients.window import ReplicationSync, UnitGradients, syncs_of
+from lightning_mics.core.gradients.unit import Phase, UnitGradients
+from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.mesh import build_mesh
-from lightning_mics.core.self_check import check_groups, equalize_replicas, fingerprint
+from lightning_mics.core.replicas import equalize_replicas, fingerprint
+from lightning_mics.core.runtime import runtime_of
+from lightning_mics.core.self_check import check_groups
 from lightning_mics.testing import WorkerPool
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)
@@ -39,7 +42,7 @@ def train(model: nn.Module, num_windows: int = 1) -> None:
 
 
 def first_unit(model: nn.Module) -> UnitGradients:
-    return syncs_of(model)[0].units[0]
+    return runtime_of(model).window.units[0]
 
 
 def another_shard(model: nn.Module) -> None:
@@ -61,11 +64,10 @@ def another_gradient(model: nn.Module) -> None:
 
 
 def a_wide_reduction_every_microstep(model: nn.Module) -> None:
-    for sync in syncs_of(model):
-        sync.__class__ = Eager
+    runtime_of(model).window.__class__ = Eager
 
 
-class Eager(ReplicationSync):
+class Eager(AccumulationWindow):
     """Reduces between replicas in every microstep, as a 2-D mesh does by itself."""
 
     def _end_of_backward(self) -> None:
@@ -73,13 +75,12 @@ class Eager(ReplicationSync):
             for unit in self.units:
                 self._launch(unit)
                 unit.wait()
-                unit.launched = False
+                unit.phase = Phase.OPEN
         super()._end_of_backward()
 
 
 def no_wide_reduction(model: nn.Module) -> None:
-    for sync in syncs_of(model):
-        sync._launch = lambda unit: None  # type: ignore[method-assign]
+    runtime_of(model).window._launch = lambda unit: None  # type: ignore[method-assign]
 
 
 def a_whole_gradient(model: nn.Module) -> None:
@@ -102,7 +103,7 @@ def an_extra_narrow_reduction(model: nn.Module) -> None:
 
 def another_order(model: nn.Module) -> None:
     if is_guilty():
-        syncs_of(model)[0].note_collective(1, 0)
+        runtime_of(model).window.order.note(1, 0)
 
 
 SABOTAGE: dict[str, tuple[Callable[[nn.Module], None], str]] = {

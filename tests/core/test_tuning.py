@@ -13,7 +13,7 @@ from models import build, microbatch, regression_loss
 from lightning_mics import Hop, MiCSConfig, communication_ledger, mics_shard
 from lightning_mics.core import mesh
 from lightning_mics.core import stages as tuning
-from lightning_mics.sharding import runtime_of
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool
 
 CONFIG = MiCSConfig(shard_size=4, node_size=2)

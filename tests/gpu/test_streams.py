@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core._torch import forget_dtensor_meshes
-from lightning_mics.sharding import is_sharded
+from lightning_mics.core.runtime import is_sharded
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, shard_batch
 
 # A process that has asked the driver for devices must not fork; the pool's server forks, and its imports ask.

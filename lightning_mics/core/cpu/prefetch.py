@@ -53,14 +53,19 @@ class ForwardPrefetch:
                 return
             following = self._groups[self._following.get(index, index)]
             if following is not self._groups[index] and following is not None:
-                following.gather_ahead()
+                following.prefetch()
 
         return gather_following
 
-    def note_gather(self, index: int) -> None:
-        """Notes that a unit is gathered."""
-        if self._is_forward and self._following is None and current_backward_id() == -1:
-            self._order.append(index)
+    def noting(self, index: int, on_gather: Callable[[int], None]) -> Callable[[int], None]:
+        """Returns a function that notes a gather of a unit, and tells another one of its bytes."""
+
+        def note(message_bytes: int) -> None:
+            on_gather(message_bytes)
+            if self._is_forward and self._following is None and current_backward_id() == -1:
+                self._order.append(index)
+
+        return note
 
     def forward_begins(self) -> None:
         """Notes the beginning of a forward pass of the root."""

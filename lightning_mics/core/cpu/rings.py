@@ -19,17 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import is_gloo
-
 # Users may send messages of their own over the same group.
 _GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
 # How long the end of a process waits for a collective whose peers may be gone.
 _PATIENCE_SECONDS = 2.0
-
-
-def runs_on_ring(tensor: Tensor, group: dist.ProcessGroup, op: object = dist.ReduceOp.SUM) -> bool:
-    """Returns whether the rings of this module can carry a collective."""
-    return tensor.device.type == "cpu" and op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG) and is_gloo(group)
 
 
 def ring_all_gather(pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics import Hop, MiCSConfig, communication_ledger, defer_replication_sync, mics_shard
-from lightning_mics.core.gradients.window import syncs_of
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict
 
 ROWS = 8
@@ -92,8 +92,8 @@ def reductions_in_flight(hooks: bool) -> tuple[list[bool], bool]:
     if hooks:
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(lambda param: None)
-    sync, log = syncs_of(model)[0], []
-    for unit in sync.units:
+    window, log = runtime_of(model).window, []
+    for unit in window.units:
         reduce = unit.reduce
 
         def noted(*args: Any, unit: Any = unit, reduce: Any = reduce, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ def reductions_in_flight(hooks: bool) -> tuple[list[bool], bool]:
         unit.reduce = noted
     with defer_replication_sync(model):
         regression_loss(model, rows(0)).backward()
-    return log, any(unit.is_reducing for unit in sync.units)
+    return log, any(unit.is_reducing for unit in window.units)
 
 
 @pytest.mark.parametrize("hooks", [False, True], ids=["", "hooks-on-gradients"])

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core.cpu.rings import CommunicationThread, ring_all_gather, ring_reduce_scatter, runs_on_ring
+from lightning_mics.core.cpu.rings import CommunicationThread, ring_all_gather, ring_reduce_scatter
+from lightning_mics.core.transport import RingTransport, transport_for
 from lightning_mics.testing import WorkerPool
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -92,14 +93,21 @@ def test_bfloat16_values_are_averaged_within_its_rounding(pool: WorkerPool) -> N
     assert all(error < 0.02 for error in pool.run(rounded_average, world_size=4))
 
 
-def ring_cases() -> list[bool]:
-    ops = (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX)
-    on_meta = runs_on_ring(torch.empty(1, device="meta"), world())
-    return [on_meta, *(runs_on_ring(torch.empty(1), world(), op) for op in ops)]
+def ring_cases() -> tuple[list[bool], list[Tensor]]:
+    """Returns where rings are chosen, and what a reduce-scatter of ranks and their doubles brings, by operation."""
+    chosen = [isinstance(transport_for(world(), device_type), RingTransport) for device_type in ("cuda", "cpu")]
+    rank, results = world().rank(), []
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX):
+        output, message = torch.empty(1), torch.tensor([1.0, 2.0]) * (rank + 1)
+        transport_for(world(), "cpu").reduce_scatter([world()])(output, message, world(), op)
+        results.append(output)
+    return chosen, results
 
 
-def test_rings_carry_sums_and_averages_of_cpu_tensors(pool: WorkerPool) -> None:
-    assert pool.run(ring_cases) == [[False, True, True, False]] * 2
+def test_rings_carry_sums_and_averages_of_cpu_tensors_and_leave_the_rest_to_gloo(pool: WorkerPool) -> None:
+    for rank, (chosen, results) in enumerate(pool.run(ring_cases)):
+        assert chosen == [False, True]
+        assert [result.item() / (rank + 1) for result in results] == [3.0, 1.5, 2.0]
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------

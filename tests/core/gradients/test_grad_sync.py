@@ -27,8 +27,7 @@ from lightning_mics import (
     mics_shard,
     sync_gradients,
 )
-from lightning_mics.core.gradients.window import syncs_of
-from lightning_mics.sharding import runtime_of
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
 ROWS = 8
@@ -143,7 +142,7 @@ def launch_order() -> list[str]:
     """Returns reductions (-) and launches of hop two (+) in the order in which they happened."""
     model = mics_shard(Wide(), CONFIG)
     log: list[str] = []
-    for unit in syncs_of(model)[0].units:
+    for unit in runtime_of(model).window.units:
         reduce, launch = unit.reduce, unit.launch
 
         def noted_reduce(*args: Any, unit: Any = unit, inner: Any = reduce, **kwargs: Any) -> None:
@@ -572,15 +571,15 @@ def test_closures_and_hand_closed_windows_step(pool: WorkerPool) -> None:
 
 def nested_contexts() -> list[bool]:
     model = mics_shard(build("uneven"), CONFIG)
-    sync, seen = syncs_of(model)[0], []
+    window, seen = runtime_of(model).window, []
     with defer_replication_sync(model):
         with defer_replication_sync(model, enabled=False):
-            seen.append(sync.deferring)
-        seen.append(sync.deferring)
-    seen.append(sync.deferring)
+            seen.append(window.deferring)
+        seen.append(window.deferring)
+    seen.append(window.deferring)
     with contextlib.suppress(ValueError), defer_replication_sync(model):
         raise ValueError
-    return [*seen, sync.deferring]
+    return [*seen, window.deferring]
 
 
 def test_contexts_nest_and_restore(pool: WorkerPool) -> None:

@@ -1,0 +1,163 @@
+"""From a model of FSDP2's units to one that MiCS drives: its collectives, gradients, passes and runtime."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_mics.config import MiCSConfig, as_dtype
+from lightning_mics.core import transport
+from lightning_mics.core._torch import (
+    FSDP_MODULES,
+    ReduceScatter,
+    UnitParamGroup,
+    reduce_unused_params,
+    unit_param_groups,
+)
+from lightning_mics.core.gradients.agreement import CollectiveOrder
+from lightning_mics.core.gradients.step import guard_steps
+from lightning_mics.core.gradients.unit import UnitGradients
+from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
+from lightning_mics.core.mesh import MiCSMesh
+from lightning_mics.core.passes import RootPasses
+from lightning_mics.core.runtime import MiCSRuntime, attach
+from lightning_mics.core.self_check import SelfCheck
+from lightning_mics.core.stages import choose_stages
+from lightning_mics.core.units import Unit, backward_order, unit_names
+from lightning_mics.metrics import CommLedger, Hop
+
+
+@dataclass
+class _Unit:
+    """One FSDP unit on its way to being connected.
+
+    Attributes:
+        name: Its name.
+        module: Its first module, which stands for it: ``fully_shard`` leaves one state for a group of modules.
+        groups: Its parameters.
+        two_stages: Whether its collectives run in two stages.
+    """
+
+    name: str
+    module: nn.Module
+    groups: list[UnitParamGroup]
+    two_stages: bool = False
+
+    @property
+    def only_group(self) -> UnitParamGroup | None:
+        """Its parameters, if they are one group."""
+        return self.groups[0] if len(self.groups) == 1 else None
+
+
+class _Recorder:
+    """Counts the collectives of one unit."""
+
+    def __init__(self, unit: _Unit, index: int, ledger: CommLedger, order: CollectiveOrder) -> None:
+        self._unit, self._index, self._ledger, self._order = unit, index, ledger, order
+
+    def gather(self, message_bytes: int) -> None:
+        """Notes a gather."""
+        self._ledger.record(self._unit.name, Hop.PARTITION_GATHER, message_bytes, hierarchical=self._unit.two_stages)
+        self._order.note(self._index, 0)
+
+    def reduce(self, message_bytes: int) -> None:
+        """Notes a reduce-scatter."""
+        self._ledger.record(self._unit.name, Hop.PARTITION_REDUCE, message_bytes, hierarchical=self._unit.two_stages)
+        self._order.note(self._index, 1)
+
+
+def connect(
+    model: nn.Module,
+    units: Sequence[Unit],
+    config: MiCSConfig,
+    mesh: MiCSMesh,
+    *,
+    observers: Sequence[WindowObserver] = (),
+    choice: Any = None,
+) -> MiCSRuntime:
+    """Gives the units of a sharded model their collectives, and the model its runtime.
+
+    Args:
+        model: The model, whose units FSDP2 shards already.
+        units: Its units without the root.
+        config: The settings.
+        mesh: The groups.
+        observers: What watches the first windows, beside the self-check.
+        choice: What ``shard_size="auto"`` decided.
+    """
+    found = _find_units(model, units, config, mesh)
+    ledger, order = CommLedger(mesh.layout), CollectiveOrder()
+    carrier = transport.transport_for(
+        mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
+    )
+    prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
+    reduce_scatters = []
+    for index, unit in enumerate(found):
+        recorder, stages = _Recorder(unit, index, ledger, order), mesh.stages(unit.two_stages)
+        on_gather = recorder.gather if prefetch is None else prefetch.noting(index, recorder.gather)
+        reduce_scatters.append(carrier.reduce_scatter(stages, recorder.reduce))
+        assert isinstance(unit.module, FSDPModule)
+        unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather))
+        unit.module.set_custom_reduce_scatter(reduce_scatters[-1])
+    reduce_unused_params(model)
+    _ignore_view_warnings()
+    window = AccumulationWindow(
+        mesh,
+        _gradients(found, reduce_scatters, carrier, config),
+        ledger,
+        order,
+        overlap=not config.cpu_offload,
+        observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers],
+    )
+    guard_steps(window)
+    passes = RootPasses(model, window, prefetch)
+    names = tuple(unit.name for unit in found)
+    runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
+    attach(model, runtime)
+    return runtime
+
+
+@functools.cache
+def _ignore_view_warnings() -> None:
+    """Keeps FSDP2 from warning of units that return views.
+
+    The hazard it tells of, changing such a view in place, ends in an error; and nothing need be done about it.
+    """
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view", module=FSDP_MODULES)
+
+
+def _find_units(model: nn.Module, units: Sequence[Unit], config: MiCSConfig, mesh: MiCSMesh) -> list[_Unit]:
+    """Returns the units, root first, then in the order of a forward pass."""
+    leaders = [(model,), *backward_order(model, units)[::-1]]
+    names = unit_names(model, leaders)
+    found = [_Unit(name, unit[0], unit_param_groups(unit[0])) for unit, name in zip(leaders, names, strict=True)]
+    if mesh.hierarchical:
+        dtype = as_dtype(config.param_dtype)
+        sizes = [sum(group.gathered_bytes(dtype) for group in unit.groups) for unit in found]
+        stages = [True] * len(found) if config.hierarchical is True else choose_stages(mesh, sizes)
+        for unit, two_stages in zip(found, stages, strict=True):
+            unit.two_stages = two_stages
+    return found
+
+
+def _gradients(
+    units: Sequence[_Unit],
+    reduce_scatters: Sequence[ReduceScatter],
+    carrier: transport.Transport,
+    config: MiCSConfig,
+) -> list[UnitGradients]:
+    """Returns the gradients of all units in the order in which a backward pass finishes them, the root last."""
+    dtype = as_dtype(config.reduce_dtype)
+    found = []
+    for unit, reduce_scatter in zip(units, reduce_scatters, strict=True):
+        for group in unit.groups:
+            group.unshard_outside_inference_mode()
+            reductions = carrier.reductions(group, reduce_scatter)
+            found.append(UnitGradients(unit.name, group, dtype, reductions))
+    return found[::-1]

@@ -1,0 +1,117 @@
+"""The partition group's collectives on rings: flat or in two stages, out of and into FSDP2's own buffers.
+
+They run on the thread of communication, where one may run on beside the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_mics.core._torch import AllGather, ReduceScatter, reduce_scatter_single
+from lightning_mics.core.collectives import Allocating, OnCall
+from lightning_mics.core.cpu.rings import communication_thread, ring_all_gather, ring_reduce_scatter
+from lightning_mics.core.mesh import Stages
+
+
+class RingAllGather(Allocating, AllGather):
+    """An all-gather on one ring or on two; bitwise equal to any other.
+
+    Args:
+        stages: The groups it runs in.
+        on_call: Told the bytes of each gathered message.
+    """
+
+    def __init__(self, stages: Stages, on_call: OnCall | None = None) -> None:
+        self._stages, self._on_call = stages, on_call
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """Gathers ``input_tensor`` (shape ``[n]``) of all ranks into ``output_tensor`` (shape ``[p * n]``)."""
+        if self._on_call is not None:
+            self._on_call(output_tensor.nbytes)
+        place = output_tensor.view(group.size(), -1)[group.rank()]
+        if input_tensor.data_ptr() != place.data_ptr():  # FSDP2 has it there already
+            place.copy_(input_tensor)
+        return communication_thread.run(lambda: self._gather(output_tensor), async_op)
+
+    def _gather(self, output: Tensor) -> None:
+        if len(self._stages) == 1:
+            (group,) = self._stages
+            ring_all_gather([[shard] for shard in output.view(group.size(), -1)], group)
+            return
+        inter, intra = self._stages
+        blocks = output.view(inter.size(), intra.size(), -1)
+        ring_all_gather([[block[intra.rank()]] for block in blocks], inter)
+        ring_all_gather([list(blocks[:, rank]) for rank in range(intra.size())], intra)
+
+
+class RingReduceScatter(Allocating, ReduceScatter):
+    """A reduce-scatter on one ring or on two, which may run on beside the backward pass.
+
+    FSDP2 takes the output for finished when the call returns. Who calls it inside of :meth:`deferring` waits for it
+    with :meth:`wait_pending`, and keeps the output from being read before that.
+
+    Args:
+        stages: The groups it runs in, in the order of a gather.
+        on_call: Told the bytes of each reduced message.
+
+    Attributes:
+        pending: The handle of a reduction that runs on.
+    """
+
+    def __init__(self, stages: Stages, on_call: OnCall | None = None) -> None:
+        self.pending: dist.Work | None = None
+        self._stages, self._on_call = stages, on_call
+        self._deferred_dtype: torch.dtype | None = None
+
+    @contextmanager
+    def deferring(self, dtype: torch.dtype) -> Iterator[None]:
+        """Lets a reduction inside this context run on, if its output is of the gradients' ``dtype``."""
+        self._deferred_dtype = dtype
+        try:
+            yield
+        finally:
+            self._deferred_dtype = None
+
+    def wait_pending(self) -> None:
+        """Waits for a reduction that runs on."""
+        work, self.pending = self.pending, None
+        if work is not None:
+            work.wait()
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Reduces ``input_tensor`` (shape ``[p * n]``) and leaves this rank's part in ``output_tensor`` (``[n]``)."""
+        if self._on_call is not None:
+            self._on_call(input_tensor.nbytes)
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        # As soon as the call returns, FSDP2 divides anything but an average, and casts another dtype to the gradient's.
+        defers = output_tensor.dtype == self._deferred_dtype and op == dist.ReduceOp.AVG
+        work = communication_thread.run(lambda: self._reduce(output_tensor, input_tensor, op), async_op or defers)
+        if defers:
+            self.pending = work
+        return work
+
+    def _reduce(self, output: Tensor, message: Tensor, op: object) -> None:
+        if len(self._stages) == 1:
+            (group,) = self._stages
+            ring_reduce_scatter(output, list(message.view(group.size(), -1)), group, op)
+            return
+        inter, intra = self._stages
+        parts = message.view(inter.size(), intra.size(), -1).transpose(0, 1)
+        inside = message.new_empty(parts.shape[1:])
+        ring_reduce_scatter(inside, list(parts), intra, op)
+        ring_reduce_scatter(output, list(inside), inter, op)

@@ -1,0 +1,128 @@
+"""Hop one of a unit: how a microstep's reduce-scatter ends up in ``.grad``, in three ways behind one interface.
+
+The reduce-scatter itself is FSDP2's. It makes a buffer on the reduce stream and its shards views of it: a new ``.grad``
+where there was none, otherwise it adds to the one there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_mics.core._torch import UnitParamGroup, local_tensor
+from lightning_mics.core.gradients.layout import FlatLayout
+
+
+class Reduction(ABC):
+    """One way to run hop one. A unit's reductions take turns: at most one of them holds anything at a time."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether hop one goes on beside the backward pass, until :meth:`finish`."""
+        return False
+
+    def applies(self, layout: FlatLayout, *, deferring: bool) -> bool:
+        """Returns whether this way is to be taken in a microstep.
+
+        Args:
+            layout: The unit's trainable parameters.
+            deferring: Whether more microsteps of the window follow.
+        """
+        return True
+
+    @abstractmethod
+    def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
+        """Runs FSDP2's reduce-scatter for the trainable parameters of a unit.
+
+        Args:
+            layout: These parameters.
+            reduce_scatter: FSDP2's own step.
+        """
+
+    def finish(self) -> None:  # noqa: B027
+        """Waits for what goes on beside the pass; ``.grad`` is whole afterwards."""
+
+    def sums(self, layout: FlatLayout) -> Tensor | None:
+        """Returns the window's sums, of shape ``[layout.numel]``; ``None`` if ``.grad`` holds them alone."""
+        return None
+
+    def take(self, layout: FlatLayout, sums: Tensor) -> None:
+        """Makes other sums the window's: those of all replicas. It runs on the reduce stream."""
+        layout.write_back(sums)
+
+    def drop(self) -> None:  # noqa: B027
+        """Forgets the window."""
+
+
+class PlainReduction(Reduction):
+    """FSDP2 adds the reduced gradient to ``.grad``."""
+
+    def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
+        """Leaves everything to FSDP2."""
+        reduce_scatter()
+
+    def sums(self, layout: FlatLayout) -> Tensor:
+        """Returns the gradients themselves, or a copy where they lie apart."""
+        return layout.flatten()
+
+
+class ExactReduction(Reduction):
+    """Accumulates in ``reduce_dtype``: sums of low-precision gradients lose more with every microstep.
+
+    Args:
+        group: The unit's parameters.
+        reduce_dtype: Dtype of the sums, wider than the gradients'.
+    """
+
+    def __init__(self, group: UnitParamGroup, reduce_dtype: torch.dtype) -> None:
+        self._group, self._dtype = group, reduce_dtype
+        self._layout: FlatLayout | None = None
+        # Made, written and read on the reduce stream; the window drops it.
+        self._sums: Tensor | None = None
+        self._written: list[tuple[int, ...] | None] = []
+        # Gradients of earlier microsteps may come from the compute stream's memory: they are read on the reduce stream,
+        # and must not be freed before the compute stream has waited for that, as it has when the window is dropped.
+        self._borrowed: list[Tensor] = []
+
+    def applies(self, layout: FlatLayout, *, deferring: bool) -> bool:
+        """Returns whether sums of several microsteps would be rounded; not where gradients lie in host memory."""
+        shard = layout.params[0].sharded
+        is_lossy = self._dtype.itemsize > shard.dtype.itemsize and shard.device.type == self._group.device.type
+        return self._sums is not None or (deferring and is_lossy)
+
+    def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
+        """Reduces into new gradients, and adds these to the sums, of which ``.grad`` becomes a rounded copy."""
+        sums = self.sums(layout)
+        earlier = [] if sums is not None else [param.sharded.grad for param in layout.params]
+        for param in layout.params:
+            param.sharded.grad = None
+        reduce_scatter()
+        with self._group.reduce_stream():
+            if sums is None:
+                sums = layout.flatten().to(self._dtype, copy=True)
+                for place, grad in zip(layout.places(sums), earlier, strict=True):
+                    if grad is not None:
+                        place += local_tensor(grad)
+                        self._borrowed.append(grad)
+            else:
+                sums += layout.flatten()
+            self.take(layout, sums)
+
+    def sums(self, layout: FlatLayout) -> Tensor | None:
+        """Returns the sums, unless ``.grad`` was cleared, written or replaced since."""
+        is_known = self._layout is not None and layout.params == self._layout.params
+        return self._sums if is_known and layout.grad_versions() == self._written else None
+
+    def take(self, layout: FlatLayout, sums: Tensor) -> None:
+        """Makes a buffer the window's sums, and ``.grad`` what it rounds to."""
+        self._layout, self._sums = layout, sums
+        layout.write_back(sums)
+        self._written = layout.grad_versions()
+
+    def drop(self) -> None:
+        """Forgets the sums."""
+        self._layout = self._sums = None
+        self._borrowed.clear()

@@ -1,0 +1,257 @@
+"""The gradients of one FSDP unit in one accumulation window: what was used, and where its two hops are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, local_tensor
+from lightning_mics.core.gradients.layout import FlatLayout
+from lightning_mics.core.gradients.reductions import ExactReduction, PlainReduction, Reduction
+
+
+class Phase(Enum):
+    """Where a unit is in its window.
+
+    ``OPEN`` -> (:meth:`UnitGradients.launch`) ``REPLICATING`` -> (:meth:`~UnitGradients.wait`) ``REPLICATED``; a
+    microstep that comes after the launch leads to ``OUTDATED``, from where it is launched once more.
+    :meth:`~UnitGradients.close` leads back to ``OPEN`` from anywhere.
+    """
+
+    OPEN = "hop one adds up microsteps"
+    REPLICATING = "hop two is in flight"
+    REPLICATED = "hop two's result is in the gradients"
+    OUTDATED = "a microstep was added after hop two"
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """Hop two in flight.
+
+    Attributes:
+        work: Its handle.
+        layout: The parameters that take part.
+        buffer: What is reduced in place: memory of the reduce stream, kept until that stream has waited for ``work``.
+        source: The way of hop one whose sums ``buffer`` was made of, and that takes the result.
+    """
+
+    work: dist.Work
+    layout: FlatLayout
+    buffer: Tensor
+    source: Reduction
+
+
+class UnitUse:
+    """Which parameters of a unit a window wanted, used, and gave their first gradient.
+
+    Attributes:
+        used: By parameter, whether this rank's microsteps used it.
+        wanted: By parameter, whether it wanted a gradient in any microstep; the same in all replicas.
+    """
+
+    def __init__(self, num_params: int) -> None:
+        self._num_params = num_params
+        self._last: GradState | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new window."""
+        self._last = None
+        self.used = [False] * self._num_params
+        self.wanted = [False] * self._num_params
+        self._is_born = [False] * self._num_params
+
+    def note(self, state: GradState) -> None:
+        """Notes what a microstep brings; costs nothing where it brings the same as the one before."""
+        if state == self._last:
+            return
+        self._last = state
+        for index, (wants, is_new, is_missing) in enumerate(zip(*state, strict=True)):
+            if not wants:
+                continue
+            self.wanted[index] = True
+            if is_new:
+                self.note_zeros(index)
+            if not is_missing:
+                self.used[index] = True
+
+    def note_zeros(self, index: int) -> None:
+        """Notes that a parameter gets its first gradient, which may turn out to be nobody's."""
+        self._is_born[index], self.used[index] = True, False
+
+    def is_to_clear(self, index: int, used_anywhere: bool) -> bool:
+        """Returns whether a gradient of this window is no rank's, as if the parameter had not been there."""
+        return self._is_born[index] and not used_anywhere
+
+
+class UnitGradients:
+    """The sharded gradients of one FSDP unit, from hop one to hop two.
+
+    Args:
+        name: The unit's name in the root module.
+        group: Its parameters.
+        reduce_dtype: Dtype of the replication all-reduce; ``None`` keeps the gradients' own.
+        reductions: Further ways to run hop one, which come before the plain one where they apply.
+
+    Attributes:
+        phase: Where the unit is in its window.
+        use: What the window used.
+        num_reductions: Microsteps of the window that ran hop one.
+        num_relaunches: How often hop two had to run once more.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: UnitParamGroup,
+        reduce_dtype: torch.dtype | None,
+        reductions: Sequence[Reduction] = (),
+    ) -> None:
+        self.name = name
+        self.group = group
+        self.phase = Phase.OPEN
+        self.use = UnitUse(len(group.params))
+        self.num_reductions = self.num_relaunches = 0
+        self._dtype = reduce_dtype
+        exact = [] if reduce_dtype is None else [ExactReduction(group, reduce_dtype)]
+        self._reductions: list[Reduction] = [*exact, *reductions, PlainReduction()]
+        self._flight: _Flight | None = None
+        self._layouts: dict[tuple[bool, ...], FlatLayout] = {}
+
+    # The parameters.
+
+    @property
+    def trainable(self) -> list[UnitParam]:
+        """Parameters that want gradients at the moment."""
+        return [param for param in self.group.params if param.sharded.requires_grad]
+
+    @property
+    def participants(self) -> FlatLayout:
+        """Parameters that wanted gradients at any time in the window, the same ones in all replicas."""
+        pairs = zip(self.group.params, self.use.wanted, strict=True)
+        return self._layout(tuple(wanted or param.sharded.requires_grad for param, wanted in pairs))
+
+    def _layout(self, chosen: tuple[bool, ...]) -> FlatLayout:
+        if chosen not in self._layouts:
+            pairs = zip(self.group.params, chosen, strict=True)
+            self._layouts[chosen] = FlatLayout([param for param, is_chosen in pairs if is_chosen])
+        return self._layouts[chosen]
+
+    # Hop one.
+
+    @property
+    def is_reducing(self) -> bool:
+        """Whether hop one runs beside the pass."""
+        return any(reduction.is_running for reduction in self._reductions)
+
+    def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
+        """Runs hop one, FSDP2's step, for this unit.
+
+        All trainable parameters take part, with zeros where this rank did not use one: so do those of its peers.
+        """
+        if self.phase is not Phase.OPEN:
+            self.wait()
+            self.phase = Phase.OUTDATED
+        if not self.group.has_run:
+            reduce_scatter()
+            return
+        state = self.group.grad_state()
+        self.use.note(state)
+        layout = self._layout(state.wanted)
+        if not layout.params:
+            reduce_scatter()
+            return
+        if not self.group.reduces_unused:  # otherwise FSDP2 does
+            for param in layout.params:
+                param.fill_unsharded_grad()
+        self.num_reductions += 1
+        reduction = next(way for way in self._reductions if way.applies(layout, deferring=deferring))
+        reduction.run(layout, reduce_scatter)
+
+    def finish_reduction(self) -> None:
+        """Ends a hop one that runs beside the pass."""
+        for reduction in self._reductions:
+            reduction.finish()
+
+    # Hop two.
+
+    def launch(self, replication_group: dist.ProcessGroup) -> int:
+        """Starts hop two, an all-reduce that averages; returns the bytes of its message."""
+        layout = self.participants
+        self._fill_missing(layout)
+        # What the reduce stream takes up now may have been edited, replaced or made on the current stream.
+        self.group.reduce_stream_waits()
+        with self.group.reduce_stream():
+            source, flat = self._sums(layout)
+            buffer = flat.to(device=self.group.device, dtype=self._dtype or flat.dtype)
+            work = dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=replication_group, async_op=True)
+        self._flight = _Flight(work, layout, buffer, source)
+        self.phase = Phase.REPLICATING
+        return buffer.nbytes
+
+    def wait(self) -> None:
+        """Waits for hop two and puts the result into the gradients."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        with self.group.reduce_stream():
+            flight.work.wait()
+            flight.source.take(flight.layout, flight.buffer)
+        self.phase = Phase.REPLICATED
+
+    def join_flight(self) -> None:
+        """Makes the reduce stream wait for hop two in flight.
+
+        Not without streams, where it is the host that would wait, maybe for ranks that have failed, too.
+        """
+        if self._flight is not None and self.group.has_streams:
+            with self.group.reduce_stream():
+                self._flight.work.wait()
+
+    def _sums(self, layout: FlatLayout) -> tuple[Reduction, Tensor]:
+        """Returns the window's sums as one buffer, the most exact ones, and whose they are."""
+        for reduction in self._reductions:
+            sums = reduction.sums(layout)
+            if sums is not None:
+                return reduction, sums
+        raise AssertionError("the plain reduction has sums always")
+
+    def _fill_missing(self, layout: FlatLayout) -> None:
+        """Gives zeros to parameters that other ranks may have used."""
+        for index, param in enumerate(self.group.params):
+            if param.sharded.grad is None and param in layout.params:
+                param.set_local_grad(torch.zeros_like(local_tensor(param.sharded)))
+                self.use.note_zeros(index)
+
+    # The end of the window.
+
+    def clear_unused(self, used_anywhere: Sequence[bool]) -> None:
+        """Takes the gradient from parameters that no rank used, as on one process."""
+        for index, (param, used) in enumerate(zip(self.group.params, used_anywhere, strict=True)):
+            if self.use.is_to_clear(index, used):
+                param.sharded.grad = None
+
+    def close(self) -> None:
+        """Ends the window. The current stream has waited for the reduce stream."""
+        for reduction in self._reductions:
+            reduction.drop()
+        self.use.clear()
+        self.phase, self.num_reductions, self.num_relaunches = Phase.OPEN, 0, 0
+
+    def abandon(self) -> None:
+        """Forgets a pass that an exception ended; what its hop two brings is not wanted any more."""
+        with self.group.reduce_stream():
+            if self._flight is not None:
+                self._flight.work.wait()
+        self._flight = None
+        self.finish_reduction()
+        for param in self.group.params:
+            param.drop_unsharded_grad()
+        for reduction in self._reductions:
+            reduction.drop()
+        self.phase, self.num_reductions = Phase.OPEN, 0

@@ -1,0 +1,123 @@
+"""The root's passes: where a forward pass begins and ends, also through registered methods, and after one that failed.
+
+What FSDP2 alone does not do:
+
+- A registered forward method may call ``forward``, as a ``training_step`` does. The end of the inner call is not the
+  end of the pass.
+- Without a backward pass to come the root is freed, which saves memory.
+- After an exception in a pass FSDP2 starts afresh only when told to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mics.core._torch import ForwardHooks, RootState
+from lightning_mics.core.cpu.prefetch import ForwardPrefetch
+from lightning_mics.core.gradients.window import AccumulationWindow
+
+_Kind = Literal["forward", "method"]
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of the root that is running.
+
+    Attributes:
+        kind: Whether it is ``forward``, or a registered method.
+        tells: Whether it tells of its end, however that comes. Calls inside of one that does belong to its pass.
+    """
+
+    kind: _Kind
+    tells: bool
+
+
+class RootPasses:
+    """Watches the forward and backward passes of a root module.
+
+    ``forward`` tells of its end by a hook that PyTorch always calls, methods that :meth:`telling` wraps by themselves.
+    Other registered methods do so only if they do not raise: calls inside of them are left to FSDP2, and they are taken
+    for over when a backward pass begins.
+
+    Args:
+        root: The root FSDP module.
+        window: Its gradients.
+        prefetch: What gathers ahead in forward passes, where anything does.
+    """
+
+    def __init__(self, root: nn.Module, window: AccumulationWindow, prefetch: ForwardPrefetch | None) -> None:
+        self._window, self._prefetch = window, prefetch
+        self._running: list[_Call] = []
+        self._state = RootState(root)
+        self._fsdp = self._state.hooks
+        self._state.replace_hooks(self._hooks("forward"), self._hooks("method"), self._begin_backward)
+        root.register_forward_hook(self._after_forward, always_call=True)
+
+    def _hooks(self, kind: _Kind) -> ForwardHooks:
+        return ForwardHooks(functools.partial(self._enter, kind), functools.partial(self._leave, kind))
+
+    def _enter(self, kind: _Kind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._running and self._state.has_failed:
+            self._state.reset()
+            self._window.abandon()
+        is_inner = _tells(self._running)
+        self._running.append(_Call(kind, tells=kind == "forward"))
+        if is_inner:
+            return args, kwargs
+        if self._prefetch is not None:
+            self._prefetch.forward_begins()
+        return self._fsdp.before(module, args, kwargs)
+
+    def _leave(self, kind: _Kind, module: nn.Module, args: Any, output: Any) -> Any:
+        outer = self._running[:-1] if self._is_innermost(kind) else self._running
+        if kind == "method":
+            self._running = outer
+        if _tells(outer):
+            return output
+        output = self._fsdp.after(module, args, output)
+        if self._prefetch is not None:
+            self._prefetch.forward_ended()
+        if not outer and not torch.is_grad_enabled():
+            self._state.reshard()
+        return output
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Ends a call of ``forward``, also one that raised."""
+        if self._is_innermost("forward"):
+            self._running = self._running[:-1]
+
+    def telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a method that tells of its end; it is to be registered as a forward method afterwards."""
+
+        @functools.wraps(method)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            call = self._running[-1] if self._is_innermost("method") else None
+            if call is not None:
+                call.tells = True
+            try:
+                return method(*args, **kwargs)
+            except BaseException:
+                if call in self._running:
+                    self._running = self._running[: self._running.index(call)]
+                raise
+
+        return told
+
+    def _is_innermost(self, kind: _Kind) -> bool:
+        return bool(self._running) and self._running[-1].kind == kind
+
+    def _begin_backward(self, grad: Tensor) -> Tensor:
+        self._running = [call for call in self._running if call.tells]
+        grad = self._state.pre_backward(grad)
+        self._window.begin_backward()
+        return grad
+
+
+def _tells(calls: list[_Call]) -> bool:
+    return bool(calls) and calls[-1].tells
