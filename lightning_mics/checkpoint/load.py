@@ -16,7 +16,6 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
@@ -24,11 +23,12 @@ from lightning_mics.checkpoint.state import (
     empty_like,
     is_extra_state,
     model_state,
-    parameter_names,
     plain_name,
     set_optimizer_state,
     shard_like,
+    trained_parameters,
 )
+from lightning_mics.core._torch import load_own_entries, local_tensor
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists
@@ -99,7 +99,8 @@ def _load_sharded(
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
-    metadata, meta = _read_metadata(path), _read_meta(path, weights_only)
+    metadata = ranks.on_each_rank(lambda: files.read_metadata(path))
+    meta = ranks.on_each_rank(lambda: read_file(path / files.META, weights_only))
     weights = {} if model_key is None else model_state(model)
     targets = _Targets(path, metadata)
     if model_key is not None:
@@ -135,7 +136,7 @@ def _hand_over(model: nn.Module, weights: dict[str, Any]) -> None:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     for name, entries in by_module.items():
         if name in modules:
-            modules[name]._load_from_state_dict(entries, f"{name}." if name else "", {}, False, [], [], [])
+            load_own_entries(modules[name], entries, f"{name}." if name else "")
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,10 @@ class _Targets:
             self.flat[f"{key}.{name}"] = target
 
     def add_optimizer(self, key: str, model: nn.Module, optimizer: Optimizer) -> None:
-        names = parameter_names(model, optimizer)
-        params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+        params = trained_parameters(model, optimizer)
         mine = [name for name, path in self._paths.items() if path[0] == key]
         if not mine:
-            raise CheckpointError(
-                f"{self._path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. "
-                "Load the weights alone."
-            )
+            raise _no_states(self._path, key)
         for flat_name in mine:
             _, part, owner, *_ = self._paths[flat_name]
             entry = self._entries[flat_name]
@@ -235,6 +232,13 @@ class _Targets:
             elif path[3] != "params":
                 groups.setdefault(int(path[2]), {})[path[3]] = value
         return states, [groups[index] for index in sorted(groups)]
+
+
+def _no_states(path: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. Load the "
+        "weights alone."
+    )
 
 
 def check_names(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -275,27 +279,9 @@ def read(path: Path, targets: dict[str, Any], *, alone: bool = False) -> None:
         alone: Whether other ranks, if there are any, do not take part.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with ranks.quiet_if_alone():
-        dcp.load(
-            targets,
-            storage_reader=dcp.FileSystemReader(path),
-            planner=planner,
-            no_dist=alone or not ranks.is_distributed(),
-        )
-
-
-def _read_metadata(path: Path) -> Metadata:
-    return ranks.together(lambda: files.read_metadata(path))[ranks.rank()]
-
-
-def _read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    meta: dict[str, Any] = {}
-
-    def step() -> None:
-        meta.update(read_file(path / files.META, weights_only))
-
-    ranks.together(step)
-    return meta
+    alone = alone or not ranks.is_distributed()
+    with ranks.quiet_dcp(alone):
+        dcp.load(targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=alone)
 
 
 def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
@@ -334,27 +320,21 @@ def _load_full(
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = {}
-
-    def step() -> None:
-        checkpoint.update(read_file(path, weights_only))
+    def fill() -> dict[str, Any]:
+        checkpoint = read_file(path, weights_only)
         if model_key is not None:
             if model_key not in checkpoint:
                 raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
             fill_weights(path, model, checkpoint.pop(model_key), strict)
+        numbered = checkpoint.pop("optimizer_states", [])
         for index, (key, optimizer) in enumerate(optimizers.items()):
-            numbered = checkpoint.get("optimizer_states", [])
             state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
             if state is None:
-                raise CheckpointError(
-                    f"{path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. "
-                    "Load the weights alone."
-                )
+                raise _no_states(path, key)
             _fill_optimizer(model, optimizer, state)
-        checkpoint.pop("optimizer_states", None)
+        return checkpoint
 
-    ranks.together(step)
-    return checkpoint
+    return ranks.on_each_rank(fill)
 
 
 @torch.no_grad()
@@ -381,17 +361,13 @@ def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict:
             weights[name] = saved[name]
             continue
         check_shape(path, name, saved[name].shape, target.shape)
-        part = shard_like(saved[name], target)
-        if isinstance(target, DTensor) and isinstance(part, DTensor):
-            target._local_tensor.copy_(part._local_tensor)
-        else:
-            target.copy_(part)
+        local_tensor(target).copy_(local_tensor(shard_like(saved[name], target)))
     _hand_over(model, weights)
 
 
 def _fill_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    names = parameter_names(model, optimizer)
-    params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    params = trained_parameters(model, optimizer)
+    names = list(params)
     order = [index for group in saved["param_groups"] for index in group["params"]]
     # A full file numbers parameters in the order of their groups; some programs use names instead.
     name_of = {index: index if isinstance(index, str) else names[place] for place, index in enumerate(order)}

@@ -31,10 +31,14 @@ def world_size() -> int:
 
 
 @contextmanager
-def quiet_if_alone() -> Iterator[None]:
-    """Silences DCP's remark that it runs in a single process, which is what is wanted here."""
+def quiet_dcp(alone: bool) -> Iterator[None]:
+    """Silences DCP's remark that it runs in a single process, where that is wanted."""
+    if not alone:
+        yield
+        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        remark = "torch.distributed is disabled, unavailable or uninitialized"
+        warnings.filterwarnings("ignore", message=remark, category=UserWarning)
         yield
 
 
@@ -68,6 +72,20 @@ def together(step: Callable[[], T]) -> list[T]:
             where = f" (on rank {source})" if len(outcomes) > 1 else ""
             raise CheckpointError(message + where)
     return [value for _, value in outcomes]
+
+
+def on_each_rank(step: Callable[[], T]) -> T:
+    """Runs ``step`` on every rank, and sends nothing but its failures around. Collective over the world.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        CheckpointError: On every rank, if ``step`` raised anywhere.
+    """
+    results: list[T] = []
+    together(lambda: results.append(step()))
+    return results[0]
 
 
 def on_first_rank(step: Callable[[], T]) -> T | None:

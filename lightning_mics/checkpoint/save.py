@@ -152,8 +152,9 @@ def _write_shards(temporary: Path, state: dict[str, Any]) -> None:
     # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
     mine = state if ranks.rank() == 0 else _sharded_entries(state)
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
-    with ranks.quiet_if_alone():
-        dcp.save(mine, storage_writer=writer, no_dist=not ranks.is_distributed())
+    alone = not ranks.is_distributed()
+    with ranks.quiet_dcp(alone):
+        dcp.save(mine, storage_writer=writer, no_dist=alone)
 
 
 def _sharded_entries(state: dict[str, Any]) -> dict[str, Any]:

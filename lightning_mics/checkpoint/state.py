@@ -50,8 +50,8 @@ def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Returns the names of an optimizer's parameters in the order of its groups.
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Returns an optimizer's parameters by name, in the order of its groups.
 
     Raises:
         CheckpointError: If a parameter is not the model's.
@@ -63,7 +63,7 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
             f"{type(optimizer).__name__} holds parameters that {type(model).__name__} does not have. Create the "
             "optimizer after the model was sharded."
         )
-    return [names[param] for param in params]
+    return {names[param]: param for param in params}
 
 
 def plain_name(name: str) -> str:
@@ -86,7 +86,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
     Raises:
         CheckpointError: If a parameter is not the model's.
     """
-    names = parameter_names(model, optimizer)
+    names = list(trained_parameters(model, optimizer))
     plain = optimizer.state_dict()
     if full:
         # Every rank takes part in gathering; only rank 0 keeps the result.
@@ -140,7 +140,7 @@ def set_optimizer_state(
             f"The checkpoint's optimizer has {len(groups)} parameter group(s), {type(optimizer).__name__} has "
             f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
         )
-    names = parameter_names(model, optimizer)
+    names = trained_parameters(model, optimizer)
     current = optimizer.state_dict()["param_groups"]
     merged = [{**settings, "params": group["params"]} for settings, group in zip(groups, current, strict=True)]
     by_index = {index: states[name] for index, name in enumerate(names) if name in states}

@@ -104,6 +104,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
+    """Loads entries of a state dictionary into a module, and not into those inside it."""
+    module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
+
+
 class UnitParam:
     """One parameter of an FSDP unit, seen from outside FSDP2."""
 
