@@ -165,7 +165,7 @@ class Reader:
         if entry is None:
             return ("replaced", "Empty: nothing to do.") if key in _sections() else ("unknown", _nearest(key))
         ((outcome, note),) = entry.items()
-        if outcome == "dropped" and (value in (None, False, {}) or self._is_off(key)):
+        if outcome == "dropped" and (value is None or value is False or value == {} or self._is_off(key)):
             note = "Off in this file: nothing to do."
         return outcome, note
 

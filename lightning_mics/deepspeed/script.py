@@ -145,7 +145,8 @@ def read_scheduler(reader: Reader) -> str | None:
     schedules = known()["schedulers"]
     if name in schedules:
         given = {param: param if value == AUTO else value for param, value in params.items()}
-        sentence = schedules[name].get(params.get("warmup_type")) or schedules[name]["log"]
+        kind = "linear" if params.get("warmup_type") == "linear" else "log"
+        sentence = schedules[name].get(kind, schedules[name]["log"])
         filled = sentence.format_map(_Names({**known()["scheduler_defaults"], **given}))
         reader.replaced(key, f"{filled} Step it with each optimizer step.")
         rate = schedules[name].get("rate")

@@ -209,6 +209,12 @@ def test_an_unknown_key_gets_the_nearest_known_one(key: str, value: Any, nearest
     assert field.outcome == "unknown" and nearest in field.note
 
 
+def test_zero_is_a_value_and_not_off() -> None:
+    found = report(convert_deepspeed(zero(stage3_param_persistence_threshold=0, round_robin_gradients=False)))
+    assert "Every parameter is sharded" in found["zero_optimization.stage3_param_persistence_threshold"][1]
+    assert "Off in this file" in found["zero_optimization.round_robin_gradients"][1]
+
+
 # Sharding.
 
 
