@@ -31,7 +31,7 @@ LAYERS = (
     ("precision", "topology"),
     ("text", "errors", "processes"),
 )
-# Lazy re-exports and moved names: they point anywhere. `_moved` may declare more of them as `DOORS`.
+# Lazy re-exports, moved names and declared doors: they point anywhere, and imports of them count nowhere.
 REEXPORTS = ("__init__", "_moved")
 PRIVATE_HOMES = ("core._torch", "trace._torch")
 NO_TORCH = "plan"
@@ -136,23 +136,22 @@ class Package:
     def where(self, module: Module) -> str:
         return str(module.path.relative_to(self.folder.parent))
 
-    @cached_property
-    def doors(self) -> set[tuple[str, str]]:
-        """Declared imports upwards: ``DOORS`` of ``_moved`` names them, module by module."""
+    @property
+    def doors(self) -> list[str]:
+        """What lower modules offer though a higher one does it, by way of ``_moved``."""
         moved = self.modules.get("_moved")
-        found = moved.constants.get("DOORS", {}) if moved else {}
-        return {(source, target) for source, targets in found.items() for target in _each_string(targets)}
+        return [f"{name} -> {home}" for name, home in (moved.constants.get("DOORS", {}) if moved else {}).items()]
 
     @cached_property
     def edges(self) -> list[Import]:
-        """Imports between modules of the package, without re-exports and doors."""
+        """Imports between modules of the package, without those of re-exports."""
         found = {}
         for module in self.modules.values():
             if module.name in REEXPORTS:
                 continue
             for item in module.imports:
                 for target in self._modules_named(item.target):
-                    if target not in (module.name, *REEXPORTS) and (module.name, target) not in self.doors:
+                    if target not in (module.name, *REEXPORTS):
                         found[Import(module.name, target, item.line, item.for_types)] = None
         return list(found)
 
@@ -541,6 +540,7 @@ def report(package: Package) -> Iterator[str]:
     yield from _section("Circles between rooms", rooms)
     yield from _section("... counting imports for type checkers", _others(room_circles(package, True), rooms))
     yield from _section("Imports that point up", upward_imports(package))
+    yield from _section("Doors that point up", package.doors)
     yield from _section("Not in the list of layers", without_layer(package))
     yield from _section("Private names of PyTorch outside of their homes", private_names(package))
     yield from _section("Ways from the planner to torch", ways_to_torch(package))

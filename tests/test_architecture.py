@@ -95,7 +95,11 @@ def test_imports_point_down_but_for_declared_doors(tmp_path: Path) -> None:
     assert shown(architecture.upward_imports(package(tmp_path, {**modules, "text": ""}))) == [
         "made_up/config.py:2  config -> core.a"
     ]
-    door = package(tmp_path, {**modules, "_moved": "DOORS = {'config': ('core.a',)}\nimport made_up.cli", "cli": ""})
+    modules["config"] = "from made_up._moved import open_door\ndef read():\n    open_door('read')"
+    door = package(
+        tmp_path, {**modules, "_moved": "DOORS = {'read': 'core.a:read'}\nimport made_up.core.a", "text": ""}
+    )
+    assert door.doors == ["read -> core.a:read"]
     assert architecture.upward_imports(door) == []
 
 
