@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, format_rate
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.experiments import load_experiment
 from lightning_mics.bench.launch import run_on_cluster
 from lightning_mics.bench.records import Case, Contender, Record, read_results
 from lightning_mics.bench.runner import run_experiment
+from lightning_mics.bench.spec import ClusterSpec, format_rate
 from lightning_mics.bench.workload import ModelSpec, build_model, microbatch
 from lightning_mics.plan import Candidate, Cluster, ModelProfile, Plan, Training, evaluate, load_cluster
 from lightning_mics.plan.evaluate import peak_flops

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, clean, format_rate, parse_rate
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.launch import NodeFailedError, rank_logs, run_on_cluster
+from lightning_mics.bench.namespaces import clean
+from lightning_mics.bench.spec import ClusterSpec, format_rate, parse_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import format_bytes
 from lightning_mics.processes import exit_on_signals

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from lightning_mics.bench.cluster import ClusterSpec, parse_rate
 from lightning_mics.bench.contenders import missing_package, parse_contender
 from lightning_mics.bench.records import Case, Contender
+from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ClusterTopology
 

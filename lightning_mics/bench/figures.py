@@ -6,18 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_mics.bench.cluster import format_rate
-from lightning_mics.bench.report import (
-    HOPS,
-    OURS,
-    Summary,
-    along,
-    by_case,
-    reference_of,
-    shared_conditions,
-)
+from lightning_mics.bench.conditions import shared_conditions
+from lightning_mics.bench.spec import format_rate
 from lightning_mics.bench.style import COLOURS, LEGEND_BELOW, OTHER_CURVE, OUR_COLOURS, OUR_CURVE, STYLE, save, start
-from lightning_mics.metrics import format_bytes, format_number
+from lightning_mics.bench.summary import HOPS, OURS, Summary, along, by_case, reference_of
+from lightning_mics.text import format_bytes, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

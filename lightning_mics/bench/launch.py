@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lightning_mics.bench.cluster import EmulatedCluster, EmulatorError, Node
+from lightning_mics.bench.cluster import EmulatedCluster, Node
+from lightning_mics.bench.namespaces import EmulatorError
 from lightning_mics.errors import MiCSConfigError
 
 _PORT = 29500  # each node has all ports for itself
@@ -53,45 +55,49 @@ def run_on_cluster(
         EmulatorError: If ``timeout`` has passed.
         MiCSConfigError: If ``log_dir`` holds logs already.
     """
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        **{name: os.environ[name] for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED") if name in os.environ},
-        "CUDA_VISIBLE_DEVICES": "",
-        **(environment or {}),
-    }
-    began = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         stack.callback(cluster.end, processes)
         for node in cluster.nodes:
             folder = _new_folder(log_dir, node.hostname)
             log = stack.enter_context(_torchrun_log(log_dir, node).open("wb"))
-            command = _torchrun(cluster, node, folder / "ranks")
-            network = {"GLOO_SOCKET_IFNAME": node.interface}
+            command = [*_torchrun(cluster, node, folder / "ranks"), *arguments]
+            variables = _variables(node, environment or {})
             processes.append(
-                cluster.popen(
-                    node.index,
-                    [*command, *arguments],
-                    environment={**network, **variables},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
+                cluster.popen(node.index, command, environment=variables, stdout=log, stderr=subprocess.STDOUT)
             )
-        while True:
-            codes = [process.poll() for process in processes]
-            if on_poll is not None:
-                on_poll()
-            if any(codes):
-                raise NodeFailedError(_explain(cluster, log_dir, codes))
-            if None not in codes:
-                return
-            if timeout is not None and time.monotonic() - began > timeout:
-                unfinished = ", ".join(str(node) for node, code in enumerate(codes) if code is None)
-                raise EmulatorError(
-                    f"After {timeout:g} s the script still ran on node {unfinished}, and was ended. Logs: {log_dir}"
-                )
-            time.sleep(_POLL)
+        _wait(cluster, processes, log_dir, on_poll, math.inf if timeout is None else timeout)
+
+
+def _variables(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables of a node's torchrun; these two may also come from this process."""
+    kept = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")}
+    return {"GLOO_SOCKET_IFNAME": node.interface, **kept, "CUDA_VISIBLE_DEVICES": "", **environment}
+
+
+def _wait(
+    cluster: EmulatedCluster,
+    processes: Sequence[subprocess.Popen[bytes]],
+    log_dir: Path,
+    on_poll: Callable[[], None] | None,
+    timeout: float,
+) -> None:
+    """Waits until all nodes have ended, or one has failed."""
+    began = time.monotonic()
+    while True:
+        codes = [process.poll() for process in processes]
+        if on_poll is not None:
+            on_poll()
+        if any(codes):
+            raise NodeFailedError(_explain(cluster, log_dir, codes))
+        if None not in codes:
+            return
+        if time.monotonic() - began > timeout:
+            unfinished = ", ".join(str(node) for node, code in enumerate(codes) if code is None)
+            raise EmulatorError(
+                f"After {timeout:g} s the script still ran on node {unfinished}, and was ended. Logs: {log_dir}"
+            )
+        time.sleep(_POLL)
 
 
 def _new_folder(log_dir: Path, name: str) -> Path:

@@ -18,11 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, format_rate
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.contenders import missing_package
 from lightning_mics.bench.experiments import Experiment
 from lightning_mics.bench.launch import NodeFailedError, run_on_cluster
 from lightning_mics.bench.records import Case, Contender, Record, append, read_results
+from lightning_mics.bench.spec import ClusterSpec, format_rate
 
 _PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "lightning-mics")
 

@@ -89,40 +89,17 @@ class Report(pl.Callback):
 
 def main() -> None:
     """Trains from the start or from a checkpoint, and saves one."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--shard-size", type=int, required=True)
-    parser.add_argument("--until", type=int, required=True, help="the optimizer step to stop at")
-    parser.add_argument("--total-steps", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
-
+    options = _parse()
     end_with_parent()
     pl.seed_everything(options.seed)
     tokens = torch.load(options.folder / "tokens.pt")
     held_out = LENGTH * BATCH * VALIDATION_BATCHES * 4
     train = DataLoader(Windows(tokens[:-held_out], LENGTH), BATCH, shuffle=True, drop_last=True)
     validation = DataLoader(Windows(tokens[-held_out:], LENGTH), BATCH)
-
-    report = Report(options.folder / "events.jsonl")
-    strategy = MiCSStrategy(shard_size=options.shard_size, node_size=2)
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=4,
-        plugins=[TorchElasticEnvironment()],
-        max_steps=options.until,
-        accumulate_grad_batches=ACCUMULATE,
-        gradient_clip_val=1.0,
-        callbacks=[report],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     model = DemoModel(options.total_steps)
+    strategy = MiCSStrategy(shard_size=options.shard_size, node_size=2)
+    report = Report(options.folder / "events.jsonl")
+    trainer = _trainer(strategy, report, options.until)
 
     def validate(when: str, checkpoint: Path | None = None) -> None:
         metrics = trainer.validate(model, validation, ckpt_path=checkpoint, verbose=False)
@@ -142,6 +119,35 @@ def main() -> None:
     if options.save is not None:
         trainer.save_checkpoint(options.save)
     validate("end")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shard-size", type=int, required=True)
+    parser.add_argument("--until", type=int, required=True, help="the optimizer step to stop at")
+    parser.add_argument("--total-steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--save", type=Path)
+    return parser.parse_args()
+
+
+def _trainer(strategy: MiCSStrategy, report: Report, steps: int) -> pl.Trainer:
+    return pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=4,
+        plugins=[TorchElasticEnvironment()],
+        max_steps=steps,
+        accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=1.0,
+        callbacks=[report],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import pytest
 from process_tools import processes_naming
 from test_emulated_cluster import eventually, folders, namespaces
 
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, missing_requirements
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.experiments import load_experiment
 from lightning_mics.bench.launch import rank_logs, run_on_cluster
+from lightning_mics.bench.namespaces import missing_requirements
 from lightning_mics.bench.records import Record, read_results
+from lightning_mics.bench.spec import ClusterSpec
 
 MISSING = missing_requirements()
 pytestmark = [pytest.mark.skipif(MISSING is not None, reason=str(MISSING)), pytest.mark.slow]

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from lightning_mics.bench import cluster
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, EmulatorError, format_rate, parse_rate
+from lightning_mics.bench import namespaces
+from lightning_mics.bench.cluster import EmulatedCluster
+from lightning_mics.bench.namespaces import EmulatorError
+from lightning_mics.bench.spec import ClusterSpec, format_rate, parse_rate
 from lightning_mics.cli import main
 from lightning_mics.errors import MiCSConfigError
 
@@ -64,14 +66,14 @@ def test_specs_that_cannot_work(change: dict[str, int], words: str) -> None:
 
 
 def test_clean_tells_dead_owners_from_living_ones() -> None:
-    pid, start = os.getpid(), cluster._start_time(os.getpid())
+    pid, start = os.getpid(), namespaces.start_time(os.getpid())
     assert start is not None
     living, reused, dead = f"mics-{pid}-{start}-0", f"mics-{pid}-{start - 1}-0", f"mics-{2**22 + 1}-5-3"
     for part in ("node0", "node12", "switch", "files-ab_12"):
-        assert not cluster._is_to_remove(f"{living}-{part}", everything=False)
+        assert not namespaces._is_to_remove(f"{living}-{part}", everything=False)
         for key in (reused, dead):
-            assert cluster._is_to_remove(f"{key}-{part}", everything=False)
-        assert cluster._is_to_remove(f"{living}-{part}", everything=True)
+            assert namespaces._is_to_remove(f"{key}-{part}", everything=False)
+        assert namespaces._is_to_remove(f"{living}-{part}", everything=True)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +81,14 @@ def test_clean_tells_dead_owners_from_living_ones() -> None:
     ["z0", "mics-demo-x", "mics-1-2-node0", "mics-1-2-3", "mics-1-2-3-node", "mics-1-2-3-node0x", "xmics-1-2-3-node0"],
 )
 def test_clean_leaves_what_is_not_ours(name: str) -> None:
-    assert not cluster._is_to_remove(name, everything=True)
+    assert not namespaces._is_to_remove(name, everything=True)
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "platform", "linux")
     words = "ip, tc, unshare, mount, not found on PATH. Install with: apt install iproute2 util-linux mount"
-    assert words in (cluster.missing_requirements() or "")
+    assert words in (namespaces.missing_requirements() or "")
     with (
         pytest.raises(EmulatorError, match="not found on PATH"),
         EmulatedCluster(ClusterSpec(num_nodes=2, node_size=1, rate=None)),
@@ -98,17 +100,17 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_other_users_and_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_PACKAGES", {})
+    monkeypatch.setattr(namespaces, "_PACKAGES", {})
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "needs root, and this is user 1000" in (cluster.missing_requirements() or "")
+    assert "needs root, and this is user 1000" in (namespaces.missing_requirements() or "")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "needs Linux, and this is darwin" in (cluster.missing_requirements() or "")
+    assert "needs Linux, and this is darwin" in (namespaces.missing_requirements() or "")
 
 
 def test_what_the_kernel_refuses_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_missing_tools", lambda: None)
-    monkeypatch.setattr(cluster, "_UNSHARE", ["sh", "-c", "echo Operation not permitted >&2; exit 1"])
-    message = cluster.missing_requirements() or ""
+    monkeypatch.setattr(namespaces, "_missing_tools", lambda: None)
+    monkeypatch.setattr(namespaces, "UNSHARE", ["sh", "-c", "echo Operation not permitted >&2; exit 1"])
+    message = namespaces.missing_requirements() or ""
     assert "refuses one of them: Operation not permitted." in message and "--privileged" in message
 
 

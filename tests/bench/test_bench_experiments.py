@@ -14,11 +14,11 @@ from rich.console import Console
 
 from lightning_mics.bench import contenders as contenders_module
 from lightning_mics.bench import runner
-from lightning_mics.bench.cluster import ClusterSpec, parse_rate
 from lightning_mics.bench.contenders import least_bytes, parse_contender
 from lightning_mics.bench.experiments import Experiment, built_in_names, load_experiment, parse_experiment
 from lightning_mics.bench.launch import NodeFailedError
 from lightning_mics.bench.records import Case, Contender, Record, append, read_results
+from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import ClusterTopology

@@ -11,25 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_mics.bench.conditions import own_conditions, shared_conditions
+from lightning_mics.bench.findings import headlines, wins_and_losses
 from lightning_mics.bench.records import Case, Contender, Record, ResultsError, append, read_results
-from lightning_mics.bench.report import (
-    Spread,
-    along,
-    communication_share,
-    comparison_grid,
-    comparison_tables,
-    efficiency,
-    efficiency_grid,
-    failures,
-    headlines,
-    loss_grid,
-    own_conditions,
-    print_report,
-    shared_conditions,
-    summarise,
-    wins_and_losses,
-    write_report,
-)
+from lightning_mics.bench.report import print_report, write_report
+from lightning_mics.bench.summary import Spread, along, communication_share, efficiency, failures, summarise
+from lightning_mics.bench.tables import comparison_grid, comparison_tables, efficiency_grid, loss_grid
 from lightning_mics.errors import MiCSError
 
 CASE = Case(

@@ -18,8 +18,10 @@ import pytest
 from process_tools import processes_naming
 
 from lightning_mics.bench import cluster as cluster_module
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, EmulatorError, clean, missing_requirements
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.launch import NodeFailedError, rank_logs, run_on_cluster
+from lightning_mics.bench.namespaces import EmulatorError, clean, missing_requirements
+from lightning_mics.bench.spec import ClusterSpec
 from lightning_mics.errors import MiCSConfigError
 
 MISSING = missing_requirements()

@@ -9,8 +9,10 @@ from unittest import mock
 
 import pytest
 
-from lightning_mics.bench.cluster import ClusterSpec, EmulatedCluster, missing_requirements
+from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.launch import rank_logs, run_on_cluster
+from lightning_mics.bench.namespaces import missing_requirements
+from lightning_mics.bench.spec import ClusterSpec
 from lightning_mics.plan.hardware import Cluster, cluster_to_yaml, load_cluster
 from lightning_mics.testing import WorkerPool
 from lightning_mics.topology import ClusterTopology

@@ -1,0 +1,70 @@
+"""The conditions of cases in words: what they have in common, and how one differs from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from lightning_mics.bench.records import Case
+from lightning_mics.bench.spec import format_rate
+from lightning_mics.text import format_number
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things, for example ``"2 nodes"``."""
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _nodes(case: Case) -> str:
+    return f"{counted(case.num_nodes, 'node')} x {counted(case.node_size, 'rank')}"
+
+
+def _rate(case: Case) -> str:
+    return "links not limited" if case.rate is None else f"{format_rate(case.rate)} a node"
+
+
+def _compute(case: Case) -> str:
+    forward, backward = (format_number(seconds * 1e3) for seconds in case.compute)
+    if not any(case.compute):
+        return "real compute only"
+    return f"emulated compute of {forward} ms forward and {backward} ms backward a block and microstep"
+
+
+def _model(case: Case) -> str:
+    details = [f"{case.model['num_layers']} layers"] if "num_layers" in case.model else []
+    details += [f"width {case.model['width']}"] if "width" in case.model else []
+    if "num_parameters" in case.model:
+        details.append(f"{format_number(case.model['num_parameters'] / 1e6)} M parameters")
+    name = str(case.model.get("name", "unnamed model"))
+    return f"{name} ({', '.join(details)})" if details else name
+
+
+_FACTS: dict[str, Callable[[Case], str]] = {
+    "nodes": _nodes,
+    "rate": _rate,
+    "accumulation": lambda case: f"{counted(case.accumulation, 'microstep')} a step",
+    "compute": _compute,
+    "model": _model,
+    "microbatch": lambda case: f"{counted(case.microbatch_size, 'sample')} a rank and microstep",
+    "blocks": lambda case: f"{counted(case.num_blocks, 'block')}",
+}
+_PLACE = ("nodes", "rate", "accumulation")
+
+
+def _is_shared(fact: str, cases: Iterable[Case]) -> bool:
+    return len({_FACTS[fact](case) for case in cases}) <= 1
+
+
+def shared_conditions(cases: Iterable[Case], *, short: bool = False) -> str:
+    """Returns in words what all cases have in common; if ``short``, only what matters most."""
+    cases = list(cases)
+    facts = [name for name in (_PLACE if short else _FACTS) if _is_shared(name, cases)]
+    words = [_FACTS[name](cases[0]) for name in facts]
+    if short and _is_shared("compute", cases):
+        words.append("emulated compute" if any(cases[0].compute) else "real compute")
+    return ", ".join(words)
+
+
+def own_conditions(case: Case, cases: Iterable[Case]) -> str:
+    """Returns in words how a case differs from the others; nothing, if it does not."""
+    cases = list(cases)
+    return ", ".join(fact(case) for name, fact in _FACTS.items() if not _is_shared(name, cases))
