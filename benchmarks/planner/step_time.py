@@ -30,7 +30,7 @@ from lightning_mics.bench.experiments import load_experiment
 from lightning_mics.bench.launch import run_on_cluster
 from lightning_mics.bench.records import Case, Contender, Record, read_results
 from lightning_mics.bench.runner import run_experiment
-from lightning_mics.bench.spec import ClusterSpec, format_rate
+from lightning_mics.bench.spec import format_rate
 from lightning_mics.bench.workload import ModelSpec, build_model, microbatch
 from lightning_mics.plan import Candidate, Cluster, ModelProfile, Plan, Training, evaluate, load_cluster
 from lightning_mics.plan.evaluate import peak_flops
@@ -85,7 +85,7 @@ def measure_cluster(case: Case, folder: Path) -> Cluster:
     if not file.exists():
         arguments = ["-m", "lightning_mics", "plan", "--measure", "--model", "step_time:make_model"]
         arguments += ["--precision", "32-true", "--save-cluster", str(file)]
-        spec = ClusterSpec(num_nodes=case.num_nodes, node_size=case.node_size, rate=case.rate)
+        spec = case.cluster
         with EmulatedCluster(spec) as cluster:
             environment = {"PYTHONPATH": str(_HERE), "HF_HUB_OFFLINE": "1"}
             run_on_cluster(cluster, arguments, log_dir=folder / f"{name}-logs", environment=environment)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from lightning_mics.bench.limits import StepMessages, minimum_bytes
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.metrics import partition_share, replication_share
 from lightning_mics.topology import ClusterTopology
 
 _PEERS = ("full-sharding", "mesh-2d", "mesh-2d-no-sync", "ddp", "deepspeed-zero3")
@@ -88,7 +88,8 @@ def _version(package: str) -> str:
 def least_bytes(case: Case, contender: Contender, block_bytes: int, root_bytes: int) -> float:
     """Returns the least bytes that leave a node in an optimizer step of a contender's algorithm.
 
-    A block is gathered for its forward and again for its backward pass, the root once a microstep.
+    A block is gathered for its forward and again for its backward pass, the root once a microstep. The shares of a
+    message that leave a node are those of :mod:`lightning_mics.metrics`.
 
     Args:
         case: The conditions.
@@ -96,15 +97,13 @@ def least_bytes(case: Case, contender: Contender, block_bytes: int, root_bytes: 
         block_bytes: Size of all blocks together, as they are gathered.
         root_bytes: Size of what is outside of them.
     """
+    if case.num_nodes == 1:
+        return 0.0
+    layout = case.topology.layout(contender.shard_size)
     model_bytes = block_bytes + root_bytes
-    microsteps = case.accumulation
-    if contender.name == "ddp":
-        messages = StepMessages(gathered_bytes=0, reduced_bytes=0, num_replications=1)
-    else:
-        messages = StepMessages(
-            gathered_bytes=microsteps * (2 * block_bytes + root_bytes),
-            reduced_bytes=model_bytes * (1 if contender.name == "mesh-2d-no-sync" else microsteps),
-            num_replications=microsteps if contender.name == "mesh-2d" else 1,
-        )
-    topology = ClusterTopology(world_size=case.num_nodes * case.node_size, node_size=case.node_size)
-    return minimum_bytes(topology, contender.shard_size, contender.hierarchical, model_bytes, messages)
+    gathered = case.accumulation * (2 * block_bytes + root_bytes)
+    reduced = model_bytes * (1 if contender.name == "mesh-2d-no-sync" else case.accumulation)
+    in_partition = 0 if contender.name == "ddp" else gathered + reduced
+    replicated = model_bytes / contender.shard_size * (case.accumulation if contender.name == "mesh-2d" else 1)
+    partition, replication = partition_share(layout, contender.hierarchical), replication_share(layout)
+    return float(partition.inter) * in_partition + float(replication.inter) * replicated

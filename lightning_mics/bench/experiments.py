@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
-from lightning_mics.bench.contenders import missing_package, parse_contender
+from lightning_mics.bench.contenders import parse_contender
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.topology import ClusterTopology
 
 _FOLDER = "definitions"
 
@@ -92,8 +91,7 @@ class Experiment:
 
     def contenders_of(self, case: Case) -> list[Contender]:
         """Returns who is compared in a case; without shard sizes that its cluster cannot hold."""
-        topology = ClusterTopology(world_size=case.num_nodes * case.node_size, node_size=case.node_size)
-        parsed = (parse_contender(word, topology) for word in self.contenders)
+        parsed = (parse_contender(word, case.topology) for word in self.contenders)
         return list(dict.fromkeys(contender for contender in parsed if contender is not None))
 
     def check(self) -> None:
@@ -158,12 +156,6 @@ def _naming(setting: str) -> Iterator[None]:
         yield
     except MiCSConfigError as error:
         raise MiCSConfigError(f"{setting}: {error}") from error
-
-
-def missing_packages(experiment: Experiment) -> list[str]:
-    """Returns, for each contender that cannot run here, why."""
-    reasons = (missing_package(c) for case in experiment.cases() for c in experiment.contenders_of(case))
-    return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
 
 def built_in_names() -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_mics.bench.conditions import shared_conditions
 from lightning_mics.bench.spec import format_rate
 from lightning_mics.bench.style import COLOURS, LEGEND_BELOW, OTHER_CURVE, OUR_COLOURS, OUR_CURVE, STYLE, save, start
-from lightning_mics.bench.summary import HOPS, OURS, Summary, along, by_case, reference_of
+from lightning_mics.bench.summary import HOPS, OURS, Spread, Summary, along, by_case, reference_of
 from lightning_mics.text import format_bytes, format_number
 
 if TYPE_CHECKING:
@@ -51,9 +51,10 @@ def _figures(summaries: list[Summary]) -> Iterator[tuple[str, Figure]]:
     )
     drawn = False
     for name, axis, figure in curves:
-        groups = along(_with(summaries, axis), axis)
+        groups = along((summary for summary in summaries if getattr(summary.case, axis) is not None), axis)
         drawn = drawn or bool(groups)
-        yield from _numbered(name, [figure(group, colours) for group in groups])
+        for number, group in enumerate(groups, start=1):
+            yield name if len(groups) == 1 else f"{name}-{number}", figure(group, colours)
     if not drawn:
         yield from _bars(_main_case(summaries), colours)
 
@@ -68,15 +69,6 @@ def _bars(group: list[Summary], colours: dict[str, str]) -> Iterator[tuple[str, 
         yield "hops", _hops(group)
     if len({summary.contender.shard_size for summary in group if summary.is_ours}) > 1:
         yield "shard-size", _shard_sizes(group)
-
-
-def _numbered(name: str, figures: list[Figure]) -> Iterator[tuple[str, Figure]]:
-    for number, figure in enumerate(figures, start=1):
-        yield name if len(figures) == 1 else f"{name}-{number}", figure
-
-
-def _with(summaries: list[Summary], axis: str) -> list[Summary]:
-    return [summary for summary in summaries if getattr(summary.case, axis) is not None]
 
 
 def _main_case(summaries: list[Summary]) -> list[Summary]:
@@ -123,10 +115,6 @@ def _start_bars(title: str, group: list[Summary], extra: float = 0.0) -> tuple[F
     return figure, axes
 
 
-def _bar_colours(group: list[Summary], colours: dict[str, str]) -> list[str]:
-    return [colours[summary.contender.label] for summary in group]
-
-
 def _write_values(axes: Axes, ends: list[float], texts: list[str]) -> None:
     """Writes a text to the right of each bar, and makes room for it."""
     for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
@@ -134,13 +122,25 @@ def _write_values(axes: Axes, ends: list[float], texts: list[str]) -> None:
     axes.set_xlim(0, max(ends) * 1.16 or 1)
 
 
+def _quartiles(spreads: list[Spread]) -> list[list[float]]:
+    """Returns how far the quartiles are from the medians, below and above."""
+    return [[each.median - each.lower for each in spreads], [each.upper - each.median for each in spreads]]
+
+
 def _step_time(group: list[Summary], colours: dict[str, str]) -> Figure:
     figure, axes = _start_bars("Time of an optimizer step", group)
     spreads = [summary.step_seconds for summary in group]
     medians = [spread.median for spread in spreads]
-    errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
+    fill = [colours[summary.contender.label] for summary in group]
     style = {"ecolor": "#222222", "capsize": 3, "elinewidth": 1.2}
-    axes.barh(range(len(group)), medians, 0.68, xerr=errors, color=_bar_colours(group, colours), error_kw=style)
+    axes.barh(
+        range(len(group)),
+        medians,
+        0.68,
+        xerr=_quartiles(spreads),
+        color=[colours[summary.contender.label] for summary in group],
+        error_kw=style,
+    )
     _write_values(axes, [spread.upper for spread in spreads], [f"{format_number(value)} s" for value in medians])
     axes.set_xlabel("seconds; median, with quartiles")
     return figure
@@ -152,7 +152,7 @@ def _bytes(group: list[Summary], colours: dict[str, str]) -> Figure:
     least = [summary.minimum_bytes for summary in group]
     unit = next(size for size in (2**30, 2**20, 2**10, 1) if max(*sent, *least) >= size or size == 1)
     scaled, marks = [value / unit for value in sent], [value / unit for value in least]
-    axes.barh(range(len(group)), scaled, 0.68, color=_bar_colours(group, colours))
+    axes.barh(range(len(group)), scaled, 0.68, color=[colours[summary.contender.label] for summary in group])
     for colour, width, size in (("white", 4.5, 300), ("black", 2.0, 260)):
         line = axes.scatter(
             marks, range(len(group)), s=size, c=colour, marker="|", linewidths=width, zorder=3, clip_on=False
@@ -197,8 +197,13 @@ def _curves(
     axes.grid()
 
 
-def _legend(figure: Figure) -> None:
+def _finish(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
+    """Names the axes, of which the upright one begins at zero, and adds the legend."""
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     figure.legend(loc="outside right upper", handlelength=3)
+    return figure
 
 
 def _ticks(axes: Axes, values: set[Any], names: Callable[[Any], str] = str) -> None:
@@ -216,22 +221,14 @@ def _scaling(group: list[Summary], colours: dict[str, str]) -> Figure:
     line = [best * count / nodes[0] for count in nodes]
     axes.plot(nodes, line, color="#999999", ls=":", lw=1.6, label="linear, from the fastest", zorder=1)
     axes.set_xticks(nodes)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("nodes")
-    axes.set_ylabel("samples a second")
-    _legend(figure)
-    return figure
+    return _finish(figure, axes, "nodes", "samples a second")
 
 
 def _accumulation(group: list[Summary], colours: dict[str, str]) -> Figure:
     figure, axes = _start("Time of an optimizer step against accumulation", group, 4.4, 9.0)
     _curves(axes, group, "accumulation", lambda summary: summary.step_seconds.median, colours)
     axes.set_xticks(sorted({summary.case.accumulation for summary in group}))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("microsteps of an optimizer step")
-    axes.set_ylabel("seconds, median")
-    _legend(figure)
-    return figure
+    return _finish(figure, axes, "microsteps of an optimizer step", "seconds, median")
 
 
 def _speed_up(group: list[Summary], colours: dict[str, str]) -> Figure:
@@ -242,11 +239,7 @@ def _speed_up(group: list[Summary], colours: dict[str, str]) -> Figure:
     _curves(axes, others, "rate", lambda entry: entry.throughput / references[entry.case].throughput, colours)
     axes.axhline(1, color="#555555", lw=1.2, ls=":", label=label)
     _ticks(axes, {summary.case.rate for summary in group}, format_rate)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("rate of a node's link")
-    axes.set_ylabel("times the throughput")
-    _legend(figure)
-    return figure
+    return _finish(figure, axes, "rate of a node's link", "times the throughput")
 
 
 def _shard_sizes(group: list[Summary]) -> Figure:
@@ -260,11 +253,13 @@ def _shard_sizes(group: list[Summary]) -> Figure:
             for summary in ours
             if summary.contender.hierarchical is hierarchical or summary.contender.shard_size <= summary.case.node_size
         ]
-        points = sorted(
-            ((summary.contender.shard_size, summary.step_seconds) for summary in chosen), key=lambda point: point[0]
-        )
-        if points:
-            _curve_with_quartiles(axes, points, name, colour, marker)
+        chosen.sort(key=lambda summary: summary.contender.shard_size)
+        sizes, spreads = [each.contender.shard_size for each in chosen], [each.step_seconds for each in chosen]
+        medians = [spread.median for spread in spreads]
+        if chosen:
+            axes.errorbar(
+                sizes, medians, yerr=_quartiles(spreads), color=colour, marker=marker, ms=6, lw=2, capsize=3, label=name
+            )
     _ticks(axes, {summary.contender.shard_size for summary in ours})
     axes.set_ylim(bottom=0)
     axes.set_xlabel("shard size: ranks that hold one replica")
@@ -272,10 +267,3 @@ def _shard_sizes(group: list[Summary]) -> Figure:
     axes.grid()
     figure.legend(loc="outside right upper")
     return figure
-
-
-def _curve_with_quartiles(axes: Axes, points: list[Any], name: str, colour: str, marker: str) -> None:
-    sizes, spreads = zip(*points, strict=True)
-    errors = [[s.median - s.lower for s in spreads], [s.upper - s.median for s in spreads]]
-    medians = [spread.median for spread in spreads]
-    axes.errorbar(sizes, medians, yerr=errors, color=colour, marker=marker, ms=6, lw=2, capsize=3, label=name)

@@ -14,10 +14,9 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-from torch.distributed.tensor import DTensor
 
 from lightning_mics.core import collectives
+from lightning_mics.core._torch import fsdp_collectives, held_gradients, local_tensor
 from lightning_mics.core.cpu import collectives as rings
 from lightning_mics.core.cpu import rings as ring
 from lightning_mics.core.gradients import unit as gradients
@@ -110,33 +109,23 @@ class StepClock:
 
 def gradient_bytes(model: nn.Module) -> int:
     """Returns the memory of all gradients that a rank holds, sharded, whole and partial ones."""
-    tensors = [param.grad for param in model.parameters()]
+    tensors = [param.grad for param in model.parameters() if param.grad is not None]
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            for group in state._fsdp_param_groups:
-                tensors += [getattr(group, "_partial_reduce_output", None)]
-                for param in group.fsdp_params:
-                    whole = getattr(param, "_unsharded_param", None)
-                    tensors += [param.sharded_param.grad, param.unsharded_accumulated_grad]
-                    tensors += [whole.grad if whole is not None else None]
-    sizes = {}
-    for tensor in tensors:
-        if tensor is not None:
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-            sizes[local.data_ptr()] = local.nbytes
-    return sum(sizes.values())
+            tensors += held_gradients(module)
+    return sum({local.data_ptr(): local.nbytes for local in map(local_tensor, tensors)}.values())
 
 
 @contextmanager
 def timed_hops(clock: StepClock) -> Iterator[None]:
     """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
     gather, reduce, replicate = (hop.value for hop in Hop)
+    fsdp = fsdp_collectives()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_fsdp_collectives, "dist", _FsdpDist()))
+        stack.enter_context(mock.patch.object(fsdp, "dist", _FsdpDist()))
         for owner, name, hop in (
-            (_fsdp_collectives.DefaultAllGather, "__call__", gather),
-            (_fsdp_collectives.DefaultReduceScatter, "__call__", reduce),
+            (fsdp.DefaultAllGather, "__call__", gather),
+            (fsdp.DefaultReduceScatter, "__call__", reduce),
             (collectives.FlatAllGather, "__call__", gather),
             (collectives.HierarchicalAllGather, "__call__", gather),
             (collectives.FlatReduceScatter, "__call__", reduce),

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lightning_mics.bench.spec import ClusterSpec
 from lightning_mics.errors import MiCSError
+from lightning_mics.topology import ClusterTopology
 
 FORMAT = 1
 STATUSES = ("ok", "failed", "skipped")
@@ -57,6 +59,16 @@ class Case:
 
     def __hash__(self) -> int:
         return hash(self.key())
+
+    @property
+    def cluster(self) -> ClusterSpec:
+        """The cluster that it needs."""
+        return ClusterSpec(num_nodes=self.num_nodes, node_size=self.node_size, rate=self.rate)
+
+    @property
+    def topology(self) -> ClusterTopology:
+        """Its ranks and nodes."""
+        return ClusterTopology(world_size=self.num_nodes * self.node_size, node_size=self.node_size)
 
     def key(self) -> str:
         """Returns a text that two cases share exactly if they are equal, before and after a round trip."""
@@ -128,6 +140,24 @@ class Record:
     def key(self) -> tuple[str, Contender, int]:
         """Returns what tells this measurement from all others, with which a resumed run finds what is done."""
         return self.case.key(), self.contender, self.round
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender in one round of one case."""
+
+    case: Case
+    contender: Contender
+    round: int
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Measurement:
+        """Returns the measurement that :func:`dataclasses.asdict` was asked about."""
+        return cls(Case(**content["case"]), Contender(**content["contender"]), content["round"])
+
+    def record(self, run: dict[str, Any], status: str, **facts: Any) -> Record:
+        """Returns the record of what came of it."""
+        return Record(run=run, case=self.case, contender=self.contender, round=self.round, status=status, **facts)
 
 
 def append(path: Path, record: Record) -> None:

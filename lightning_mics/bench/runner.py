@@ -11,7 +11,7 @@ import platform
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,21 @@ from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.contenders import missing_package
 from lightning_mics.bench.experiments import Experiment
 from lightning_mics.bench.launch import NodeFailedError, run_on_cluster
-from lightning_mics.bench.records import Case, Contender, Record, append, read_results
+from lightning_mics.bench.records import Measurement, Record, append, read_results
 from lightning_mics.bench.spec import ClusterSpec, format_rate
 
 _PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "lightning-mics")
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One contender in one round of one case."""
-
-    case: Case
-    contender: Contender
-    round: int
-
-
 _Advance = Callable[..., None]
+
+# For the ranks: nothing downloads, and DeepSpeed computes on CPUs.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 def run_experiment(
@@ -57,16 +56,15 @@ def run_experiment(
     Raises:
         EmulatorError: If this machine cannot emulate a cluster.
     """
-    run = _describe_run()
     todo = _remaining(experiment, [] if fresh or not results.exists() else read_results(results))
     if not todo:
         console.print(f"{results} has all of it already. --fresh measures again.")
         return
     with _bar(console, experiment, len(todo)) as advance:
-        todo = _note_missing(todo, run, results, advance)
-        for number, (spec, group) in enumerate(_by_cluster(todo)):
-            logs = log_dir / f"{experiment.name}-{number}" if log_dir is not None else None
-            _run_group(experiment, spec, group, run, results, logs, advance)
+        run = _Run(experiment, results, advance)
+        todo = run.note_missing(todo)
+        for number, (spec, group) in enumerate(itertools.groupby(todo, key=lambda item: item.case.cluster)):
+            run.measure(spec, list(group), log_dir / f"{experiment.name}-{number}" if log_dir is not None else None)
 
 
 def _remaining(experiment: Experiment, records: Sequence[Record]) -> list[Measurement]:
@@ -83,126 +81,83 @@ def _remaining(experiment: Experiment, records: Sequence[Record]) -> list[Measur
     return found
 
 
-def _by_cluster(todo: Sequence[Measurement]) -> list[tuple[ClusterSpec, list[Measurement]]]:
-    def cluster(item: Measurement) -> tuple[int, int, int | None]:
-        return item.case.num_nodes, item.case.node_size, item.case.rate
+class _Run:
+    """What one run of an experiment adds to its results."""
 
-    groups = []
-    for (num_nodes, node_size, rate), items in itertools.groupby(todo, key=cluster):
-        groups.append((ClusterSpec(num_nodes=num_nodes, node_size=node_size, rate=rate), list(items)))
-    return groups
+    def __init__(self, experiment: Experiment, results: Path, advance: _Advance) -> None:
+        self._experiment, self._results, self._advance = experiment, results, advance
+        self._facts = _describe_run()
 
+    def note_missing(self, todo: Sequence[Measurement]) -> list[Measurement]:
+        """Returns what can be measured here, and notes what cannot."""
+        kept = []
+        for item in todo:
+            reason = missing_package(item.contender)
+            if reason is None:
+                kept.append(item)
+            else:
+                self._append(item, "skipped", reason)
+                self._advance(item)
+        return kept
 
-def _note_missing(todo: list[Measurement], run: dict[str, Any], results: Path, advance: _Advance) -> list[Measurement]:
-    kept = []
-    for item in todo:
-        reason = missing_package(item.contender)
-        if reason is None:
-            kept.append(item)
-        else:
-            _append_failure(results, run, item, "skipped", reason)
-            advance(item)
-    return kept
-
-
-def _append_failure(results: Path, run: dict[str, Any], item: Measurement, status: str, error: str) -> None:
-    append(
-        results,
-        Record(run=run, case=item.case, contender=item.contender, round=item.round, status=status, error=error),
-    )
-
-
-def _run_group(
-    experiment: Experiment,
-    spec: ClusterSpec,
-    group: list[Measurement],
-    run: dict[str, Any],
-    results: Path,
-    logs: Path | None,
-    advance: _Advance,
-) -> None:
-    """Measures on one cluster; starts anew without a contender that failed."""
-    hint = "" if logs is not None else " (deleted; to keep them, name a folder with --log-dir)"
-    for attempt in itertools.count():
-        if not group:
-            return
-        with EmulatedCluster(spec) as cluster:
-            plan = _write_plan(cluster.folder, experiment, group, run, results)
-            follow = _Follow(plan, advance)
-            try:
-                run_on_cluster(
-                    cluster,
-                    ["-m", "lightning_mics.bench.worker", str(plan)],
-                    log_dir=(logs or cluster.folder / "logs") / str(attempt),
-                    environment=_environment(),
-                    on_poll=follow,
-                )
+    def measure(self, spec: ClusterSpec, group: list[Measurement], logs: Path | None) -> None:
+        """Measures on one cluster; starts anew without a contender that failed."""
+        hint = "" if logs is not None else " (deleted; to keep them, name a folder with --log-dir)"
+        for attempt in itertools.count():
+            if not group:
                 return
-            except NodeFailedError as error:
-                current = follow.current
-                if current is None or current == len(group):
-                    raise NodeFailedError(f"{error}{hint}") from error
-                failed, rest = group[current], group[current:]
-                _append_failure(results, run, failed, "failed", f"{error}{hint}")
-                group = [item for item in rest if _who(item) != _who(failed)]
-                advance(failed, len(rest) - len(group))
+            with EmulatedCluster(spec) as cluster:
+                follow = _Follow(cluster.folder / "current", group, self._advance)
+                try:
+                    run_on_cluster(
+                        cluster,
+                        ["-m", "lightning_mics.bench.worker", str(self._write_plan(cluster.folder, group))],
+                        log_dir=(logs or cluster.folder / "logs") / str(attempt),
+                        environment=_ENVIRONMENT,
+                        on_poll=follow,
+                    )
+                    return
+                except NodeFailedError as error:
+                    if follow.current is None or follow.current == len(group):
+                        raise NodeFailedError(f"{error}{hint}") from error
+                    failed, rest = group[follow.current], group[follow.current :]
+                    self._append(failed, "failed", f"{error}{hint}")
+                    group = [item for item in rest if (item.case, item.contender) != (failed.case, failed.contender)]
+                    self._advance(failed, len(rest) - len(group))
 
+    def _append(self, item: Measurement, status: str, error: str) -> None:
+        append(self._results, item.record(self._facts, status, error=error))
 
-def _who(item: Measurement) -> tuple[str, Contender]:
-    return item.case.key(), item.contender
-
-
-def _environment() -> dict[str, str]:
-    """Returns variables for the ranks: nothing downloads, and DeepSpeed computes on CPUs."""
-    return {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cpu",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-
-
-def _write_plan(
-    folder: Path, experiment: Experiment, group: Sequence[Measurement], run: dict[str, Any], results: Path
-) -> Path:
-    plan = folder / "plan.json"
-    content = {
-        "run": run,
-        "results": str(results.resolve()),
-        "current": str(folder / "current"),
-        "warmup": experiment.warmup,
-        "steps": experiment.steps,
-        "measurements": [asdict(item) for item in group],
-    }
-    plan.write_text(json.dumps(content))
-    return plan
+    def _write_plan(self, folder: Path, group: Sequence[Measurement]) -> Path:
+        plan = folder / "plan.json"
+        content = {
+            "run": self._facts,
+            "results": str(self._results.resolve()),
+            "current": str(folder / "current"),
+            "warmup": self._experiment.warmup,
+            "steps": self._experiment.steps,
+            "measurements": [asdict(item) for item in group],
+        }
+        plan.write_text(json.dumps(content))
+        return plan
 
 
 class _Follow:
     """Tells the progress bar what the ranks are at, by the file in which they note it."""
 
-    def __init__(self, plan: Path, advance: _Advance) -> None:
-        content = json.loads(plan.read_text())
-        self._path, self._advance = Path(content["current"]), advance
-        self._items = [_measurement(item) for item in content["measurements"]]
+    def __init__(self, path: Path, group: Sequence[Measurement], advance: _Advance) -> None:
+        self._path, self._group, self._advance = path, group, advance
         self.current: int | None = None
 
     def __call__(self) -> None:
-        if not self._path.exists():
+        text = self._path.read_text().strip() if self._path.exists() else ""
+        if not text or int(text) == self.current:
             return
-        text = self._path.read_text()
-        number = int(text) if text.strip() else None
-        if number is None or number == self.current:
-            return
-        for index in range(self.current or 0, number):
-            self._advance(self._items[index])
-        self.current = number
-        if number < len(self._items):
-            self._advance(self._items[number], 0)
-
-
-def _measurement(item: dict[str, Any]) -> Measurement:
-    return Measurement(Case(**item["case"]), Contender(**item["contender"]), item["round"])
+        for item in self._group[self.current or 0 : int(text)]:
+            self._advance(item)
+        self.current = int(text)
+        for item in self._group[self.current :][:1]:
+            self._advance(item, 0)
 
 
 @contextmanager

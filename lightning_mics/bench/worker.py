@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import StepClock, timed_hops
-from lightning_mics.bench.records import Case, Contender, Record, append
+from lightning_mics.bench.records import Case, Contender, Measurement, append
 from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.core.mesh import destroy_groups
 from lightning_mics.core.resources import ResidentMemory
@@ -35,15 +35,12 @@ def main() -> None:
     dist.init_process_group("gloo")
     current = Path(plan["current"])
     for number, item in enumerate(plan["measurements"]):
-        case, contender = Case(**item["case"]), Contender(**item["contender"])
+        measurement = Measurement.of(item)
         if dist.get_rank() == 0:
             current.write_text(str(number))
-        facts = measure(case, contender, plan["warmup"], plan["steps"])
+        facts = measure(measurement.case, measurement.contender, plan["warmup"], plan["steps"])
         if dist.get_rank() == 0:
-            append(
-                Path(plan["results"]),
-                Record(run=plan["run"], case=case, contender=contender, round=item["round"], status="ok", **facts),
-            )
+            append(Path(plan["results"]), measurement.record(plan["run"], "ok", **facts))
     if dist.get_rank() == 0:
         current.write_text(str(len(plan["measurements"])))
     dist.barrier()

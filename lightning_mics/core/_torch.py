@@ -392,3 +392,22 @@ def reduce_unused_params(root: nn.Module) -> None:
     switch = getattr(root, "set_reduce_scatter_unused_params", None)
     if switch is not None:
         switch(True)
+
+
+def held_gradients(module: nn.Module) -> list[Tensor]:
+    """Returns the gradients that FSDP2 holds for the parameters of a module's unit: sharded, whole and partial ones."""
+    found: list[Tensor | None] = []
+    for group in unit_param_groups(module):
+        found.append(getattr(group._group, "_partial_reduce_output", None))
+        for param in group._group.fsdp_params:
+            whole = getattr(param, "_unsharded_param", None)
+            found += [param.sharded_param.grad, param.unsharded_accumulated_grad]
+            found.append(None if whole is None else whole.grad)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def fsdp_collectives() -> Any:
+    """Returns the module in which FSDP2 communicates: by classes of its own, or by its name ``dist``."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+    return _fsdp_collectives

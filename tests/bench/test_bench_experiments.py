@@ -17,7 +17,7 @@ from lightning_mics.bench import runner
 from lightning_mics.bench.contenders import least_bytes, parse_contender
 from lightning_mics.bench.experiments import Experiment, built_in_names, load_experiment, parse_experiment
 from lightning_mics.bench.launch import NodeFailedError
-from lightning_mics.bench.records import Case, Contender, Record, append, read_results
+from lightning_mics.bench.records import Case, Contender, Measurement, Record, append, read_results
 from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
 from lightning_mics.errors import MiCSConfigError
@@ -213,8 +213,8 @@ def test_emulated_compute_waits_in_each_block_and_changes_no_gradient(seconds: t
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def record(item: runner.Measurement, status: str = "ok") -> Record:
-    return Record(run={}, case=item.case, contender=item.contender, round=item.round, status=status)
+def record(item: Measurement, status: str = "ok") -> Record:
+    return item.record({}, status)
 
 
 def screen() -> Console:
