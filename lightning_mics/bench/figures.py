@@ -133,14 +133,7 @@ def _step_time(group: list[Summary], colours: dict[str, str]) -> Figure:
     medians = [spread.median for spread in spreads]
     fill = [colours[summary.contender.label] for summary in group]
     style = {"ecolor": "#222222", "capsize": 3, "elinewidth": 1.2}
-    axes.barh(
-        range(len(group)),
-        medians,
-        0.68,
-        xerr=_quartiles(spreads),
-        color=[colours[summary.contender.label] for summary in group],
-        error_kw=style,
-    )
+    axes.barh(range(len(group)), medians, 0.68, xerr=_quartiles(spreads), color=fill, error_kw=style)
     _write_values(axes, [spread.upper for spread in spreads], [f"{format_number(value)} s" for value in medians])
     axes.set_xlabel("seconds; median, with quartiles")
     return figure
