@@ -31,19 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> _Run:
 
 def _run_command(options: argparse.Namespace) -> int | None:
     exit_on_signals()
-    code: int | None = options.run_bench(options)
-    return code
+    run: _Run = options.run_bench
+    return run(options)
 
 
 def add_cluster_options(parser: argparse.ArgumentParser, nodes: int, ranks: int, rate: str) -> None:
-    """Adds the options that describe an emulated cluster; :func:`spec_of` reads them.
-
-    Args:
-        parser: Where to add them.
-        nodes: Default of ``--nodes``.
-        ranks: Default of ``--ranks``.
-        rate: Default of ``--rate``.
-    """
+    """Adds the options that describe an emulated cluster, with their defaults; :func:`spec_of` reads them."""
     add = parser.add_argument
     add("--nodes", type=int, default=nodes, metavar="N", help=f"number of nodes (default: {nodes})")
     add("--ranks", type=int, default=ranks, metavar="N", help=f"ranks a node (default: {ranks})")
@@ -82,14 +75,14 @@ def _cluster(options: argparse.Namespace) -> int:
         began = time.monotonic()
         try:
             arguments = [*(["-m"] if options.module else []), options.script, *options.arguments]
-            run_on_cluster(cluster, arguments, log_dir=log_dir, on_poll=echo.poll)
+            run_on_cluster(cluster, arguments, log_dir=log_dir, on_poll=echo)
         except NodeFailedError as error:
-            echo.finish()
+            echo(whole_lines=False)
             hint = "" if options.log_dir else " (deleted; to keep them, name a folder with --log-dir)"
             print(f"mics: {error}{hint}", file=sys.stderr)
             return 1
         elapsed = time.monotonic() - began
-        echo.finish()
+        echo(whole_lines=False)
         _print_traffic(spec, cluster.sent_bytes(), elapsed)
     if options.log_dir:
         print(f"Logs: {options.log_dir}")
@@ -104,13 +97,7 @@ class _Echo:
         self._log_dir = log_dir
         self._read: dict[Path, int] = {}
 
-    def poll(self) -> None:
-        self._print(whole_lines=True)
-
-    def finish(self) -> None:
-        self._print(whole_lines=False)
-
-    def _print(self, whole_lines: bool) -> None:
+    def __call__(self, whole_lines: bool = True) -> None:
         for node in range(self._spec.num_nodes):
             for (rank, stream), path in rank_logs(self._log_dir, node, self._spec.node_size).items():
                 screen = sys.stdout if stream == "stdout" else sys.stderr

@@ -22,16 +22,7 @@ _MARKERS = "osD^vPX*<>"
 
 
 def draw(summaries: list[Summary], out: Path, prefix: str) -> list[Path]:
-    """Draws all figures that the summaries of one experiment have points for.
-
-    Args:
-        summaries: Summaries of one experiment.
-        out: An existing folder.
-        prefix: What the files' names begin with.
-
-    Returns:
-        The files, each figure as PNG and as SVG.
-    """
+    """Draws all figures that the summaries of one experiment have points for; returns their PNG and SVG files."""
     import matplotlib
 
     files: list[Path] = []

@@ -48,14 +48,7 @@ def main() -> None:
 
 
 def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[str, Any]:
-    """Trains one contender and returns what a record says of it. Collective over the world.
-
-    Args:
-        case: The conditions.
-        contender: Who trains.
-        warmup: Optimizer steps before those that are measured.
-        steps: Optimizer steps that are measured.
-    """
+    """Trains one contender and returns what a record says of it. Collective over the world."""
     memory = ResidentMemory()
     clock = StepClock(warmup, steps)
     with timed_hops(clock):

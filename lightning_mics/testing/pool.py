@@ -1,43 +1,25 @@
-"""Multi-process tests without a spawn per test: a persistent pool of gloo workers, and parity helpers.
-
-A worker takes seconds to start and a tenth of a second to run another test, so one pool serves a whole test session and
-every world size up to its own. Workers are forked from a server that has imported the heavy modules once.
-"""
+"""The pool: it starts workers, gives them tasks and collects what comes of them."""
 
 from __future__ import annotations
 
 import atexit
-import faulthandler
-import gc
-import math
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from io import TextIOWrapper
-from multiprocessing.connection import Connection, wait
+from dataclasses import replace
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from lightning_mics.core._torch import forget_dtensor_meshes
+from lightning_mics.testing.worker import Failure, Task, failure_of, serve
 
 # What forking must not repeat in every worker. Optimizers import Dynamo at their first step.
 PRELOAD = (
@@ -50,32 +32,6 @@ PRELOAD = (
 _START_SECONDS = 120.0
 _STACK_SECONDS = 5.0
 _PRINTED_CHARACTERS = 8000
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong on one rank.
-
-    Attributes:
-        kind: Name of the exception's class; ``"WorkerDied"`` for a process that ended without an answer,
-            ``"WorkerHung"`` for one that was ended because it gave none in time.
-        message: The exception's message.
-        details: The exception's traceback.
-        bases: Names of the exception's class and its base classes.
-        exitcode: Exit code of a worker that died, negative for a signal.
-        printed: What the worker wrote to its output last; the Python stacks of its threads if it hung.
-    """
-
-    kind: str
-    message: str
-    details: str = ""
-    bases: tuple[str, ...] = ()
-    exitcode: int | None = None
-    printed: str = ""
-
-    def __str__(self) -> str:
-        printed = f"--- output ---\n{self.printed}" if self.printed else ""
-        return "\n".join(filter(None, (f"{self.kind}: {self.message}", self.details, printed)))
 
 
 class WorkerError(RuntimeError):
@@ -167,7 +123,7 @@ class WorkerPool:
             self._num_runs += 1
             store = str(self._folder / f"store-{self._num_runs}")
             for rank, worker in enumerate(workers):
-                worker.send(_Task(rank, world_size, store, timeout, list(sys.path), call))
+                worker.send(Task(rank, world_size, store, timeout, list(sys.path), call))
             outcomes = self._collect(workers, timeout)
         except BaseException:
             self._end(range(world_size))  # an interrupted run must not go on, nor answer the next one
@@ -238,16 +194,6 @@ def get_pool(preload: Sequence[str] = ()) -> WorkerPool:
     return _pool
 
 
-@dataclass(frozen=True)
-class _Task:
-    rank: int
-    world_size: int
-    store: str
-    timeout: float
-    path: list[str]
-    call: bytes
-
-
 class _Worker:
     """The parent's side of a worker."""
 
@@ -255,7 +201,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self._log = folder / f"worker-{rank}.log"
         # Not a daemon process: those may have no children, such as the workers of a DataLoader.
-        self.process = context.Process(target=_serve, args=(theirs, str(self._log)), name=f"mics-worker-{rank}")
+        self.process = context.Process(target=serve, args=(theirs, str(self._log)), name=f"mics-worker-{rank}")
         self.process.start()
         theirs.close()
         self._started = False
@@ -275,7 +221,7 @@ class _Worker:
         # object learns of a death later, from the fork server.
         return self._started and self.pipe.poll()
 
-    def send(self, task: _Task) -> None:
+    def send(self, task: Task) -> None:
         self._log.write_text("")
         with suppress(OSError):  # a worker that has died is found by receive()
             self.pipe.send_bytes(pickle.dumps(task))
@@ -288,7 +234,7 @@ class _Worker:
             exitcode = self.process.exitcode
             outcome = Failure("WorkerDied", f"exit code {exitcode}", exitcode=exitcode)
         except Exception as error:
-            outcome = _failure(error, "the result cannot be unpickled: ")
+            outcome = failure_of(error, "the result cannot be unpickled: ")
         return replace(outcome, printed=self.printed()) if isinstance(outcome, Failure) else outcome
 
     def printed(self) -> str:
@@ -310,176 +256,3 @@ class _Worker:
         self.process.join()
         self.process.close()
         self.pipe.close()
-
-
-def _serve(pipe: Connection, log: str) -> None:
-    """A worker's life: run what comes through the pipe, until it closes."""
-    os.setsid()  # out of reach of Ctrl-C; the parent ends the worker and its children as one group
-    for descriptor in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
-    for stream in (sys.stdout, sys.stderr):
-        cast(TextIOWrapper, stream).reconfigure(line_buffering=True)  # a worker that hangs flushes no more
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, chain=True)  # write all stacks, then die as SIGUSR1 does by default
-    os.environ["OMP_NUM_THREADS"] = "1"
-    environ, folder = dict(os.environ), os.getcwd()
-    tasks: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_feed, args=(pipe, tasks), daemon=True).start()
-    gc.freeze()  # collections after each run then skip the imported modules, and leave their pages shared
-    pipe.send_bytes(b"started")
-    while True:
-        task = pickle.loads(tasks.get())
-        os.chdir(folder)
-        _restore({**environ, **_launch_variables(task)})
-        pipe.send_bytes(_perform(task))
-        gc.collect()
-
-
-def _feed(pipe: Connection, tasks: SimpleQueue[bytes]) -> None:
-    """Hands on tasks; ends the worker at once, also in the middle of a collective, when the parent is gone."""
-    # The pool's folder stays then: without it the FileStore of another worker would wait, holding the GIL.
-    try:
-        while True:
-            tasks.put(pipe.recv_bytes())
-    except (EOFError, OSError):
-        os.killpg(0, signal.SIGKILL)
-
-
-def _perform(task: _Task) -> bytes:
-    """Returns the pickled result of a task or, in its place, a Failure."""
-    sys.path[:] = task.path
-    try:
-        _start_group(task)
-        function, args, kwargs = pickle.loads(task.call)
-        return pickle.dumps(function(*args, **kwargs))
-    except BaseException as error:
-        return pickle.dumps(_failure(error))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def _failure(error: BaseException, prefix: str = "") -> Failure:
-    bases = tuple(cls.__name__ for cls in type(error).__mro__)
-    details = "".join(traceback.format_exception(error))
-    return Failure(type(error).__name__, f"{prefix}{error}", details, bases)
-
-
-def _start_group(task: _Task) -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    forget_dtensor_meshes()
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(task.store, task.world_size),
-        rank=task.rank,
-        world_size=task.world_size,
-        timeout=timedelta(seconds=2 * task.timeout),  # the pool's own timeout comes first and shows the stacks
-    )
-
-
-def _launch_variables(task: _Task) -> dict[str, str]:
-    rank, world_size = str(task.rank), str(task.world_size)
-    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-
-
-def _restore(environ: Mapping[str, str]) -> None:
-    """Undoes what tests leave behind in a process."""
-    os.environ.clear()
-    os.environ.update(environ)
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.use_deterministic_algorithms(False)
-    torch.set_grad_enabled(True)
-    torch.manual_seed(0)
-    random.seed(0)
-
-
-@torch.no_grad()
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the whole parameters and buffers of a sharded model, on every rank. Collective over the partition.
-
-    Returns:
-        Tensors on the CPU that share no memory with the model, under the names of ``model.state_dict()``.
-    """
-
-    def whole(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):  # offloaded shards travel through the mesh's device
-            tensor = cast(DTensor, tensor.to(tensor.device_mesh.device_type)).full_tensor()
-        return tensor.detach().cpu().clone()
-
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
-
-
-def shard_batch(batch: Any, rank: int, world_size: int, *, strided: bool = False) -> Any:
-    """Returns a rank's equal share of a global batch.
-
-    Args:
-        batch: A tensor, or tensors in mappings, lists and tuples; split along the first dimension.
-        rank: The rank, from 0.
-        world_size: Number of shares.
-        strided: Take every ``world_size``-th row, as ``DistributedSampler`` does, instead of adjacent rows.
-
-    Raises:
-        ValueError: If the rows cannot be shared equally.
-    """
-    if isinstance(batch, Tensor):
-        if len(batch) % world_size:
-            raise ValueError(f"{len(batch)} rows cannot be shared equally by {world_size} ranks.")
-        return batch[rank::world_size] if strided else batch.tensor_split(world_size)[rank]
-    if isinstance(batch, Mapping):
-        return {key: shard_batch(part, rank, world_size, strided=strided) for key, part in batch.items()}
-    return type(batch)(shard_batch(part, rank, world_size, strided=strided) for part in batch)
-
-
-def relative_difference(actual: float, expected: float) -> float:
-    """Returns ``|actual - expected| / |expected|``; see :func:`weight_differences` for when it is infinite."""
-    return _share(abs(actual - expected), abs(expected))
-
-
-def weight_differences(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns each tensor's largest difference, as a share of the expected tensor's largest magnitude.
-
-    Infinity, which no bound lets pass, stands for NaN on either side and for any difference from zeros.
-    """
-
-    def difference(ours: Tensor, theirs: Tensor) -> float:
-        if not theirs.numel():
-            return 0.0
-        ours, theirs = ours.double(), theirs.double()
-        return _share((ours - theirs).abs().max().item(), theirs.abs().max().item())
-
-    return {name: difference(actual[name], tensor) for name, tensor in expected.items()}
-
-
-def _share(difference: float, magnitude: float) -> float:
-    if difference == 0:
-        return 0.0
-    share = difference / magnitude if magnitude else math.inf
-    return math.inf if math.isnan(share) else share
-
-
-def assert_parity(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Checks that weights or gradients agree.
-
-    Args:
-        actual: Whole tensors by name.
-        expected: What they should be.
-        tolerance: Largest difference allowed, as a share of the tensor's largest magnitude.
-
-    Raises:
-        AssertionError: Naming the tensor that differs most, or those that are missing, unexpected or misshapen.
-    """
-    missing, unexpected = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
-    assert not missing and not unexpected, f"missing tensors: {missing}; unexpected: {unexpected}"
-    shapes = {name: (tuple(actual[name].shape), tuple(tensor.shape)) for name, tensor in expected.items()}
-    misshapen = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    assert not misshapen, f"shapes (actual, expected): {misshapen}"
-    differences = weight_differences(actual, expected)
-    beyond = [name for name, difference in differences.items() if not difference <= tolerance]
-    worst = max(beyond, key=differences.__getitem__, default="")
-    assert not beyond, (
-        f"{len(beyond)} of {len(differences)} tensors differ by more than {tolerance:g} of their largest magnitude; "
-        f"the worst is {worst}: {differences[worst]:.2e}"
-    )
