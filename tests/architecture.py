@@ -101,7 +101,8 @@ class Module:
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The constants of the module that are written out."""
-        found = {}
+        package = self.full_name if self.is_folder else self.full_name.rpartition(".")[0]
+        found: dict[str, Any] = {"__name__": self.full_name, "__package__": package}
         for node in self.tree.body:
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
@@ -191,9 +192,8 @@ class _ImportReader(ast.NodeVisitor):
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
             self._add(alias.name, node.lineno)
-            self._module.names[alias.asname or alias.name.split(".")[0]] = (
-                alias.name if alias.asname else alias.name.split(".")[0]
-            )
+            first = alias.name.split(".")[0]
+            self._module.names[alias.asname or first] = alias.name if alias.asname else first
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         origin = self._absolute("." * node.level + (node.module or ""))
@@ -226,37 +226,17 @@ def _name_of(node: ast.AST) -> str:
 
 
 def _strings(node: ast.AST, module: Module) -> list[str]:
-    """Returns what a string can be; what cannot be read in it is ``*``, with nothing behind."""
-    package = module.full_name if module.is_folder else module.full_name.rpartition(".")[0]
-    constants = {"__name__": module.full_name, "__package__": package, **module.constants}
+    """Returns what a string can be; from where it cannot be read on, it is ``*``."""
     if isinstance(node, ast.Constant):
         return [str(node.value)]
-    if isinstance(node, ast.Name):
-        return list(_each_string(constants.get(node.id, [])))
-    if isinstance(node, ast.Subscript):
-        values = constants.get(ast.unparse(node.value), _UNKNOWN)
-        return list(_each_string(list(values.values()) if isinstance(values, dict) else _UNKNOWN))
-    if not isinstance(node, ast.JoinedStr):
-        return []
-    found = [""]
-    for part in node.values:
-        value = part.value if isinstance(part, ast.FormattedValue) else part
-        found = [
-            begin if begin.endswith(_UNKNOWN) else begin + end
-            for begin in found
-            for end in _strings(value, module) or [_UNKNOWN]
-        ]
-    return [name for name in found if name != _UNKNOWN]
-
-
-def _each_string(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _each_string(list(value.values()))
-    else:
-        for item in value:
-            yield from _each_string(item)
+    if isinstance(node, ast.JoinedStr):
+        found = [""]
+        for part in node.values:
+            ends = _strings(part.value if isinstance(part, ast.FormattedValue) else part, module) or [_UNKNOWN]
+            found = [begin if begin.endswith(_UNKNOWN) else begin + end for begin in found for end in ends]
+        return [name for name in found if name != _UNKNOWN]
+    value = module.constants.get(_name_of(node.value if isinstance(node, ast.Subscript) else node))
+    return [value] if isinstance(value, str) else [str(word) for word in getattr(value, "values", list)()]
 
 
 # Circles
