@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics.core import collectives
 from lightning_mics.core._torch import fsdp_collectives, held_gradients, local_tensor
-from lightning_mics.core.cpu import collectives as rings
-from lightning_mics.core.cpu import rings as ring
-from lightning_mics.core.gradients import unit as gradients
+from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
+from lightning_mics.core.cpu.rings import ThreadedWork
 from lightning_mics.core.gradients import window
+from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -130,11 +130,11 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (collectives.HierarchicalAllGather, "__call__", gather),
             (collectives.FlatReduceScatter, "__call__", reduce),
             (collectives.HierarchicalReduceScatter, "__call__", reduce),
-            (rings.RingAllGather, "__call__", gather),
-            (rings.RingReduceScatter, "__call__", reduce),
-            (ring.ThreadedWork, "wait", gather),
-            (gradients.UnitGradients, "finish_reduction", reduce),
-            (gradients.UnitGradients, "wait", replicate),
+            (RingAllGather, "__call__", gather),
+            (RingReduceScatter, "__call__", reduce),
+            (ThreadedWork, "wait", gather),
+            (UnitGradients, "finish_reduction", reduce),
+            (UnitGradients, "wait", replicate),
             (window, "agree", replicate),
             (_FsdpDist, "all_reduce", replicate),
         ):
