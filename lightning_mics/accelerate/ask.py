@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.prompt import Confirm, IntPrompt, Prompt
 
 from lightning_mics.accelerate.launch_file import (
-    PRECISIONS,
     LaunchSettings,
     check_environment,
     check_launch_file,
@@ -24,6 +23,7 @@ from lightning_mics.accelerate.launch_file import (
     write_launch_file,
 )
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.precision import ACCELERATE_PRECISIONS
 from lightning_mics.topology import ClusterTopology, ShardSize
 
 
@@ -113,7 +113,7 @@ def settings_by_flags(options: argparse.Namespace, *, interactive: bool) -> Laun
         main_process_ip=_address(asker, options.main_process_ip, machines),
         cpu=asker.switch(options.cpu, "Compute on CPUs?", _count_accelerators() == 0),
         shard_size=_shard_size(asker, options.shard_size, topology),
-        mixed_precision=asker.word(options.mixed_precision, "Precision", PRECISIONS),
+        mixed_precision=asker.word(options.mixed_precision, "Precision", list(ACCELERATE_PRECISIONS)),
         machine_rank=options.machine_rank,
         main_process_port=options.main_process_port,
         reshard_after_forward=not options.no_reshard_after_forward,

@@ -107,7 +107,7 @@ def test_settings_know_their_groups_and_take_the_port_that_works() -> None:
         ({"num_processes": 0}, ["num_processes=0", "Try num_processes=8"]),
         ({"num_processes": "8"}, ["num_processes='8'", "Try num_processes=8"]),
         ({"num_machines": 0}, ["num_machines=0", "Try num_machines=1"]),
-        ({"num_machines": 3, "main_process_ip": "a"}, ["num_processes=8", "6 or 9", "num_machines=1, 2, 4 or 8"]),
+        ({"num_machines": 3, "main_process_ip": "a"}, ["num_processes=8", "6 or 9", "num_machines=1, 2, 4, 8"]),
         (
             {"num_machines": 2, "main_process_ip": "a", "num_processes": 12, "shard_size": 4},
             ["shard_size=4", "straddle", "1, 2, 3, 6, 12"],
@@ -357,48 +357,62 @@ WRONG = [
     (
         "replicate_size: 2",
         "replicate_size: 3",
-        "line 16: parallelism_config_dp_replicate_size: 3 makes 4 shard(s) x 3",
-        "12 processes, not num_processes: 8. Change it to 2.",
+        "line 16: parallelism_config_dp_replicate_size: 3 and parallelism_config_dp_shard_size: 4 make 12 processes",
+        "but 8 are launched: change the line to 'parallelism_config_dp_replicate_size: 2'.",
     ),
     (
         "  parallelism_config_dp_replicate_size: 2\n",
         "",
-        "line 15:",
-        "Add the line parallelism_config_dp_replicate_size: 2",
+        "line 14:",
+        "change the line to 'parallelism_config_dp_replicate_size: 2'",
     ),
-    ("shard_size: 4", "shard_size: 3", "line 15: parallelism_config_dp_shard_size: 3 does not divide", "1, 2, 4 or 8."),
-    ("shard_size: 4", "shard_size: 16", "line 15:", "Change it to 1, 2, 4 or 8."),
-    ("shard_size: 4", "shard_size: 0", "line 15:", "must be at least 1. Change it to 4."),
-    ("shard_size: 4", "shard_size: node", "line 15: parallelism_config_dp_shard_size: node", "Change it to 4."),
-    ("shard_size: 4", "shard_size: 4.0", "line 15:", "is not a whole number. Change it to 4."),
-    ("replicate_size: 2", "replicate_size: true", "line 16:", "is not a whole number. Change it to 2."),
+    ("shard_size: 4", "shard_size: 3", "line 15: parallelism_config_dp_shard_size: 3 does not divide", ": 1, 2, 4, 8."),
+    ("shard_size: 4", "shard_size: 16", "line 15: parallelism_config_dp_shard_size: 16", ": 1, 2, 4, 8."),
+    ("shard_size: 4", "shard_size: 0", "line 15:", "must be at least 1. Try parallelism_config_dp_shard_size: 4."),
+    ("shard_size: 4", "shard_size: node", "line 15: parallelism_config_dp_shard_size: node", "size: 4."),
+    (
+        "shard_size: 4",
+        "shard_size: 4.0",
+        "line 15:",
+        "4.0 is not a whole number. Try parallelism_config_dp_shard_size: 4.",
+    ),
+    (
+        "replicate_size: 2",
+        "replicate_size: true",
+        "line 16:",
+        "true is not a whole number. Try parallelism_config_dp_replicate_size: 2.",
+    ),
     (
         "num_processes: 8",
         "num_processes: 12",
         "line 15:",
-        "straddle nodes (2 of 6 ranks)",
-        "Change it to 1, 2, 3, 6 or 12.",
+        "straddle nodes unevenly in a world of 12 ranks (2 x 6)",
+        ": 1, 2, 3, 6, 12.",
     ),
-    ("num_processes: 8", "num_processes: 9", "line 4: num_processes: 9", "8 or 10", "num_machines to 1, 3 or 9."),
-    ("num_processes: 8", "num_processes: eight", "line 4: num_processes: eight", "Change it to 8."),
-    ("num_processes: 8", "num_processes: -1", "line 4:", "must be at least 1. Change it to 8."),
-    ("num_processes: 8\n", "", "mics.yaml: num_processes is missing. Add a line such as num_processes: 8."),
-    ("num_machines: 2", "num_machines: 0", "line 3: num_machines: 0 must be at least 1. Change it to 1."),
-    ("  parallelism_config_dp_shard_size: 4\n", "", "line 14: parallelism_config: has no", "shard_size: 4."),
+    ("num_processes: 8", "num_processes: 9", "line 4: num_processes: 9", "8 or 10", "num_machines: 1, 3, 9."),
+    ("num_processes: 8", "num_processes: eight", "line 4: num_processes: eight", "num_processes: 8."),
+    ("num_processes: 8", "num_processes: -1", "line 4:", "must be at least 1. Try num_processes: 8."),
+    ("num_processes: 8\n", "", "mics.yaml: num_processes is missing. Add a line such as 'num_processes: 8'."),
+    ("num_machines: 2", "num_machines: 0", "line 3: num_machines: 0 must be at least 1. Try num_machines: 1."),
+    ("  parallelism_config_dp_shard_size: 4\n", "", "line 14: parallelism_config: has no", "shard_size: 4'"),
     (GOOD[GOOD.index("parallelism_config:") :], "", "mics.yaml: parallelism_config is missing", "dp_shard_size: 4'"),
-    (GOOD[GOOD.index("  parallelism_config_dp_shard") :], "", "line 14: parallelism_config: is missing or empty"),
+    (
+        GOOD[GOOD.index("  parallelism_config_dp_shard") :],
+        "",
+        "line 14: parallelism_config: has no parallelism_config_dp_shard_size",
+    ),
     (GOOD[GOOD.index("parallelism_config:") :], "parallelism_config: 4", "line 14:", "is not a section"),
     ("parallelism_config:\n", "parallelism_config:\n  parallelism_config_tp_size: 2\n", "line 15:", "Change it to 1."),
     ("parallelism_config:\n", "parallelism_config:\n  parallelism_config_cp_size: 2\n", "line 15:", "Change it to 1."),
     ("parallelism_config:\n", "parallelism_config:\n  parallelism_config_sp_size: 2\n", "line 15:", "Change it to 1."),
     # machines
-    ("machine_rank: 1", "machine_rank: 2", "line 5: machine_rank: 2", "Change it to one of 0 to 1."),
-    ("main_process_ip: node0\n", "", "line 3: num_machines: 2 needs", "main_process_ip: 10.0.0.1."),
-    ("main_process_ip: node0", "main_process_ip: 10.1", "line 6:", "10.0.0.1."),
-    ("29501", "0", "line 7: main_process_port: 0", "Change it to 29500."),
-    ("29501", "99999", "line 7: main_process_port: 99999", "Change it to 29500."),
-    ("29501", "http", "line 7: main_process_port: http", "Change it to 29500."),
-    ("use_cpu: false", "use_cpu: 0", "line 9: use_cpu: 0", "Change it to false."),
+    ("machine_rank: 1", "machine_rank: 2", "line 5: machine_rank: 2", "Values that work: 0 to 1."),
+    ("main_process_ip: node0\n", "", "line 3: num_machines: 2 needs", "main_process_ip: '10.0.0.1'."),
+    ("main_process_ip: node0", "main_process_ip: 10.1", "line 6: main_process_ip: 10.1", "'10.0.0.1'."),
+    ("29501", "0", "line 7: main_process_port: 0", "Try main_process_port: 29500."),
+    ("29501", "99999", "line 7: main_process_port: 99999", "Try main_process_port: 29500."),
+    ("29501", "http", "line 7: main_process_port: http", "Try main_process_port: 29500."),
+    ("use_cpu: false", "use_cpu: 0", "line 9: use_cpu: 0", "Values that work: True or False."),
     # how processes are started
     ("LOCAL_MACHINE", "AMAZON_SAGEMAKER", "line 1:", "Change it to LOCAL_MACHINE."),
     ("distributed_type: FSDP\n", "", "distributed_type is missing", "distributed_type: FSDP"),
@@ -410,22 +424,27 @@ WRONG = [
     ("type: FSDP", "type: FSPD", "line 2:", "is unknown", "Change it to FSDP"),
     ("use_cpu: false", "deepspeed_config:\n  zero_stage: 3", "line 9: deepspeed_config:", "Remove the section."),
     # precision
-    ("precision: bf16", "precision: fp8", "line 8: mixed_precision: fp8", "Change it to bf16, fp16 or 'no'."),
+    ("precision: bf16", "precision: fp8", "line 8: mixed_precision: fp8", "'no', 'bf16', 'fp16'."),
     (
         "precision: bf16",
         "precision: no",
         "line 8: mixed_precision: no means false",
         "Change it to 'no', with the quotes.",
     ),
-    ("precision: bf16", "precision: BF16", "line 8: mixed_precision: BF16", "Change it to bf16."),
-    ("precision: bf16", "precision: half", "line 8: mixed_precision: half", "'no', bf16, fp16."),
+    ("precision: bf16", "precision: BF16", "line 8: mixed_precision: BF16", "'no', 'bf16', 'fp16'."),
+    ("precision: bf16", "precision: half", "line 8: mixed_precision: half", "'no', 'bf16', 'fp16'."),
     # fsdp_config
     ("version: 2", "version: 1", "line 11: fsdp_version: 1", "Change it to 2."),
-    ("  fsdp_version: 2\n", "", "line 10: fsdp_config: has no fsdp_version", "Add the line fsdp_version: 2."),
+    ("  fsdp_version: 2\n", "", "line 10: fsdp_config: has no fsdp_version", "a line such as 'fsdp_version: 2'"),
     ("forward: true", "forward: FULL_SHARD", "line 12:", "FSDP version 1. Change it to true."),
     ("forward: true", "forward: SHARD_GRAD_OP", "line 12:", "FSDP version 1. Change it to false."),
-    ("forward: true", "forward: sometimes", "line 12:", "neither true nor false. Change it to true."),
-    ("SHARDED_STATE_DICT", "full_state_dict", "line 13: fsdp_state_dict_type: full", "Change it to FULL_STATE_DICT."),
+    (
+        "forward: true",
+        "forward: sometimes",
+        "line 12: fsdp_reshard_after_forward: sometimes",
+        "Values that work: True or False.",
+    ),
+    ("SHARDED_STATE_DICT", "full_state_dict", "line 13: fsdp_state_dict_type: full_", ", FULL_STATE_DICT."),
     ("SHARDED_STATE_DICT", "LOCAL_STATE_DICT", "line 13:", "SHARDED_STATE_DICT, FULL_STATE_DICT."),
     (
         "version: 2",
@@ -502,12 +521,11 @@ def test_variables_that_contradict_the_file_are_refused(file: Path, monkeypatch:
     monkeypatch.setenv("MICS_SHARD_SIZE", "4")
     assert check_launch_file(file).shard_size == 4
     monkeypatch.setenv("MICS_SHARD_SIZE", "2")
-    assert "line 15: parallelism_config_dp_shard_size: 4 contradicts MICS_SHARD_SIZE=2" in problem(file, GOOD)
+    assert "line 15: MICS_SHARD_SIZE=2 contradicts parallelism_config_dp_shard_size: 4" in problem(file, GOOD)
     monkeypatch.delenv("MICS_SHARD_SIZE")
     monkeypatch.setenv("MICS_NODE_SIZE", "3")
-    assert "MICS_NODE_SIZE=3 of the environment does not divide num_processes: 8. Set it to 1, 2, 4 or 8" in problem(
-        file, GOOD
-    )
+    assert "MICS_NODE_SIZE=3 does not divide the world of 8 ranks" in problem(file, GOOD)
+    assert problem(file, GOOD).endswith("Values that work: 1, 2, 4, 8.")
     monkeypatch.setenv("MICS_NODE_SIZE", "2")
     assert check_launch_file(file).shard_size == 4
 
