@@ -9,7 +9,6 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from lightning_mics.accelerate.launch_check import read_settings
 from lightning_mics.accelerate.launch_settings import (
@@ -33,8 +32,6 @@ __all__ = [
     "launch_topology",
     "write_launch_file",
 ]
-
-Precision = Literal["no", "bf16", "fp16"]
 
 
 def write_launch_file(

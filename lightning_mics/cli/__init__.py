@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from lightning_mics import __version__
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import format_bytes
 from lightning_mics.processes import exit_on_signals
-from lightning_mics.text import int_or_word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,55 +112,9 @@ def _next_step(written: Path) -> str:
 
 
 def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--check", type=Path, metavar="FILE", help="only check this file and show its groups; write nothing")
-    add("--output", type=Path, default=Path("mics.yaml"), metavar="FILE", help="what to write (default: mics.yaml)")
-    add("--force", action="store_true", help="replace the output if it exists")
-    add("--yes", action="store_true", help="ask nothing: take the default of what is not given")
-    add(
-        "--shard-size",
-        type=int_or_word,
-        metavar="N",
-        help="ranks of a partition group, 'node' (default), 'world' or 'auto'",
-    )
-    add("--num-machines", type=int, metavar="N", help="default: 1")
-    processes = parser.add_mutually_exclusive_group()
-    processes.add_argument("--num-processes", type=int, metavar="N", help="of all machines together")
-    processes.add_argument("--processes-per-machine", type=int, metavar="N", help="default: its accelerators")
-    add("--machine-rank", type=int, default=0, metavar="N", help="which machine the file is for (default: 0)")
-    add("--main-process-ip", metavar="HOST", help="address of machine 0; needed with several machines")
-    add("--main-process-port", type=int, metavar="PORT", help="default: a free one, 29500 with several machines")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: no")
-    add("--cpu", action=switch, help="compute on CPUs")
-    add("--activation-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--cpu-offload", action="store_true", help="keep shards and optimizer states in host memory")
-    add("--full-checkpoint", action="store_true", help="save_state also writes the whole weights")
-    add("--no-reshard-after-forward", action="store_true", help="keep gathered units until the backward pass")
-    add("--wrap", metavar="CLASSES", help="module classes that become units, separated by commas (default: automatic)")
-    add("--hierarchical", choices=("auto", "true", "false"), help="two-stage collectives; travels by environment")
-    add("--node-size", type=int, metavar="N", help="ranks of a pretended node; travels by environment")
-    add("--reduce-dtype", metavar="DTYPE", help="dtype of gradient reduction; travels by environment")
-    return functools.partial(_config, parser)
+    from lightning_mics.cli.launch import configure
 
-
-def _config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from lightning_mics.accelerate.ask import show_check, write_by_flags
-
-    if options.check is not None:
-        given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
-        others = ", ".join("--" + name.replace("_", "-") for name in given if name not in ("check", "run"))
-        if others:
-            raise MiCSConfigError(
-                f"--check only reads a file, so {others} would do nothing. Leave out one or the other."
-            )
-        show_check(options.check)
-        return 0
-    try:
-        write_by_flags(options)
-    except KeyboardInterrupt:
-        print("\nmics: stopped; nothing is written.", file=sys.stderr)
-        return 130
-    return 0
+    return configure(parser)
 
 
 def _configure_convert_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:

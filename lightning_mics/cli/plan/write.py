@@ -124,7 +124,7 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         num_processes=planning.cluster.world_size,
         num_machines=machines,
         main_process_ip=(main_process_ip or MACHINE_0) if several else main_process_ip,
-        mixed_precision=_mixed_precision(planning.training),  # type: ignore[arg-type]
+        mixed_precision=_mixed_precision(planning.training),
         cpu=planning.cluster.node.accelerator.device_type == "cpu",
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
