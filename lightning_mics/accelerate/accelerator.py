@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.checkpointing import (
-    load_accelerator_state,
-    load_custom_state,
-    save_accelerator_state,
-    save_custom_state,
-)
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
@@ -31,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
+from lightning_mics.accelerate.saving import load_state, save_state, write_weights
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_
@@ -38,7 +32,7 @@ from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
 from lightning_mics.core.runtime import is_sharded, register_forward_method, runtime_of
-from lightning_mics.errors import CheckpointError, MiCSConfigError, MiCSError
+from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
 from lightning_mics.sharding import mics_shard
@@ -77,8 +71,7 @@ class MiCSAccelerator(Accelerator):
         options = inspect.signature(Accelerator.__init__).bind(self, *args, **kwargs).arguments
         _refuse_other_engines(options)
         self.mics_plugin = mics_plugin or MiCSPlugin()
-        _check_parallelism(options.get("parallelism_config"), self.mics_plugin)
-        _check_world(self.mics_plugin)
+        _check_parallelism(options.get("parallelism_config"), _check_world(self.mics_plugin))
         take_over_launch()
         _forget_lonely_state()
         options["parallelism_config"] = None
@@ -90,7 +83,6 @@ class MiCSAccelerator(Accelerator):
         _check_mixed_precision(self)
         use_sharded_scaler(self, self.device)
         if dist.is_initialized():
-            assert self.mics_plugin.config is not None
             config = self.mics_plugin.config
             self._topology = detect_topology(config.node_size)
             self._layout = check_layout(config, self._topology)
@@ -155,7 +147,6 @@ class MiCSAccelerator(Accelerator):
             return
         for optimizer in optimizers:
             check_unused(optimizer, model)
-        assert self.mics_plugin.config is not None
         config = self.mics_plugin.config.with_precision(ACCELERATE_PRECISIONS[self.mixed_precision].name)
         params = set(model.parameters())
         own = [entry for entry in optimizers if params.issuperset(p for g in entry.param_groups for p in g["params"])]
@@ -265,7 +256,7 @@ class MiCSAccelerator(Accelerator):
         model = self.unwrap_model(model, keep_torch_compile=False)
         weights = self.get_state_dict(model)
         if self.is_main_process:
-            _write_weights(model, weights, Path(save_directory), max_shard_size, safe_serialization)
+            write_weights(model, weights, Path(save_directory), max_shard_size, safe_serialization)
         self.wait_for_everyone()
 
     def save_state(
@@ -282,30 +273,7 @@ class MiCSAccelerator(Accelerator):
         Raises:
             CheckpointError: On every rank, if writing failed on any; an earlier checkpoint of the name is untouched.
         """
-        folder = self._next_folder() if output_dir is None or self._names_checkpoints else Path(output_dir).expanduser()
-        whole = checkpoints.model_state(self._models[0], full=True) if self._writes_whole_weights else None
-        weights = [checkpoints.model_state(model) for model in self._models]
-        state: dict[str, Any] = {}
-
-        def add_files(temporary: Path) -> None:
-            for hook in self._save_model_state_pre_hook.values():
-                hook(self._models, weights, str(temporary))
-            state.update({_key("state_dict", index): entry for index, entry in enumerate(weights)})
-            self._write_rest(temporary, safe_serialization)
-            if whole:
-                _write_weights(self._models[0], whole, temporary, "10GB", safe_serialization)
-
-        for index, optimizer in enumerate(self._optimizers):
-            inner = _inner(optimizer)
-            state[f"optimizer_{index}"] = checkpoints.optimizer_state(self._owner(inner), inner)
-        meta = {
-            "mics": checkpoints.huggingface_metadata(self._models[0]) if self._models else {},
-            "accelerate": {"step": self.step},
-        }
-        checkpoints.save_sharded(folder, state, meta, add_files)
-        self.project_configuration.iteration += 1
-        self._delete_oldest(folder.parent)
-        return str(folder)
+        return str(save_state(self, output_dir, safe_serialization))
 
     def load_state(
         self,
@@ -320,108 +288,7 @@ class MiCSAccelerator(Accelerator):
         Raises:
             CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
         """
-        folder = Path(input_dir).expanduser() if input_dir is not None else self._newest_folder()
-        models = list(self._models)
-        for hook in self._load_model_state_pre_hook.values():
-            hook(models, str(folder))
-        meta: dict[str, Any] = {}
-        for index, model in enumerate(self._models):
-            optimizers = {
-                f"optimizer_{place}": _inner(optimizer)
-                for place, optimizer in enumerate(self._optimizers)
-                if self._owner(_inner(optimizer)) is model
-            }
-            # A hook that has loaded a model takes it off the list; its optimizer is still ours to load.
-            key = _key("state_dict", index) if model in models else None
-            meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=False)
-        if "accelerate" in meta:
-            self._read_rest(folder, load_kwargs)
-            self.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
-
-    def _owner(self, optimizer: Optimizer) -> nn.Module:
-        params = {param for group in optimizer.param_groups for param in group["params"]}
-        for model in self._models:
-            if params.issubset(model.parameters()):
-                return model
-        raise CheckpointError(
-            f"{type(optimizer).__name__} trains parameters of several models, or of one that was not prepared. Pass "
-            "its model to prepare, and give each model an optimizer of its own."
-        )
-
-    @property
-    def _names_checkpoints(self) -> bool:
-        return bool(self.project_configuration.automatic_checkpoint_naming)
-
-    @property
-    def _writes_whole_weights(self) -> bool:
-        return bool(self.mics_plugin.full_checkpoint and self._models)
-
-    def _next_folder(self) -> Path:
-        if not self._names_checkpoints:
-            raise CheckpointError(
-                "save_state needs a folder: save_state('checkpoints/step_100'), or "
-                "ProjectConfiguration(automatic_checkpoint_naming=True, project_dir=...)."
-            )
-        folder = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
-        if folder.exists():
-            raise CheckpointError(
-                f"{folder} exists already. Set accelerator.project_configuration.iteration to the number to go on with."
-            )
-        return folder
-
-    def _named_folders(self, parent: Path) -> list[Path]:
-        found = [folder for folder in parent.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", folder.name)]
-        return sorted(found, key=lambda folder: int(folder.name.rpartition("_")[2]))
-
-    def _newest_folder(self) -> Path:
-        folders = self._named_folders(Path(self.project_dir) / "checkpoints") if self._names_checkpoints else []
-        if not folders:
-            raise CheckpointError("load_state needs a folder: there are no automatically named checkpoints.")
-        return folders[-1]
-
-    def _delete_oldest(self, parent: Path) -> None:
-        """Keeps to ``total_limit``; only now that the new checkpoint is whole."""
-        limit = self.project_configuration.total_limit
-        if self._names_checkpoints and limit is not None and self.is_main_process:
-            for folder in self._named_folders(parent)[: -max(limit, 1)]:
-                checkpoints.remove(folder)
-        self.wait_for_everyone()
-
-    def _write_rest(self, folder: Path, safe_serialization: bool) -> None:
-        save_accelerator_state(
-            str(folder),
-            [],
-            [],
-            self._schedulers,
-            self._dataloaders,
-            self.process_index,
-            self.step,
-            self.scaler,
-            safe_serialization=safe_serialization,
-        )
-        for index, obj in enumerate(self._custom_objects):
-            save_custom_state(obj, str(folder), index)
-
-    def _read_rest(self, folder: Path, load_kwargs: dict[str, Any] | None) -> None:
-        load_accelerator_state(
-            str(folder),
-            [],
-            [],
-            self._schedulers,
-            self._dataloaders,
-            self.process_index,
-            self.scaler,
-            "cpu",
-            load_kwargs,
-        )
-        saved = len(list(folder.glob("custom_checkpoint_*.pkl")))
-        if saved != len(self._custom_objects):
-            raise CheckpointError(
-                f"{folder} holds {saved} registered object(s), and {len(self._custom_objects)} are registered. Call "
-                "register_for_checkpointing with the same objects as when it was saved."
-            )
-        for index, obj in enumerate(self._custom_objects):
-            load_custom_state(obj, str(folder), index)
+        load_state(self, input_dir, load_kwargs)
 
 
 def _prepare_generation(model: nn.Module) -> None:
@@ -431,29 +298,6 @@ def _prepare_generation(model: nn.Module) -> None:
             module._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers asks for this name
     if hasattr(model, "generate"):
         register_forward_method(model, "generate")
-
-
-def _key(name: str, index: int) -> str:
-    return f"{name}_{index}" if index else name
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _write_weights(
-    model: Any, weights: dict[str, Any], folder: Path, max_shard_size: int | str, safe_serialization: bool
-) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(
-        weights, folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization, metadata={"format": "pt"}
-    )
-    if hasattr(getattr(model, "config", None), "save_pretrained"):
-        model.config.save_pretrained(folder)
 
 
 def _refuse_other_engines(options: dict[str, Any]) -> None:
@@ -473,7 +317,16 @@ def _refuse_other_engines(options: dict[str, Any]) -> None:
             )
 
 
-def _check_parallelism(parallelism: Any, plugin: MiCSPlugin) -> None:
+def _check_world(plugin: MiCSPlugin) -> GroupLayout | None:
+    """Checks the sizes against the launcher's variables, so that a mistake is found before anything connects."""
+    world = launched_world_size()
+    topology = ClusterTopology.from_env(world)
+    if plugin.config.node_size is not None or topology is None:
+        topology = ClusterTopology(world_size=world, node_size=plugin.config.node_size or world)
+    return check_layout(plugin.config, topology)
+
+
+def _check_parallelism(parallelism: Any, layout: GroupLayout | None) -> None:
     """Checks that a ``ParallelismConfig`` says what the plugin says."""
     if parallelism is None:
         return
@@ -482,28 +335,13 @@ def _check_parallelism(parallelism: Any, plugin: MiCSPlugin) -> None:
             raise MiCSConfigError(
                 f"ParallelismConfig({name}={getattr(parallelism, name)}) does not go with MiCS. Set {name}=1."
             )
-    shard, replicate = parallelism.dp_shard_size, parallelism.dp_replicate_size
-    if shard != plugin.shard_size:
+    sizes = (parallelism.dp_shard_size, parallelism.dp_replicate_size)
+    if layout is None or sizes != (layout.shard_size, layout.num_replicas):
+        ours = "shard_size='auto'" if layout is None else f"shard_size={layout.shard_size}, {layout.num_replicas} replicas"
         raise MiCSConfigError(
-            f"ParallelismConfig(dp_shard_size={shard}, dp_replicate_size={replicate}) contradicts "
-            f"shard_size={plugin.shard_size!r} of the MiCS plugin. Give one of them only, or the same number to both."
+            f"ParallelismConfig(dp_shard_size={sizes[0]}, dp_replicate_size={sizes[1]}) contradicts the MiCS plugin "
+            f"({ours}). Leave it out, or give it the same sizes."
         )
-    world = launched_world_size()
-    if shard * replicate != world:
-        raise MiCSConfigError(
-            f"ParallelismConfig(dp_shard_size={shard}, dp_replicate_size={replicate}) is for {shard * replicate} "
-            f"processes, but {world} are running. Use dp_replicate_size={max(1, world // shard)}, or leave it out."
-        )
-
-
-def _check_world(plugin: MiCSPlugin) -> None:
-    """Checks the shard size against the launcher's variables, so that a mistake is found before anything connects."""
-    assert plugin.config is not None
-    world = launched_world_size()
-    topology = ClusterTopology.from_env(world)
-    if plugin.config.node_size is not None or topology is None:
-        topology = ClusterTopology(world_size=world, node_size=plugin.config.node_size or world)
-    check_layout(plugin.config, topology)
 
 
 def _forget_lonely_state() -> None:

@@ -1,0 +1,202 @@
+"""The folders of ``save_state`` and ``load_state``: what they hold, and how they are named."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.checkpointing import (
+    load_accelerator_state,
+    load_custom_state,
+    save_accelerator_state,
+    save_custom_state,
+)
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mics import checkpoint as checkpoints
+from lightning_mics.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightning_mics.accelerate.accelerator import MiCSAccelerator
+
+
+def save_state(
+    accelerator: MiCSAccelerator, output_dir: str | os.PathLike[str] | None, safe_serialization: bool
+) -> Path:
+    """Saves everything that was prepared or registered; see :meth:`MiCSAccelerator.save_state`."""
+    names_itself = output_dir is None or _names_checkpoints(accelerator)
+    folder = _next_folder(accelerator) if names_itself else Path(output_dir).expanduser()  # type: ignore[arg-type]
+    models, optimizers = accelerator._models, accelerator._optimizers
+    whole = (
+        checkpoints.model_state(models[0], full=True) if accelerator.mics_plugin.full_checkpoint and models else None
+    )
+    weights = [checkpoints.model_state(model) for model in models]
+    state: dict[str, Any] = {}
+
+    def add_files(temporary: Path) -> None:
+        for hook in accelerator._save_model_state_pre_hook.values():
+            hook(models, weights, str(temporary))
+        state.update({_model_key(index): entry for index, entry in enumerate(weights)})
+        _write_rest(accelerator, temporary, safe_serialization)
+        if whole:
+            write_weights(models[0], whole, temporary, "10GB", safe_serialization)
+
+    for index, optimizer in enumerate(optimizers):
+        inner = _inner(optimizer)
+        state[f"optimizer_{index}"] = checkpoints.optimizer_state(_owner(models, inner), inner)
+    meta = {
+        "mics": checkpoints.huggingface_metadata(models[0]) if models else {},
+        "accelerate": {"step": accelerator.step},
+    }
+    checkpoints.save_sharded(folder, state, meta, add_files)
+    accelerator.project_configuration.iteration += 1
+    _delete_oldest(accelerator, folder.parent)
+    return folder
+
+
+def load_state(
+    accelerator: MiCSAccelerator, input_dir: str | os.PathLike[str] | None, load_kwargs: dict[str, Any] | None
+) -> None:
+    """Loads what was saved; see :meth:`MiCSAccelerator.load_state`."""
+    folder = Path(input_dir).expanduser() if input_dir is not None else _newest_folder(accelerator)
+    models = list(accelerator._models)
+    for hook in accelerator._load_model_state_pre_hook.values():
+        hook(models, str(folder))
+    inner = [_inner(optimizer) for optimizer in accelerator._optimizers]
+    meta: dict[str, Any] = {}
+    for index, model in enumerate(accelerator._models):
+        optimizers = {
+            f"optimizer_{place}": optimizer
+            for place, optimizer in enumerate(inner)
+            if _owner(accelerator._models, optimizer) is model
+        }
+        # A hook that has loaded a model takes it off the list; its optimizer is still ours to load.
+        key = _model_key(index) if model in models else None
+        meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=False)
+    if "accelerate" in meta:
+        _read_rest(accelerator, folder, load_kwargs)
+        accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
+
+
+def write_weights(
+    model: Any, weights: dict[str, Any], folder: Path, max_shard_size: int | str, safe_serialization: bool
+) -> None:
+    """Writes whole weights, and a Hugging Face model's configuration, for ``from_pretrained``."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(
+        weights, folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization, metadata={"format": "pt"}
+    )
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        model.config.save_pretrained(folder)
+
+
+def _model_key(index: int) -> str:
+    return f"state_dict_{index}" if index else "state_dict"
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _owner(models: list[nn.Module], optimizer: Optimizer) -> nn.Module:
+    params = {param for group in optimizer.param_groups for param in group["params"]}
+    for model in models:
+        if params.issubset(model.parameters()):
+            return model
+    raise CheckpointError(
+        f"{type(optimizer).__name__} trains parameters of several models, or of one that was not prepared. Pass its "
+        "model to prepare, and give each model an optimizer of its own."
+    )
+
+
+# Names.
+
+
+def _names_checkpoints(accelerator: MiCSAccelerator) -> bool:
+    return bool(accelerator.project_configuration.automatic_checkpoint_naming)
+
+
+def _next_folder(accelerator: MiCSAccelerator) -> Path:
+    if not _names_checkpoints(accelerator):
+        raise CheckpointError(
+            "save_state needs a folder: save_state('checkpoints/step_100'), or "
+            "ProjectConfiguration(automatic_checkpoint_naming=True, project_dir=...)."
+        )
+    folder = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder} exists already. Set accelerator.project_configuration.iteration to the number to go on with."
+        )
+    return folder
+
+
+def _named_folders(parent: Path) -> list[Path]:
+    found = [folder for folder in parent.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("_")[2]))
+
+
+def _newest_folder(accelerator: MiCSAccelerator) -> Path:
+    parent = Path(accelerator.project_dir or "") / "checkpoints"
+    folders = _named_folders(parent) if _names_checkpoints(accelerator) else []
+    if not folders:
+        raise CheckpointError("load_state needs a folder: there are no automatically named checkpoints.")
+    return folders[-1]
+
+
+def _delete_oldest(accelerator: MiCSAccelerator, parent: Path) -> None:
+    """Keeps to ``total_limit``; only now that the new checkpoint is whole."""
+    limit = accelerator.project_configuration.total_limit
+    if _names_checkpoints(accelerator) and limit is not None and accelerator.is_main_process:
+        for folder in _named_folders(parent)[: -max(limit, 1)]:
+            checkpoints.remove(folder)
+    accelerator.wait_for_everyone()
+
+
+# What is beside weights and optimizers.
+
+
+def _write_rest(accelerator: MiCSAccelerator, folder: Path, safe_serialization: bool) -> None:
+    save_accelerator_state(
+        str(folder),
+        [],
+        [],
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.step,
+        accelerator.scaler,
+        safe_serialization=safe_serialization,
+    )
+    for index, obj in enumerate(accelerator._custom_objects):
+        save_custom_state(obj, str(folder), index)
+
+
+def _read_rest(accelerator: MiCSAccelerator, folder: Path, load_kwargs: dict[str, Any] | None) -> None:
+    load_accelerator_state(
+        str(folder),
+        [],
+        [],
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.scaler,
+        "cpu",
+        load_kwargs,
+    )
+    objects = accelerator._custom_objects
+    saved = len(list(folder.glob("custom_checkpoint_*.pkl")))
+    if saved != len(objects):
+        raise CheckpointError(
+            f"{folder} holds {saved} registered object(s), and {len(objects)} are registered. Call "
+            "register_for_checkpointing with the same objects as when it was saved."
+        )
+    for index, obj in enumerate(objects):
+        load_custom_state(obj, str(folder), index)
