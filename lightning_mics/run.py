@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import os
 import runpy
 import sys
-import types
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import accelerate
@@ -32,6 +32,7 @@ from torch import nn
 
 from lightning_mics.accelerate import MiCSAccelerator
 from lightning_mics.accelerate.plugin import take_over_launch
+from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import CommLedger, Hop
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.path[0] = str(Path(options.script).resolve().parent)
             runpy.run_path(options.script, run_name="__main__")
     except MiCSError as error:
-        _say(f"error: {error}")
+        inform(f"error: {error}")
         raise
     except SystemExit as ending:
         if ending.code in (None, 0):
@@ -81,17 +82,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _say(message: str) -> None:
-    if _rank() == 0:
-        print(f"lightning-mics: {message}", flush=True)
-
-
 class _RunAccelerator(MiCSAccelerator):
-    """Says what was found, once."""
+    """Says what was found, once, and keeps the ledgers of the models it shards."""
 
     said = False
     ledgers: ClassVar[list[CommLedger]] = []
@@ -100,13 +92,12 @@ class _RunAccelerator(MiCSAccelerator):
         super().__init__(*args, **kwargs)
         if not _RunAccelerator.said:
             _RunAccelerator.said = True
-            config = self.mics_plugin.config
-            if self.topology is None or config is None:
-                _say("there is one process only, so the script runs as it is")
+            if self.topology is None:
+                inform("there is one process only, so the script runs as it is")
             elif self.layout is None:
-                _say("the script runs under MiCS (shard_size='auto')")
+                inform("the script runs under MiCS (shard_size='auto')")
             else:
-                _say(f"the script runs under MiCS (shard_size={self.layout.shard_size}), on\n{self.layout}")
+                inform(f"the script runs under MiCS (shard_size={self.layout.shard_size}), on\n{self.layout}")
 
     def _shard(self, model: nn.Module, *args: Any) -> None:
         was_sharded = is_sharded(model)
@@ -126,47 +117,42 @@ def _let_state_see_cpu_ranks() -> None:
 
 
 class _TrainerFinder(importlib.abc.MetaPathFinder):
-    """Puts our Trainer into ``transformers.trainer`` when that is first imported."""
+    """Puts our Trainer into ``transformers.trainer`` when the script imports that.
+
+    To import it for every script would cost each rank seconds, and need transformers where the script does not.
+    """
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _TRAINER:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _TrainerLoader(spec.loader)
+            execute = spec.loader.exec_module
+
+            def execute_and_replace(module: ModuleType) -> None:
+                execute(module)
+                _replace_trainer(module)
+
+            spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
         return spec
 
 
-class _TrainerLoader(importlib.abc.Loader):
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+def _replace_trainer(module: Any) -> None:
+    from lightning_mics.transformers import MiCSTrainerMixin
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        self._loader.exec_module(module)
-        from lightning_mics.transformers import MiCSTrainerMixin
-
-        original = module.Trainer
-        patched = type(
-            "Trainer", (MiCSTrainerMixin, original), {"__module__": _TRAINER, "accelerator_class": _RunAccelerator}
-        )
-        module.Trainer = patched  # type: ignore[attr-defined]
+    ours = {"__module__": _TRAINER, "accelerator_class": _RunAccelerator}
+    module.Trainer = type("Trainer", (MiCSTrainerMixin, module.Trainer), ours)
 
 
 def _report(path: Path | None) -> None:
     """Prints what was communicated, and writes it where asked."""
     ledgers = _RunAccelerator.ledgers
-    if _rank() != 0 or not ledgers:
+    if os.environ.get("RANK", "0") != "0" or not ledgers:
         return
-    _say("what was communicated (this node's share):")
+    print("\nwhat was communicated (this node's share):")
     for ledger in ledgers:
         print(ledger)
         narrow, wide = ledger.total(Hop.PARTITION_REDUCE).calls, ledger.total(Hop.REPLICATION_REDUCE).calls

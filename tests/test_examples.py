@@ -28,7 +28,7 @@ def screen_of(done: subprocess.CompletedProcess[str], expected_remark: str | Non
     remarks = re.findall(r".*\.py:\d+: .*|.*(?:[Ww]arning|WARN|deprecated|unrecognized).*", screen)
     remarks = [remark for remark in remarks if expected_remark is None or expected_remark not in remark]
     assert not remarks, "\n".join(remarks)
-    return done.stdout
+    return done.stderr + done.stdout
 
 
 def lightning(folder: Path, *words: object, real: bool, expected_remark: str | None = None) -> str:

@@ -36,7 +36,7 @@ def run(folder: Path, *script: str, **options: Any) -> tuple[str, list[dict[str,
     done = launch(folder, "-m", "lightning_mics.run", "--report", "report.json", *script, **options)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     (model,) = json.loads((folder / "report.json").read_text())
-    return done.stdout, [{hop: counts["calls"] for hop, counts in unit.items()} for unit in model.values()]
+    return done.stdout + done.stderr, [{hop: counts["calls"] for hop, counts in unit.items()} for unit in model.values()]
 
 
 def test_an_accelerate_script(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_converted_deepspeed_configuration_trains(tmp_path: Path, real: bool) 
     for command in (convert, [*LAUNCH, "mics.yaml", *script]):
         done = run_python(tmp_path, *command, environment={"MICS_NODE_SIZE": "2"}, real=real, timeout=120)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert "1 replica(s) x 4 shard(s)" in done.stdout and "epoch 1: " in done.stdout
+    assert "1 replica(s) x 4 shard(s)" in done.stderr and "epoch 1: " in done.stdout
     (model,) = json.loads((tmp_path / "report.json").read_text())
     for unit in model.values():
         # Two nodes of two: half of a message leaves a node, as two-stage collectives have it; of flat ones 3/4.

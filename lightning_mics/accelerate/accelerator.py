@@ -337,7 +337,9 @@ def _check_parallelism(parallelism: Any, layout: GroupLayout | None) -> None:
             )
     sizes = (parallelism.dp_shard_size, parallelism.dp_replicate_size)
     if layout is None or sizes != (layout.shard_size, layout.num_replicas):
-        ours = "shard_size='auto'" if layout is None else f"shard_size={layout.shard_size}, {layout.num_replicas} replicas"
+        ours = (
+            "shard_size='auto'" if layout is None else f"shard_size={layout.shard_size}, {layout.num_replicas} replicas"
+        )
         raise MiCSConfigError(
             f"ParallelismConfig(dp_shard_size={sizes[0]}, dp_replicate_size={sizes[1]}) contradicts the MiCS plugin "
             f"({ours}). Leave it out, or give it the same sizes."
