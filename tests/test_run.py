@@ -36,7 +36,8 @@ def run(folder: Path, *script: str, **options: Any) -> tuple[str, list[dict[str,
     done = launch(folder, "-m", "lightning_mics.run", "--report", "report.json", *script, **options)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     (model,) = json.loads((folder / "report.json").read_text())
-    return done.stdout + done.stderr, [{hop: counts["calls"] for hop, counts in unit.items()} for unit in model.values()]
+    calls = [{hop: counts["calls"] for hop, counts in unit.items()} for unit in model.values()]
+    return done.stdout + done.stderr, calls
 
 
 def test_an_accelerate_script(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.accelerate.saving import load_state, save_state, write_weights
+from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_
