@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
@@ -25,6 +26,17 @@ def forget_accelerate() -> None:
     """Drops what Accelerate keeps for the life of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def carried(path: Path, *words: str) -> dict[str, str]:
+    """Returns the environment that Accelerate's launcher gives to the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), *words, "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.use_fsdp, "only this goes through torchrun on a machine without GPUs"
+    return {**prepare_multi_gpu_env(arguments), "nproc_per_node": arguments.nproc_per_node}
 
 
 def loader_of(rows: Tensor, batch_size: int) -> DataLoader[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate_tools import carried
 
 from lightning_mics.accelerate import launch_check
 from lightning_mics.accelerate.launch_file import (
@@ -74,17 +75,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "mics.yaml"
-
-
-def carried(path: Path, *words: str) -> dict[str, str]:
-    """Returns the environment that Accelerate's launcher gives to the processes."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), *words, "train.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    assert arguments.use_fsdp, "only this goes through torchrun on a machine without GPUs"
-    return {**prepare_multi_gpu_env(arguments), "nproc_per_node": arguments.nproc_per_node}
 
 
 # Settings
