@@ -130,50 +130,41 @@ class LaunchFile:
     """The entries of a launch file by section (the top level is ``""``), and what is wrong with them."""
 
     path: Path
-    sections: dict[str, dict[str, _Entry]] = field(default_factory=dict)
+    sections: dict[str, dict[str, _Entry]] = field(default_factory=lambda: {section: {} for section in _KNOWN})
     problems: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> LaunchFile:
-        """Reads a file, and notes lines that are twice there."""
-        text = _read_text(path)
-        loader = yaml.SafeLoader(text)
+        """Reads a file; notes lines that are there twice, and sections that are none."""
+        file, text = cls(path), _read_text(path)
         try:
-            root = loader.get_single_node()
+            root = yaml.compose(text, yaml.SafeLoader)
             if not isinstance(root, yaml.MappingNode):
                 raise MiCSConfigError(
                     f"{path} holds no settings, but must have lines like 'num_processes: 8'. Write one with: mics "
                     "config"
                 )
-            file = cls(path)
-            file._fill(loader, root, text.splitlines())
+            file._fill("", root, text.splitlines())
         except yaml.YAMLError as error:
             raise MiCSConfigError(_describe_yaml_error(path, text, error)) from error
-        finally:
-            loader.dispose()
         return file
 
-    def _fill(self, loader: yaml.SafeLoader, root: yaml.MappingNode, lines: list[str]) -> None:
-        self.sections[""] = self._entries(loader, root, lines)
-        for section in ("fsdp_config", "parallelism_config"):
-            node = next((value for key, value in root.value if key.value == section), None)
-            self.sections[section] = self._entries(loader, node, lines) if isinstance(node, yaml.MappingNode) else {}
-            entry = self.sections[""].get(section)
-            if entry is not None and entry.value is not None and not isinstance(entry.value, dict):
-                self.problem(entry, f"is not a section. Write '{section}:', and its settings indented below it")
-
-    def _entries(self, loader: yaml.SafeLoader, node: yaml.MappingNode, lines: list[str]) -> dict[str, _Entry]:
-        entries: dict[str, _Entry] = {}
+    def _fill(self, section: str, node: yaml.MappingNode, lines: list[str]) -> None:
+        entries = self.sections[section]
         for key_node, value_node in node.value:
-            key = str(key_node.value)
+            key, value = str(key_node.value), yaml.SafeLoader("").construct_document(value_node)
             start, end = key_node.start_mark, value_node.end_mark
             one_line = isinstance(value_node, yaml.ScalarNode) and start.line == end.line
             source = lines[start.line][start.column : end.column] if one_line else f"{key}:"
-            entry = _Entry(key, loader.construct_object(value_node, deep=True), start.line + 1, source.strip())
+            entry = _Entry(key, value, start.line + 1, source.strip())
             if key in entries:
                 self.problem(entry, f"is there twice, in line {entries[key].line} too. Remove one of the lines")
             entries[key] = entry
-        return entries
+            if section == "" and key in self.sections:
+                if isinstance(value_node, yaml.MappingNode):
+                    self._fill(key, value_node, lines)
+                elif value is not None:
+                    self.problem(entry, f"is not a section. Write '{key}:', and its settings indented below it")
 
     def get(self, section: str, key: str) -> _Entry | None:
         """Returns a line, if it is there and not empty."""

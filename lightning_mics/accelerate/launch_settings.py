@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -166,10 +165,7 @@ def mics_settings() -> list[str]:
 
 def yaml_scalar(value: bool | str) -> str:
     """Writes a value so that YAML reads the same one; the bare word ``no`` would mean false."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    plain = re.fullmatch(r"[A-Za-z_][\w.,-]*", value) and yaml.safe_load(value) == value
-    return value if plain else "'" + value.replace("'", "''") + "'"
+    return yaml.safe_dump({"key": value}, width=1000).removeprefix("key: ").strip()
 
 
 def launch_topology(num_processes: int, num_machines: int = 1, node_size: int | None = None) -> ClusterTopology:
