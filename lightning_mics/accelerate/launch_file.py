@@ -16,6 +16,7 @@ from lightning_mics.accelerate.launch_settings import (
     REPLICATE,
     SHARD,
     LaunchSettings,
+    check_variable,
     launch_topology,
     mics_settings,
     yaml_scalar,
@@ -96,13 +97,7 @@ def check_environment(settings: LaunchSettings, environment: Mapping[str, str]) 
         if name not in known:
             hint = did_you_mean(name, known, f"Known are {', '.join(sorted(known))}.", show=str)
             raise MiCSConfigError(f"{name} is not a variable of MiCS. {hint}")
-    shard_size = environment.get("MICS_SHARD_SIZE")
-    if shard_size is not None and shard_size.strip() not in (str(settings.shard_size), "auto"):
-        raise MiCSConfigError(
-            f"MICS_SHARD_SIZE={shard_size} contradicts shard_size={settings.shard_size}. Leave the variable out: the "
-            "launch file carries the shard size.",
-            setting="shard_size",
-        )
+    check_variable(settings.shard_size, environment)
     node_size = MiCSConfig.from_env(environment).node_size
     return launch_topology(settings.num_processes, settings.num_machines, node_size).layout(settings.shard_size)
 

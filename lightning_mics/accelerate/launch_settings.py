@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -210,3 +211,19 @@ def check_replicas(shard_size: int, replicas: int, num_processes: int) -> None:
         f"{num_processes} are launched: {works}.",
         setting="replicas",
     )
+
+
+def check_variable(shard_size: int, environ: Mapping[str, str]) -> None:
+    """Checks that ``MICS_SHARD_SIZE``, where it is set, says what the launch file says.
+
+    Raises:
+        MiCSConfigError: If it does not.
+    """
+    variable = environ.get("MICS_SHARD_SIZE")
+    # The file has no word for "auto", so its number is a placeholder then.
+    if variable is not None and variable.strip() not in (str(shard_size), "auto"):
+        raise MiCSConfigError(
+            f"MICS_SHARD_SIZE={variable} contradicts the launch file's {SHARD}: {shard_size}. Leave the variable out, "
+            "or change the line.",
+            setting="shard_size",
+        )

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics.accelerate.launch_check import check_keys
-from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_replicas
+from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_replicas, check_variable
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 
@@ -101,13 +101,7 @@ def launched_settings(environ: Mapping[str, str], *, own_shard_size: bool = Fals
 def _launched_shard_size(environ: Mapping[str, str]) -> int:
     shard, replicas = int(environ[SHARD.upper()]), int(environ.get(REPLICATE.upper(), "1"))
     check_replicas(shard, replicas, int(environ.get("WORLD_SIZE", "0")) or shard * replicas)
-    variable = environ.get("MICS_SHARD_SIZE")
-    # The file has no word for "auto", so its number is a placeholder then.
-    if variable is not None and variable.strip() not in (str(shard), "auto"):
-        raise MiCSConfigError(
-            f"MICS_SHARD_SIZE={variable} contradicts the launch file's {SHARD}: {shard}. Unset the variable, or change "
-            "the line."
-        )
+    check_variable(shard, environ)
     return shard
 
 

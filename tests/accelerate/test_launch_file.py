@@ -220,7 +220,10 @@ def test_the_file_says_how_to_start_and_what_goes_through_the_environment(file: 
         ({"MICS_HIERARCHICHAL": "true"}, "Did you mean MICS_HIERARCHICAL?"),
         ({"LANG": "C"}, "Known are MICS_"),
         ({"MICS_HIERARCHICAL": "maybe"}, "hierarchical='maybe'"),
-        ({"MICS_SHARD_SIZE": "4"}, "MICS_SHARD_SIZE=4 contradicts shard_size=2"),
+        (
+            {"MICS_SHARD_SIZE": "4"},
+            "MICS_SHARD_SIZE=4 contradicts the launch file's parallelism_config_dp_shard_size: 2",
+        ),
         ({"MICS_NODE_SIZE": "3"}, "node_size=3 does not divide"),
     ],
 )
@@ -511,7 +514,9 @@ def test_variables_that_contradict_the_file_are_refused(file: Path, monkeypatch:
     monkeypatch.setenv("MICS_SHARD_SIZE", "4")
     assert check_launch_file(file).shard_size == 4
     monkeypatch.setenv("MICS_SHARD_SIZE", "2")
-    assert "line 15: MICS_SHARD_SIZE=2 contradicts parallelism_config_dp_shard_size: 4" in problem(file, GOOD)
+    assert "line 15: MICS_SHARD_SIZE=2 contradicts the launch file's parallelism_config_dp_shard_size: 4" in problem(
+        file, GOOD
+    )
     monkeypatch.delenv("MICS_SHARD_SIZE")
     monkeypatch.setenv("MICS_NODE_SIZE", "3")
     assert "MICS_NODE_SIZE=3 does not divide the world of 8 ranks" in problem(file, GOOD)
