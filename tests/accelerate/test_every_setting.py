@@ -18,8 +18,8 @@ from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.accelerate.launch_file import LaunchSettings, check_launch_file, write_launch_file
 from lightning_mics.cli import main
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.precision import ACCELERATE_PRECISIONS
-from lightning_mics.sharding import runtime_of
 from lightning_mics.testing import WorkerPool
 from lightning_mics.transformers import MiCSTrainer
 
