@@ -1,11 +1,11 @@
-"""Every private or version-dependent name of PyTorch, and of transformers, that the tracer touches."""
+"""Every private or version-dependent name of PyTorch that the tracer touches."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics.core._torch import forget_dtensor_meshes, unit_param_groups
+
+_Tracker: Any = object  # becomes PyTorch's, which is imported late
 
 
 @contextmanager
@@ -87,13 +89,13 @@ class Event:
     """Something that happened in a tracked pass.
 
     Attributes:
-        kind: ``"memory"``, or where a unit's pass begins or ends.
+        kind: ``"memory"``; where a unit's pass begins or ends; or the end of the whole forward or backward pass.
         module: The unit's module, for the latter.
         storage: The memory, for the former.
         change: By how many bytes it grew or shrank.
     """
 
-    kind: Literal["memory", "forward", "forward_end", "backward", "backward_end"]
+    kind: Literal["memory", "forward", "forward_end", "backward", "backward_end", "loss", "end"]
     module: nn.Module | None = None
     storage: Storage | None = None
     change: int = 0
@@ -104,95 +106,91 @@ def track_activations(root: nn.Module, record: Callable[[Event], None]) -> Any:
 
     After the context its ``classify()`` says which storages hold activations.
     """
-    return _tracker_class()(root, record)
-
-
-@functools.cache
-def _tracker_class() -> Any:
     # Imported late: the module registers operators.
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-    from torch.distributed._tools.mem_tracker import _UpdateType
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-    kinds = {_FSDPRefType.ACT, _FSDPRefType.TEMP, _FSDPRefType.INP}
+    tracker: Any = type("Tracker", (_Telling, FSDPMemTracker), {})
+    return tracker(root, record)
 
-    class Tracker(FSDPMemTracker):
-        """PyTorch's tracker keeps totals; this one tells of every change, so that kinds can be told apart later.
 
-        Its peaks are those of all kinds together, where large gathers hide activations. And the gradient of a parameter
-        counts as a temporary until its unit is reduced.
-        """
+class _Telling(_Tracker):
+    """PyTorch's tracker keeps totals; this one tells of every change, so that kinds can be told apart later.
 
-        def __init__(self, root: nn.Module, record: Callable[[Event], None]) -> None:
-            super().__init__(root)
-            self._record = record
-            self._storages: dict[Any, Storage] = {}
-            self._communicating = 0
+    Its peaks are those of all kinds together, where large gathers hide activations. And the gradient of a parameter
+    counts as a temporary until its unit is reduced.
+    """
 
-        def classify(self) -> None:
-            for info, storage in self._storages.items():
-                storage.is_activation = storage.is_activation and info.reftype in kinds
+    def __init__(self, root: nn.Module, record: Callable[[Event], None]) -> None:
+        super().__init__(root)
+        self._record = record
+        self._storages: dict[Any, Storage] = {}
+        self._communicating = 0
 
-        def _update_snap(self, u_type: Any, winfo: Any, old_mem_consumed: Any = None, old_reftype: Any = None) -> None:
-            if winfo not in self._storages:
-                self._storages[winfo] = Storage(is_activation=not self._communicating)
-            change = {
-                _UpdateType.ADD: winfo.mem_consumed,
-                _UpdateType.DEL: -winfo.mem_consumed,
-                _UpdateType.SIZE: winfo.mem_consumed - (old_mem_consumed or 0),
-            }.get(u_type, 0)
-            if change:
-                self._record(Event("memory", storage=self._storages[winfo], change=change))
-            super()._update_snap(u_type, winfo, old_mem_consumed, old_reftype)
+    def classify(self) -> None:
+        for info, storage in self._storages.items():
+            storage.is_activation = storage.is_activation and info.reftype.name in ("ACT", "TEMP", "INP")
 
-        def _told(self, begin: Any, call: Any, end: Any, module: nn.Module, *, communicates: bool) -> Any:
-            @functools.wraps(call)
-            def run(*args: Any, **kwargs: Any) -> Any:
-                recomputes = not communicates and self._mod_tracker.is_bw
-                if begin and not recomputes:
-                    self._record(Event(begin, module=module))
-                self._communicating += communicates
-                try:
-                    return call(*args, **kwargs)
-                finally:
-                    self._communicating -= communicates
-                    if end and not recomputes:
-                        self._record(Event(end, module=module))
+    def _update_snap(self, u_type: Any, winfo: Any, old_mem_consumed: Any = None, old_reftype: Any = None) -> None:
+        if winfo not in self._storages:
+            self._storages[winfo] = Storage(is_activation=not self._communicating)
+        change = {
+            "ADD": winfo.mem_consumed,
+            "DEL": -winfo.mem_consumed,
+            "SIZE": winfo.mem_consumed - (old_mem_consumed or 0),
+        }.get(u_type.name, 0)
+        if change:
+            self._record(Event("memory", storage=self._storages[winfo], change=change))
+        super()._update_snap(u_type, winfo, old_mem_consumed, old_reftype)
 
-            return run
+    def _told(self, begin: Any, call: Any, end: Any, module: nn.Module, *, communicates: bool) -> Any:
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recomputes = not communicates and self._mod_tracker.is_bw
+            if begin and not recomputes:
+                self._record(Event(begin, module=module))
+            self._communicating += communicates
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._communicating -= communicates
+                if end and not recomputes:
+                    self._record(Event(end, module=module))
 
-        def _fsdp_state_pre_forward(self, fsdp_mod: Any, orig: Any) -> Any:
-            inner = super()._fsdp_state_pre_forward(fsdp_mod, orig)
-            return self._told("forward", inner, None, fsdp_mod, communicates=False)
+        return run
 
-        def _fsdp_state_post_forward(self, fsdp_mod: Any, orig: Any) -> Any:
-            inner = super()._fsdp_state_post_forward(fsdp_mod, orig)
-            return self._told(None, inner, "forward_end", fsdp_mod, communicates=False)
+    def _fsdp_state_pre_forward(self, fsdp_mod: Any, orig: Any) -> Any:
+        inner = super()._fsdp_state_pre_forward(fsdp_mod, orig)
+        return self._told("forward", inner, None, fsdp_mod, communicates=False)
 
-        def _fsdp_param_group_pre_backward(self, fsdp_mod: Any, orig: Any) -> Any:
-            inner = super()._fsdp_param_group_pre_backward(fsdp_mod, orig)
-            return self._told("backward", inner, None, fsdp_mod, communicates=True)
+    def _fsdp_state_post_forward(self, fsdp_mod: Any, orig: Any) -> Any:
+        inner = super()._fsdp_state_post_forward(fsdp_mod, orig)
+        return self._told(None, inner, "forward_end", fsdp_mod, communicates=False)
 
-        def _fsdp_param_group_post_backward(self, fsdp_mod: Any, orig: Any) -> Any:
-            inner = super()._fsdp_param_group_post_backward(fsdp_mod, orig)
-            return self._told(None, inner, "backward_end", fsdp_mod, communicates=True)
+    def _fsdp_param_group_pre_backward(self, fsdp_mod: Any, orig: Any) -> Any:
+        inner = super()._fsdp_param_group_pre_backward(fsdp_mod, orig)
+        return self._told("backward", inner, None, fsdp_mod, communicates=True)
 
-        def _instrument_fsdp_module(self) -> None:
-            super()._instrument_fsdp_module()
-            for module in self._root_mod.modules():
-                if isinstance(module, FSDPModule):
-                    for unit in unit_param_groups(module):
-                        group = unit._group
-                        if "pre_forward" not in vars(group):
-                            group.pre_forward = self._told(None, group.pre_forward, None, module, communicates=True)
+    def _fsdp_param_group_post_backward(self, fsdp_mod: Any, orig: Any) -> Any:
+        inner = super()._fsdp_param_group_post_backward(fsdp_mod, orig)
+        return self._told(None, inner, "backward_end", fsdp_mod, communicates=True)
 
-        def _deregister_module_and_optimizer_hooks(self) -> None:
-            super()._deregister_module_and_optimizer_hooks()
-            for module in self._root_mod.modules():
-                if isinstance(module, FSDPModule):
-                    for unit in unit_param_groups(module):
-                        vars(unit._group).pop("pre_forward", None)
+    def _instrument_fsdp_module(self) -> None:
+        super()._instrument_fsdp_module()
+        for module, group in self._groups():
+            if "pre_forward" not in vars(group):
+                group.pre_forward = self._told(None, group.pre_forward, None, module, communicates=True)
 
-    return Tracker
+    def _deregister_module_and_optimizer_hooks(self) -> None:
+        super()._deregister_module_and_optimizer_hooks()
+        for _, group in self._groups():
+            vars(group).pop("pre_forward", None)
+
+    def _groups(self) -> Iterator[tuple[nn.Module, Any]]:
+        modules: Iterable[nn.Module] = self._root_mod.modules()
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                for unit in unit_param_groups(module):
+                    yield module, unit._group
 
 
 class FakeAttention(torch.autograd.Function):
@@ -249,22 +247,6 @@ def attention_flops() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-
-
-@contextmanager
-def plain_sequences() -> Iterator[None]:
-    """Keeps Hugging Face models from building a mask for packed samples, which on fake tensors they always expect."""
-    masking: Any = sys.modules.get("transformers.masking_utils")
-    name = "find_packed_sequence_indices"
-    found = getattr(masking, name, None)
-    if found is None:
-        yield
-        return
-    setattr(masking, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(masking, name, found)
 
 
 def count_allocated(run: Callable[[], object], *known: Any) -> int:

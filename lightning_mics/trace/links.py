@@ -11,7 +11,6 @@ import datetime
 import functools
 import operator
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core.mesh import MiCSMesh, build_mesh, communication_device, detect_topology
+from lightning_mics.core.mesh import build_mesh, communication_device, detect_topology
 from lightning_mics.core.resources import device_memory, free_host_memory
 from lightning_mics.core.timing import across_ranks, timed
 from lightning_mics.core.transport import transport_for
@@ -157,10 +156,12 @@ def measure_cluster(
     intra = inter = None
     if topology.node_size > 1:
         tell("the links inside nodes")
-        intra = fit_link([*_intra_points(mesh, device)])
+        intra = fit_link([*_points(mesh.partition_group, topology.node_size, 1, device, between_nodes=False)])
     if topology.num_nodes > 1:
         tell("the links between nodes")
-        inter = fit_link([*_inter_points(mesh, device)])
+        # Ranks with the same place in their nodes, all places at once.
+        groups, lanes = mesh.replication_group, topology.node_size
+        inter = fit_link([*_points(groups, topology.num_nodes, lanes, device, between_nodes=True)])
     tell("what a rank computes")
     source = _source(device_type)
     accelerator = _measure_accelerator(topology, device, layer, dtype, source)
@@ -203,53 +204,28 @@ def _link(fit: LinkFit | None, other: LinkFit | None, assumed: Link | None, sour
 # Links.
 
 
-def _intra_points(mesh: MiCSMesh, device: torch.device) -> Iterator[Point]:
-    size, group = mesh.layout.shard_size, mesh.partition_group
-    for message in _messages(device):
-        shard, whole = _buffers(message, size, device)
-        seconds = [_time(call, device) for call in _partition_calls(shard, whole, group)]
-        yield from (Point(size - 1, (size - 1) * shard.nbytes, taken) for taken in seconds)
-        if _GROWTH * max(seconds) > _LONGEST_SECONDS:
-            return
-
-
-def _inter_points(mesh: MiCSMesh, device: torch.device) -> Iterator[Point]:
-    """Collectives of ranks with the same place in their nodes, all places at once."""
-    nodes, ranks, group = mesh.layout.num_replicas, mesh.layout.shard_size, mesh.replication_group
-    for message in _messages(device):
-        shard, whole = _buffers(message, nodes, device)
-        sent = ranks * (nodes - 1) * shard.nbytes
-        seconds = [_time(call, device) for call in _partition_calls(shard, whole, group)]
-        yield from (Point(nodes - 1, sent, taken) for taken in seconds)
-        if device.type == "cpu":  # NCCL may take trees, whose steps are others
-            reduces = functools.partial(dist.all_reduce, whole, group=group)
-            yield Point(2 * (nodes - 1), 2 * sent, _time(reduces, device))
-        if _GROWTH * max(seconds) > _LONGEST_SECONDS:
-            return
-
-
-def _partition_calls(
-    shard: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Returns a gather and a reduce-scatter, as partitions run them."""
-    carrier = transport_for(group, shard.device.type)
+def _points(
+    group: dist.ProcessGroup, ranks: int, lanes: int, device: torch.device, *, between_nodes: bool
+) -> Iterator[Point]:
+    """Times collectives of groups of ``ranks``, of which ``lanes`` share a link."""
+    carrier = transport_for(group, device.type)
     gather, reduce_scatter = carrier.all_gather([group]), carrier.reduce_scatter([group])
-    return (
-        functools.partial(gather, whole, shard, group),
-        functools.partial(reduce_scatter, shard, whole, group, dist.ReduceOp.AVG),
-    )
-
-
-def _messages(device: torch.device) -> Iterator[int]:
-    size = _SMALLEST
-    while size <= _LARGEST[device.type]:
-        yield size
-        size *= _GROWTH
-
-
-def _buffers(message: int, ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    shard = torch.zeros(max(1, message // (4 * ranks)), device=device)
-    return shard, torch.zeros(shard.numel() * ranks, device=device)
+    message, slowest = _SMALLEST, 0.0
+    while message <= _LARGEST[device.type] and slowest <= _LONGEST_SECONDS:
+        shard = torch.zeros(max(1, message // (4 * ranks)), device=device)
+        whole = torch.zeros(shard.numel() * ranks, device=device)
+        sent = lanes * (ranks - 1) * shard.nbytes
+        calls = (
+            functools.partial(gather, whole, shard, group),
+            functools.partial(reduce_scatter, shard, whole, group, dist.ReduceOp.AVG),
+        )
+        seconds = [_time(call, device) for call in calls]
+        yield from (Point(ranks - 1, sent, taken) for taken in seconds)
+        if between_nodes and device.type == "cpu":  # NCCL may take trees, whose steps are others
+            yield Point(
+                2 * (ranks - 1), 2 * sent, _time(functools.partial(dist.all_reduce, whole, group=group), device)
+            )
+        message, slowest = message * _GROWTH, _GROWTH * max(seconds)
 
 
 def _time(call: Callable[[], object], device: torch.device) -> float:
@@ -330,13 +306,6 @@ def _copy_rate(device: torch.device) -> float:
 
 def _time_compute(call: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds of one call on the slowest rank, with all ranks at it at the same time."""
-    synchronize = torch.get_device_module(device.type).synchronize
     call()
-    synchronize()
-    dist.barrier()
-    begin, count = time.perf_counter(), 0
-    while count < 2 or time.perf_counter() - begin < _COMPUTE_SECONDS:
-        call()
-        synchronize()
-        count += 1
-    return across_ranks([(time.perf_counter() - begin) / count], device)[0]
+    once = across_ranks([timed(call, device)], device)[0]
+    return across_ranks([timed(call, device, max(2, round(_COMPUTE_SECONDS / once)))], device)[0]

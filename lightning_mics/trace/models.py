@@ -5,7 +5,6 @@ All are built on the meta device: they take no memory, and nothing is downloaded
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mics.core._torch import tree_leaves
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.profile import DEFAULT_LENGTH
+from lightning_mics.text import did_you_mean
+from lightning_mics.trace.steps import tensors_in
 
 Sample = dict[str, Tensor]
 
@@ -139,11 +139,10 @@ def build_model(
         return _from_file(path, sequence_length)
     if ":" in name:
         return _from_factory(name)
-    near = difflib.get_close_matches(key, _SHAPES, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
     raise MiCSConfigError(
-        f"Model {name!r} is not known, and no such file exists. {hint}Values that work: {', '.join(_SHAPES)}; the path "
-        "of a Hugging Face config.json; or 'module:factory', a function that returns your model."
+        f"Model {name!r} is not known, and no such file exists. {did_you_mean(key, _SHAPES, cutoff=0.5)} Values that "
+        f"work: {', '.join(_SHAPES)}; the path of a Hugging Face config.json; or 'module:factory', a function that "
+        "returns your model.".replace("  ", " ")
     )
 
 
@@ -173,8 +172,7 @@ def _from_config(
     kind = values.pop("model_type")
     known = sorted(transformers.CONFIG_MAPPING.keys())
     if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "Pass 'module:factory', a function that builds your model."
+        hint = did_you_mean(kind, known, "Pass 'module:factory', a function that builds your model.")
         raise MiCSConfigError(
             f"{where}: model_type={kind!r} is not known to transformers {transformers.__version__}. {hint}"
         )
@@ -205,11 +203,8 @@ def _refuse_mistyped(values: dict[str, Any], kind: Any, where: str) -> None:
     for key, value in values.items():
         if key in known or not isinstance(value, int) or isinstance(value, bool) or key.endswith("_id"):
             continue
-        near = difflib.get_close_matches(key, sorted(known.difference(values)), n=1, cutoff=0.85)
-        if near:
-            raise MiCSConfigError(
-                f"{where}: key {key!r} is unknown to {kind.__name__}. Did you mean {near[0]!r}? If not, remove it."
-            )
+        if hint := did_you_mean(key, sorted(known.difference(values)), cutoff=0.85):
+            raise MiCSConfigError(f"{where}: key {key!r} is unknown to {kind.__name__}. {hint} If not, remove it.")
 
 
 def _transformers() -> Any:
@@ -318,8 +313,7 @@ def _load(name: str) -> Callable[[], Any]:
         names = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
         found = getattr(found, part, None)
         if found is None:
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(names[:12])}."
+            hint = did_you_mean(part, names, f"It has: {', '.join(names[:12])}.")
             raise MiCSConfigError(f"{name}: {module_name} has no {part!r}. {hint}")
     if not callable(found):
         raise MiCSConfigError(f"{name} is a {type(found).__name__}. Name a function that returns a torch.nn.Module.")
@@ -356,5 +350,5 @@ def typical_layer(name_or_path: str | os.PathLike[str], sequence_length: int | N
     model, sample, _ = build_model(name_or_path, sequence_length=sequence_length)
     widths = Counter(param.shape[-1] for param in model.parameters() if param.dim() == 2)
     width = widths.most_common(1)[0][0] if widths else 1024
-    tokens = [leaf.shape[1] for leaf in tree_leaves(sample) if isinstance(leaf, Tensor) and leaf.dim() == 2]
+    tokens = [tensor.shape[1] for tensor in tensors_in(sample) if tensor.dim() == 2]
     return width, (tokens[0] if tokens else 512)

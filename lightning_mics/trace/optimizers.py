@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from lightning_mics.core._torch import tree_leaves
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.text import did_you_mean
 from lightning_mics.trace._torch import count_allocated, fake_tensors
 
 # What an optimizer is taken to hold that cannot step on tensors without values: as much as Adam.
@@ -119,8 +120,7 @@ def _by_name(name: str) -> type[Optimizer]:
     }
     found = known.get(name.removeprefix("torch.optim.").lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"Did you mean {known[near[0]].__name__!r}?" if near else ""
+        hint = did_you_mean(name.lower(), known, show=lambda key: repr(known[key].__name__))
         names = ", ".join(sorted(value.__name__ for value in known.values()))
         raise MiCSConfigError(f"optimizer={name!r} is not known. {hint} Values that work: {names}.".replace("  ", " "))
     return found
@@ -161,21 +161,11 @@ def _step(kind: type[Optimizer], options: Mapping[str, Any], shapes: Iterable[_S
     build: Any = kind
     optimizer = build(params, **options)
     optimizer.step()
-    states = list({id(state): state for state in _tensors(optimizer.state)}.values())
+    leaves = tree_leaves(list(optimizer.state.values()))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+    states = list({id(tensor): tensor for tensor in tensors}.values())
     grads = [param.grad for param in params]
     extra = count_allocated(optimizer.step, *params, *grads, *states)
     return OptimizerFootprint(
         state_bytes=sum(state.numel() * state.element_size() for state in states), step_extra_bytes=extra
     )
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter):
-            yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)

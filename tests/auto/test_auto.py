@@ -523,7 +523,7 @@ def train_and_measure(measured: float, windows: int) -> list[str]:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
     factor = 1 if dist.get_rank() == 1 else 0.1  # the rank that takes most counts
     peak = mock.patch.object(Usage, "peak", lambda self: int(measured * factor))
-    with Said() as said, peak, mock.patch.dict("lightning_mics.auto._NOISE", {"cpu": 0}):
+    with Said() as said, peak, mock.patch.dict("lightning_mics.auto.check._NOISE", {"cpu": 0}):
         mics_shard(net, MiCSConfig(shard_size="auto", memory_limit=limit), optimizer=optimizer, sample=TOKENS)
         for _ in range(windows):
             cross_entropy(net(TOKENS), TOKENS).backward()
@@ -561,5 +561,9 @@ def shard_with_a_problem() -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("boom")
 
-    with mock.patch("lightning_mics.auto.predict_memory", fail) if dist.get_rank() == 1 else contextlib.nullcontext():
+    with (
+        mock.patch("lightning_mics.auto.forecast.predict_memory", fail)
+        if dist.get_rank() == 1
+        else contextlib.nullcontext()
+    ):
         mics_shard(Net(), MiCSConfig(shard_size="auto"), sample=TOKENS)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_mics import MiCSConfigError, trace
+from lightning_mics import MiCSConfigError
 from lightning_mics.plan.profile import ModelProfile
-from lightning_mics.trace import profile_model
+from lightning_mics.trace import profile_model, run
 from lightning_mics.trace.models import build_model
+from lightning_mics.trace.structure import Structure
 
 WIDTH, HEADS, TOKENS, VOCABULARY, SAMPLES = 64, 4, 128, 500, 3
 SHARED = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
@@ -210,7 +211,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
 def test_a_few_layers_stand_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample = MODELS[name](5), tokens()
     few = profile_model(model, sample, param_dtype="bfloat16")
-    monkeypatch.setattr(trace._Structure, "_find_twins", lambda self: {})
+    monkeypatch.setattr(Structure, "_find_alike", lambda self: [])
     assert profile_model(model, sample, param_dtype="bfloat16") == few
 
 
@@ -242,8 +243,8 @@ def test_merged_units_are_one_unit() -> None:
 
 def test_a_large_model_needs_three_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample, name = build_model("gpt3-175b")
-    calls, shard = [], trace.fully_shard
-    monkeypatch.setattr(trace, "fully_shard", lambda *args, **kwargs: [calls.append(1), shard(*args, **kwargs)][1])
+    calls, shard = [], run.apply_unit
+    monkeypatch.setattr(run, "apply_unit", lambda *args, **kwargs: [calls.append(1), shard(*args, **kwargs)][1])
     profile = profile_model(model, sample, param_dtype="bfloat16", name=name)
     assert len(calls) == 4 * (3 + 1)
     assert (profile.name, len(profile.blocks), profile.numel) == ("gpt3-175b", 96, 174604259328)

@@ -1,0 +1,133 @@
+"""What a rank of each partition size is predicted to need."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mics.auto.activations import profile_with
+from lightning_mics.auto.sample import Sample
+from lightning_mics.config import MiCSConfig
+from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
+from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
+from lightning_mics.plan.profile import Param
+from lightning_mics.plan.search import Choices, Misfit, Planning, explain_misfit
+from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.topology import ClusterTopology
+from lightning_mics.trace.optimizers import OptimizerFootprint, optimizer_footprint
+from lightning_mics.trace.structure import dtype_name
+
+
+class Forecast:
+    """What one rank predicts for its model.
+
+    Args:
+        model: The model, not sharded.
+        config: The settings.
+        topology: The cluster.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        optimizers: The optimizers, or the class or name of one.
+        sample: What a rank computes with in a microstep, if that is known.
+
+    Attributes:
+        notes: What was assumed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MiCSConfig,
+        topology: ClusterTopology,
+        device_type: str,
+        optimizers: Sequence[Optimizer | type[Optimizer] | str],
+        sample: Sample | None,
+    ) -> None:
+        self._config, self._device_type = config, device_type
+        self._cluster = _cluster(topology, device_type)
+        self._micro_batch = 1 if sample is None else sample.micro_batch
+        self._profile, self.notes = profile_with(model, sample, config, device_type)
+        self._optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
+        self._training = self._make_training(optimizers)
+
+    @property
+    def knows_activations(self) -> bool:
+        """Whether activations are part of it."""
+        return self._profile.knows_activations
+
+    def needs(self) -> dict[int, MemoryBreakdown]:
+        """Returns what a rank needs by partition size, for all sizes that work."""
+        topology, is_staged = self._cluster.topology, self._config.hierarchical is True
+        sizes = [size for size in topology.valid_shard_sizes() if not is_staged or size > topology.node_size]
+        return {size: self._memory(self._candidate(size)) for size in sizes}
+
+    def explain(self, needs: Mapping[int, MemoryBreakdown], limit: int) -> str:
+        """Returns why nothing fits, and what would help."""
+        misfits = [
+            Misfit(candidate=self._candidate(size), memory=memory, memory_limit=limit) for size, memory in needs.items()
+        ]
+        planning = Planning(
+            profile=self._profile,
+            cluster=self._cluster,
+            training=self._training,
+            choices=Choices(batches=[(self._micro_batch, 1)], memory_limit=limit),
+            plans=[],
+            misfits=sorted(misfits, key=lambda misfit: misfit.memory.total),
+        )
+        return " ".join(["shard_size='auto':", explain_misfit(planning), *self.notes])
+
+    def _candidate(self, shard_size: int) -> Candidate:
+        return Candidate(
+            shard_size=shard_size,
+            micro_batch=self._micro_batch,
+            activation_checkpointing=self._config.activation_checkpointing,
+            reshard_after_forward=self._config.reshard_after_forward,
+        )
+
+    def _make_training(self, asked: Sequence[Any]) -> Training:
+        param_dtype = dtype_name(self._config.param_dtype or self._profile.compute_dtype)
+        training = Training(param_dtype=param_dtype, reduce_dtype=dtype_name(self._config.reduce_dtype or param_dtype))
+        if not asked:
+            self.notes.append("AdamW is assumed: no optimizer is known.")
+            return training
+        for optimizer in self._optimizers:
+            if any(footprint.is_estimate for footprint, _ in self._footprints(optimizer, 1)):
+                self.notes.append(
+                    f"The states of {type(optimizer).__name__} are unknown: two float32 numbers an element are assumed."
+                )
+        # Its temporaries count, too; those of several optimizers are not there at the same time.
+        return replace(training, optimizer=asked[0])
+
+    def _footprints(self, optimizer: Optimizer, shard_size: int) -> Iterator[tuple[OptimizerFootprint, int]]:
+        """Yields what an optimizer needs for a shard, and how many such shards it has."""
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+        for (shape, dtype), count in Counter((tuple(param.shape), dtype_name(param.dtype)) for param in params).items():
+            shard = Param(shape=Param(shape=shape).shard_shape(shard_size), dtype=dtype)
+            yield optimizer_footprint(optimizer, (shard,), foreach=self._device_type != "cpu"), count
+
+    def _memory(self, candidate: Candidate) -> MemoryBreakdown:
+        memory = predict_memory(self._profile, candidate, self._training, self._cluster.node.accelerator)
+        if self._optimizers:
+            found = itertools.chain(*(self._footprints(entry, candidate.shard_size) for entry in self._optimizers))
+            memory = replace(memory, optimizer=float(sum(count * footprint.state_bytes for footprint, count in found)))
+        return memory
+
+
+def _cluster(topology: ClusterTopology, device_type: str) -> Cluster:
+    """Returns the hardware; its speeds do not count here."""
+    link = Link(bandwidth=1.0, efficiency=1.0, latency=0.0)
+    accelerator = Accelerator(
+        name="device",
+        memory=1,
+        peak_flops={"float32": 1.0},
+        memory_bandwidth=1.0,
+        compute_efficiency=1.0,
+        device_type="cpu" if device_type == "cpu" else "cuda",
+    )
+    node = Node(name="node", accelerator=accelerator, num_accelerators=topology.node_size, intra=link, inter=link)
+    return Cluster(node=node, num_nodes=topology.num_nodes)

@@ -1,0 +1,166 @@
+"""What a pass allocates and computes, by unit.
+
+A pass is recorded, and gone through a second time when it is known which memory is what. What the forward pass keeps
+belongs to the unit that allocated it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_mics.core.units import Unit as Modules
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.trace._torch import Event, Storage, attention_flops, track_activations
+from lightning_mics.trace.structure import Key
+
+# Losses and the like are no part of what grows with samples; they would hide that layers are equal.
+_SCALAR_BYTES = 16
+
+
+@dataclass
+class Counts:
+    """What one pass counted of a unit, in operations and bytes."""
+
+    forward_flops: int = 0
+    backward_flops: int = 0
+    saved: int = 0
+    forward_extra: int = 0
+    backward_extra: int = 0
+
+
+Trace = dict[Key, Counts]  # in the order of the forward pass, the root first
+_Record = list[tuple[Event, int]]  # with the operations counted before each event
+
+
+def trace(
+    root: nn.Module, unit_of: Mapping[nn.Module, Modules], batch: Any, gradient_sizes: set[int], *, backward: bool
+) -> Trace:
+    """Runs a sharded module from a batch to a loss, and perhaps back, and returns what that counts.
+
+    Raises:
+        MiCSConfigError: If there is no loss.
+    """
+    events: _Record = []
+    flops = FlopCounterMode(display=False, custom_mapping=attention_flops())
+
+    def record(event: Event) -> None:
+        events.append((event, 0 if event.kind == "memory" else flops.get_total_flops()))
+
+    tracker = track_activations(root, record)
+    tracker.track_inputs((batch,))
+    with tracker, flops:
+        loss = root(batch)
+        record(Event("loss"))
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise MiCSConfigError("The loss is not a tensor that needs a gradient. Return such a one from loss=.")
+        if backward:
+            loss.backward()
+        record(Event("end"))
+    tracker.classify()
+    _leave_out_partial_gradients([event for event, _ in events], gradient_sizes)
+    return _Replay(unit_of, _kept_storages(event for event, _ in events)).run(events)
+
+
+def _leave_out_partial_gradients(events: Sequence[Event], gradient_sizes: set[int]) -> None:
+    """Where a parameter is used at both ends of a model, the gradient of one use waits for that of the other.
+
+    It is no activation: gradients count elsewhere.
+    """
+    waiting: dict[int, Storage] = {}
+    kinds = [event.kind for event in events]
+    if "backward_end" not in kinds:
+        return
+    for event in events[kinds.index("loss") : kinds.index("backward_end")]:
+        if event.storage is not None:
+            waiting.pop(id(event.storage), None)
+            if event.change in gradient_sizes:
+                waiting[id(event.storage)] = event.storage
+    for storage in waiting.values():
+        storage.is_activation = False
+
+
+def _kept_storages(events: Iterable[Event]) -> set[int]:
+    """Returns what is left of the forward pass, by ``id``."""
+    sizes: Counter[int] = Counter()
+    for event in itertools.takewhile(lambda event: event.kind != "loss", events):
+        if event.storage is not None:
+            sizes[id(event.storage)] += event.change
+    return {key for key, size in sizes.items() if size > 0}
+
+
+@dataclass
+class _Pass:
+    """A unit's forward or backward pass under way."""
+
+    unit: Key
+    peak: int = 0  # most bytes alive
+    kept_before: int = 0  # bytes kept for the backward pass that are there when it begins
+
+
+class _Replay:
+    """Goes through a record, and keeps account of which unit is at work."""
+
+    def __init__(self, unit_of: Mapping[Any, Modules], kept_storages: set[int]) -> None:
+        self._unit_of, self._kept_storages = unit_of, kept_storages
+        self._counts: Trace = {None: Counts()}
+        self._passes = [_Pass(None)]
+        self._in_backward = False
+        # Bytes alive, and those of them that stay until the backward pass.
+        self._flops = self._live = self._kept = 0
+
+    def run(self, events: _Record) -> Trace:
+        """Returns the counts by unit."""
+        for event, flops in events:
+            if event.storage is not None:
+                if event.storage.is_activation and abs(event.change) > _SCALAR_BYTES:
+                    self._change(event.storage, event.change)
+                continue
+            self._charge(flops)
+            if event.kind == "loss":
+                self._end_forward(None)
+                self._in_backward, self._passes = True, [_Pass(None, kept_before=self._kept)]
+            elif (unit := self._unit_of.get(event.module)) is not None:
+                self._move(event.kind, unit)
+        return self._counts
+
+    def _charge(self, flops: int) -> None:
+        counts = self._counts[self._passes[-1].unit]
+        if self._in_backward:
+            counts.backward_flops += flops - self._flops
+        else:
+            counts.forward_flops += flops - self._flops
+        self._flops = flops
+
+    def _change(self, storage: Storage, change: int) -> None:
+        current, is_kept = self._passes[-1], id(storage) in self._kept_storages
+        counts = self._counts[current.unit]
+        self._live += change
+        self._kept += change * is_kept
+        if self._in_backward:
+            counts.backward_extra = max(counts.backward_extra, self._live - current.kept_before)
+        else:
+            counts.saved += change * is_kept
+            current.peak = max(current.peak, self._live)
+
+    def _move(self, kind: str, unit: Modules) -> None:
+        if kind == "forward" and not self._in_backward:
+            self._counts.setdefault(unit, Counts())
+            self._passes.append(_Pass(unit, peak=self._live))
+        elif kind == "forward_end" and not self._in_backward:
+            self._end_forward(unit)
+        elif kind == "backward" and all(other.unit != unit for other in self._passes):
+            self._passes.append(_Pass(unit, kept_before=self._kept))
+        elif kind == "backward_end":
+            self._passes = [other for other in self._passes if other.unit != unit]
+
+    def _end_forward(self, unit: Key) -> None:
+        if self._passes[-1].unit == unit:
+            counts = self._counts[unit]
+            counts.forward_extra = max(counts.forward_extra, self._passes.pop().peak - self._kept)
