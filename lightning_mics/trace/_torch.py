@@ -60,28 +60,23 @@ def is_fake(candidate: object) -> bool:
 
 
 def copy_as_fake(module: nn.Module, memo: dict[int, Any], mode: Any) -> nn.Module:
-    """Returns a deep copy without memory.
-
-    Args:
-        module: What to copy.
-        memo: By ``id``, what stands for an object in the copy; extended.
-        mode: From :func:`fake_tensors`, not active now.
-    """
+    """Returns a deep copy without memory; ``memo`` has by ``id`` what stands for an object in the copy."""
     from torch._subclasses.fake_tensor import FakeCopyMode
 
     with FakeCopyMode(mode):
         return copy.deepcopy(module, memo)
 
 
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns what runs before and after a module's forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 @dataclass
 class Storage:
-    """Memory that a tracked pass allocated.
+    """Memory that a tracked pass allocated."""
 
-    Attributes:
-        is_activation: Whether it holds activations, or gradients of activations; known after the pass.
-    """
-
-    is_activation: bool = True
+    is_activation: bool = True  # or gradients of activations; known after the pass
 
 
 @dataclass(frozen=True)
@@ -250,12 +245,7 @@ def attention_flops() -> dict[Any, Callable[..., int]]:
 
 
 def count_allocated(run: Callable[[], object], *known: Any) -> int:
-    """Runs something on tensors (fake ones will do) and returns how many bytes it had allocated at most.
-
-    Args:
-        run: What to run.
-        *known: Tensors, modules and optimizers that exist already.
-    """
+    """Runs something and returns how many bytes it had allocated at most, beside tensors that are ``known``."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     tracker = MemTracker()

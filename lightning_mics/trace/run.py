@@ -110,12 +110,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _leave_out(stack: nn.Module, absent: nn.Module) -> None:
-    left = [child for child in stack._modules.values() if child is not absent]
-    if len(left) < len(stack._modules):
-        stack._modules.clear()
-        for index, child in enumerate(left):
-            stack.register_module(str(index), child)
+def _leave_out(module: nn.Module, absent: nn.Module) -> None:
+    children = list(module.children())
+    if isinstance(module, nn.ModuleList | nn.Sequential) and absent in children:
+        del module[:]
+        module.extend(child for child in children if child is not absent)
 
 
 def _resize(sample: Any, samples: int) -> Any:

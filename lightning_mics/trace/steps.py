@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_mics.core._torch import tree_leaves
 
 Sample = Mapping[str, Any] | Sequence[Any] | Tensor
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -36,32 +36,16 @@ def steps(model: nn.Module, sample: Sample, loss: Loss | None) -> Iterator[Loss]
         yield loss
         return
     if callable(getattr(model, "training_step", None)):
-        yield _training_step
+        yield lambda module, batch: _loss_in(module.training_step(batch, 0))
     takes_labels = "labels" in inspect.signature(model.forward).parameters
     if isinstance(sample, Mapping) and "labels" not in sample and "input_ids" in sample and takes_labels:
-        yield _with_labels
-    yield _forward
+        yield lambda module, batch: _loss_in(module(**batch, labels=batch["input_ids"]))
+    yield lambda module, batch: _loss_in(call_model(module, batch))
     if isinstance(sample, list | tuple) and len(sample) > 1:
-        yield _forward_of_first
+        yield lambda module, batch: _loss_in(module(batch[0]))
 
 
-def _training_step(module: Any, batch: Any) -> Tensor:
-    return _scalar(module.training_step(batch, 0))
-
-
-def _with_labels(module: nn.Module, batch: Any) -> Tensor:
-    return _scalar(module(**batch, labels=batch["input_ids"]))
-
-
-def _forward(module: nn.Module, batch: Any) -> Tensor:
-    return _scalar(call_model(module, batch))
-
-
-def _forward_of_first(module: nn.Module, batch: Any) -> Tensor:
-    return _scalar(module(batch[0]))
-
-
-def _scalar(output: Any) -> Tensor:
+def _loss_in(output: Any) -> Tensor:
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return found if isinstance(found, Tensor) else _mean(output)
 

@@ -16,6 +16,7 @@ from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core.apply import recomputes, units_of
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.plan.profile import ModelProfile, Param, Unit
+from lightning_mics.trace._torch import hooks_of
 
 # A unit; ``None`` is the root.
 Key = Modules | None
@@ -142,7 +143,7 @@ def _signature(module: nn.Module) -> Any:
                 for key, value in vars(inner).items()
                 if _is_setting(value) and not (isinstance(value, int) and _POSITION.search(key))
             ),
-            tuple(map(id, [*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()])),
+            tuple(map(id, hooks_of(inner))),
         )
         for name, inner in module.named_modules()
     )
