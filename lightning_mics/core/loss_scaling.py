@@ -33,6 +33,7 @@ class MiCSGradScaler(torch.amp.GradScaler):
         for (device, _), grads in by_kind.items():
             found = torch.zeros_like(overflow, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inv_scale.to(device))
+            torch.autograd.graph.increment_version(grads)  # the call above forgets to, and a window asks who wrote
             overflow = torch.maximum(overflow, found.to(overflow.device))
         dist.all_reduce(overflow, op=dist.ReduceOp.MAX)
         return {overflow.device: overflow}
