@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lightning_mics.metrics import Hop, Traffic, partition_share, replication_share
+from lightning_mics.metrics import Hop, LinkShare, Traffic, partition_share, replication_share
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, gradient_bytes, predict_memory
@@ -88,7 +88,7 @@ def evaluate(
     """
     accelerator = cluster.node.accelerator
     memory = memory or predict_memory(profile, candidate, training, accelerator)
-    time = simulate(_work(profile, cluster, candidate, training, memory, engine))
+    time = simulate(_Step(profile, cluster, candidate, training).work(memory, engine))
     samples = candidate.micro_batch * candidate.accumulation
     recomputed = sum(unit.forward_flops for unit in profile.blocks if candidate.recomputes(unit))
     model_flops = profile.flops * samples / time.seconds
@@ -115,92 +115,80 @@ def peak_flops(cluster: Cluster, training: Training) -> float:
     return cluster.node.accelerator.peak_in(training.param_dtype)
 
 
-def _work(
-    profile: ModelProfile,
-    cluster: Cluster,
-    candidate: Candidate,
-    training: Training,
-    memory: MemoryBreakdown,
-    engine: Engine | None,
-) -> StepWork:
-    layout = candidate.layout(cluster.topology)
-    costs = NetworkCosts(cluster, layout, candidate.hierarchical)
-    device = cluster.node.accelerator.device_type
-    engine = engine or engine_of(candidate.scheme, device, settles=not layout.spans_nodes and layout.num_replicas > 1)
-    least = engine.least_message
-    times = functools.cache(lambda unit: _unit_times(unit, cluster, candidate, training, costs, least))
-    root, blocks = times(profile.root), [times(unit) for unit in profile.blocks]
-    if candidate.scheme == "ddp":
-        root, blocks = _in_buckets(profile, root, blocks, costs, training)
-    return StepWork(
-        root=root,
-        blocks=blocks,
-        accumulation=candidate.accumulation,
-        replicates_always=candidate.scheme == "mesh-2d",
-        gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
-        optimizer=_optimizer_seconds(cluster, memory),
-        agreement=costs.agreement() if candidate.scheme == "mics" else 0.0,
-        engine=engine,
-    )
+class _Step:
+    """Makes of a candidate what the simulation plays."""
 
+    def __init__(self, profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training) -> None:
+        self._profile, self._candidate, self._training = profile, candidate, training
+        self._cluster, self._accelerator = cluster, cluster.node.accelerator
+        self._layout = candidate.layout(cluster.topology)
+        self._costs = NetworkCosts(cluster, self._layout, candidate.hierarchical)
 
-def _unit_times(
-    unit: Unit,
-    cluster: Cluster,
-    candidate: Candidate,
-    training: Training,
-    costs: NetworkCosts,
-    least_message: int | None,
-) -> UnitTimes:
-    accelerator, samples = cluster.node.accelerator, candidate.micro_batch
-    rate = peak_flops(cluster, training) * accelerator.compute_efficiency
-    gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
-    reduced = unit.gathered_numel(candidate.shard_size, only_trainable=True) * DTYPE_BYTES[training.reduce_dtype]
-    again = unit.forward_flops if candidate.recomputes(unit) else 0.0
-    forward, backward = unit.forward_flops * samples / rate, (unit.backward_flops + again) * samples / rate
-    if candidate.scheme == "ddp":
-        return UnitTimes(name=unit.name, forward=forward, backward=backward)
-    # Gathered messages are copied into parameters, gradients into the message of the reduction.
-    return UnitTimes(
-        name=unit.name,
-        unpack=accelerator.unit_overhead + 2 * gathered / accelerator.memory_bandwidth,
-        forward=forward,
-        backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
-        gather=_messages(unit, gathered, training.param_dtype, costs, least_message),
-        reduce=_messages(unit, reduced, training.reduce_dtype, costs, least_message),
-        replicate=costs.replication(reduced / candidate.shard_size) if reduced else FREE,
-    )
+    def work(self, memory: MemoryBreakdown, engine: Engine | None) -> StepWork:
+        """Returns the work of a step."""
+        candidate, layout, costs = self._candidate, self._layout, self._costs
+        settles = not layout.spans_nodes and layout.num_replicas > 1
+        engine = engine or engine_of(candidate.scheme, self._accelerator.device_type, settles=settles)
+        times = functools.cache(lambda unit: self._unit_times(unit, engine.least_message))
+        root, blocks = times(self._profile.root), [times(unit) for unit in self._profile.blocks]
+        if candidate.scheme == "ddp":
+            root, blocks = self._in_buckets(root, blocks)
+        return StepWork(
+            root=root,
+            blocks=blocks,
+            accumulation=candidate.accumulation,
+            replicates_always=candidate.scheme == "mesh-2d",
+            gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
+            optimizer=self._optimizer_seconds(memory),
+            agreement=costs.agreement() if candidate.scheme == "mics" else 0.0,
+            engine=engine,
+        )
 
+    def _unit_times(self, unit: Unit, least_message: int | None) -> UnitTimes:
+        candidate, training, accelerator = self._candidate, self._training, self._accelerator
+        rate = peak_flops(self._cluster, training) * accelerator.compute_efficiency / candidate.micro_batch
+        again = unit.forward_flops if candidate.recomputes(unit) else 0.0
+        forward, backward = unit.forward_flops / rate, (unit.backward_flops + again) / rate
+        if candidate.scheme == "ddp":
+            return UnitTimes(name=unit.name, forward=forward, backward=backward)
+        gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
+        reduced = unit.gathered_numel(candidate.shard_size, only_trainable=True) * DTYPE_BYTES[training.reduce_dtype]
+        # Gathered messages are copied into parameters, gradients into the message of the reduction.
+        return UnitTimes(
+            name=unit.name,
+            unpack=accelerator.unit_overhead + 2 * gathered / accelerator.memory_bandwidth,
+            forward=forward,
+            backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
+            gather=self._messages(unit, gathered, training.param_dtype, least_message),
+            reduce=self._messages(unit, reduced, training.reduce_dtype, least_message),
+            replicate=self._costs.replication(reduced / candidate.shard_size) if reduced else FREE,
+        )
 
-def _in_buckets(
-    profile: ModelProfile, root: UnitTimes, blocks: list[UnitTimes], costs: NetworkCosts, training: Training
-) -> tuple[UnitTimes, list[UnitTimes]]:
-    """Gives DDP's all-reduces to the units that complete its buckets in the backward pass, the last one to the root."""
-    waiting, least = 0, _FIRST_BUCKET_BYTES
-    result = list(blocks)
-    for index in reversed(range(len(blocks))):
-        waiting += gradient_bytes(profile.blocks[index], training)
-        if waiting >= least:
-            result[index] = replace(blocks[index], replicate=costs.replication(waiting))
-            waiting, least = 0, _BUCKET_BYTES
-    rest = waiting + gradient_bytes(profile.root, training)
-    return replace(root, replicate=costs.replication(rest) if rest else FREE), result
+    def _messages(self, unit: Unit, message_bytes: int, dtype: str, least_message: int | None) -> Cost:
+        """Returns the cost of the collectives of a unit's parameters: of one message, or of one for each of them."""
+        if message_bytes == 0:
+            return FREE
+        if least_message is None:
+            return self._costs.partition(message_bytes)
+        large = [param.numel for param in unit.params if param.numel >= least_message]
+        return sum((self._costs.partition(count * DTYPE_BYTES[dtype]) for count in large), FREE)
 
+    def _in_buckets(self, root: UnitTimes, blocks: list[UnitTimes]) -> tuple[UnitTimes, list[UnitTimes]]:
+        """Gives DDP's all-reduces to the units that complete its buckets in the backward pass, the last to the root."""
+        waiting, least = 0, _FIRST_BUCKET_BYTES
+        result = list(blocks)
+        for index in reversed(range(len(blocks))):
+            waiting += gradient_bytes(self._profile.blocks[index], self._training)
+            if waiting >= least:
+                result[index] = replace(blocks[index], replicate=self._costs.replication(waiting))
+                waiting, least = 0, _BUCKET_BYTES
+        rest = waiting + gradient_bytes(self._profile.root, self._training)
+        return replace(root, replicate=self._costs.replication(rest) if rest else FREE), result
 
-def _messages(unit: Unit, message_bytes: int, dtype: str, costs: NetworkCosts, least_message: int | None) -> Cost:
-    """Returns the cost of the collectives of a unit's parameters: of one message, or of one for each of them."""
-    if message_bytes == 0:
-        return FREE
-    if least_message is None:
-        return costs.partition(message_bytes)
-    large = [param.numel for param in unit.params if param.numel >= least_message]
-    return sum((costs.partition(count * DTYPE_BYTES[dtype]) for count in large), FREE)
-
-
-def _optimizer_seconds(cluster: Cluster, memory: MemoryBreakdown) -> float:
-    """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
-    moved = memory.gradients + 2 * (memory.gradients + memory.optimizer)  # frozen parameters stay
-    return moved / cluster.node.accelerator.memory_bandwidth
+    def _optimizer_seconds(self, memory: MemoryBreakdown) -> float:
+        """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
+        moved = memory.gradients + 2 * (memory.gradients + memory.optimizer)  # frozen parameters stay
+        return moved / self._accelerator.memory_bandwidth
 
 
 def predict_traffic(
@@ -218,8 +206,8 @@ def predict_traffic(
     replications = microsteps if candidate.scheme == "mesh-2d" else 1
     partition, replication = partition_share(layout, candidate.hierarchical), replication_share(layout)
 
-    def traffic(calls: int, message_bytes: float, intra: float, inter: float) -> Traffic:
-        return Traffic(calls, int(message_bytes), int(message_bytes * intra), int(message_bytes * inter))
+    def traffic(calls: int, message_bytes: float, share: LinkShare) -> Traffic:
+        return Traffic(calls, int(message_bytes), int(message_bytes * share.intra), int(message_bytes * share.inter))
 
     result = {hop: Traffic() for hop in Hop}
     if candidate.scheme != "ddp":
@@ -228,11 +216,9 @@ def predict_traffic(
         elements = profile.root.gathered_numel(size) + times * sum(u.gathered_numel(size) for u in profile.blocks)
         calls = microsteps * (1 + times * (units - 1) if profile.root.numel else times * units)
         gathered = microsteps * elements * DTYPE_BYTES[training.param_dtype]
-        share = float(partition.intra), float(partition.inter)
-        result[Hop.PARTITION_GATHER] = traffic(calls, gathered, *share)
-        result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, *share)
+        result[Hop.PARTITION_GATHER] = traffic(calls, gathered, partition)
+        result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, partition)
     if layout.num_replicas > 1:
         message = replications * reduced / layout.shard_size
-        share = float(replication.intra), float(replication.inter)
-        result[Hop.REPLICATION_REDUCE] = traffic(replications * len(trainable), message, *share)
+        result[Hop.REPLICATION_REDUCE] = traffic(replications * len(trainable), message, replication)
     return result

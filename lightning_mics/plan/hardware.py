@@ -8,8 +8,9 @@ import importlib.resources
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from lightning_mics.topology import ClusterTopology, check_positive_int
 
 _SECTIONS = ("accelerators", "networks", "fabrics", "instances")
 _CATALOGUE = "catalogue.yaml"
+# Fields that are quantities: the unit, a value that works, and the least that does where zero would do.
+_QUANTITIES: dict[str, tuple[str, str, float | None]] = {
+    "bandwidth": ("B/s", "100 Gbit/s", None),
+    "compute_efficiency": ("", "0.8", None),
+    "efficiency": ("", "0.8", None),
+    "latency": ("s", "20 us", 0.0),
+    "memory": ("B", "40 GiB", 1.0),
+    "memory_bandwidth": ("B/s", "1555 GB/s", None),
+    "unit_overhead": ("s", "1 ms", 0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +157,7 @@ def find_instance(name: str, num_nodes: int) -> Cluster:
     Raises:
         MiCSConfigError: If the name is unknown (the nearest known one is suggested), or ``num_nodes`` is not positive.
     """
-    catalogue = _catalogue()
-    return Cluster(node=_Reader(catalogue).instance(name), num_nodes=num_nodes)
+    return Cluster(node=_Reader(_catalogue()).instance(name), num_nodes=num_nodes)
 
 
 def load_cluster(path: str | os.PathLike[str], num_nodes: int | None = None) -> Cluster:
@@ -170,16 +180,8 @@ def load_cluster(path: str | os.PathLike[str], num_nodes: int | None = None) -> 
 def cluster_to_yaml(cluster: Cluster) -> str:
     """Returns the text of a file that :func:`load_cluster` reads as this cluster, with all figures in full."""
     node = cluster.node
-    accelerator = {**asdict(node.accelerator), "peak_flops": dict(node.accelerator.peak_flops)}
-    values = {
-        "name": node.name,
-        "num_nodes": cluster.num_nodes,
-        "accelerator": accelerator,
-        "num_accelerators": node.num_accelerators,
-        "intra": asdict(node.intra),
-        "inter": asdict(node.inter),
-        "source": node.source,
-    }
+    values = {"name": node.name, "num_nodes": cluster.num_nodes, **asdict(node)}
+    values["accelerator"]["peak_flops"] = dict(node.accelerator.peak_flops)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -284,41 +286,38 @@ class _Reader:
         )
 
     def accelerator(self, value: Any) -> Accelerator:
-        values = {"name": value, **self._known("accelerators", value)} if not isinstance(value, dict) else dict(value)
-        self._check_keys(values, Accelerator, "accelerator.")
-        self._require(values, Accelerator, "accelerator.")
-        peaks = values["peak_flops"]
+        known = value if isinstance(value, dict) else {"name": value, **self._known("accelerators", value)}
+        values = self._fields(Accelerator, known, "accelerator.")
+        peaks, kind = values["peak_flops"], values.get("device_type", "cuda")
         if not isinstance(peaks, dict) or not peaks:
             raise self._error(f"accelerator.peak_flops is {peaks!r}. Try peak_flops: {{bfloat16: 312 TFLOP/s}}")
-        kind = values.get("device_type", "cuda")
         if kind not in ("cuda", "cpu"):
             raise self._error(f"accelerator.device_type is {kind!r}. Values that work: cuda, cpu")
-        return Accelerator(
-            name=str(values["name"]),
-            memory=int(self._number(values, "memory", "B", "40 GiB", "accelerator.", least=1.0)),
-            peak_flops={
-                str(dtype): self._number(peaks, dtype, "FLOP/s", "312 TFLOP/s", "accelerator.peak_flops.")
-                for dtype in peaks
-            },
-            memory_bandwidth=self._number(values, "memory_bandwidth", "B/s", "1555 GB/s", "accelerator."),
-            compute_efficiency=self._share(values, "compute_efficiency", "accelerator."),
-            device_type=kind,
-            unit_overhead=self._number(
-                {"unit_overhead": 0.0, **values}, "unit_overhead", "s", "1 ms", "accelerator.", least=0.0
-            ),
-            source=str(values.get("source", "")),
-        )
+        values["memory"] = int(values["memory"])
+        values["peak_flops"] = {
+            str(dtype): self._quantity(f"accelerator.peak_flops.{dtype}", peak, "FLOP/s", "312 TFLOP/s")
+            for dtype, peak in peaks.items()
+        }
+        return Accelerator(**values)
 
     def _link(self, name: str, section: str, value: Any) -> Link:
-        values = self._known(section, value, f"{name}: ") if not isinstance(value, dict) else dict(value)
-        self._check_keys(values, Link, f"{name}.")
-        self._require(values, Link, f"{name}.")
-        return Link(
-            bandwidth=self._number(values, "bandwidth", "B/s", "100 Gbit/s", f"{name}."),
-            efficiency=self._share(values, "efficiency", f"{name}."),
-            latency=self._number(values, "latency", "s", "20 us", f"{name}.", least=0.0),
-            source=str(values.get("source", "")),
-        )
+        known = value if isinstance(value, dict) else self._known(section, value, f"{name}: ")
+        return Link(**self._fields(Link, known, f"{name}."))
+
+    def _fields(self, kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Returns values as the fields of a kind of hardware: checked, and in base units."""
+        self._check_keys(values, kind, prefix)
+        missing = [entry.name for entry in fields(kind) if entry.default is MISSING and entry.name not in values]
+        if missing:
+            raise self._error(f"{prefix}{missing[0]} is missing")
+        result: dict[str, Any] = {
+            key: str(value) if key in ("name", "source") else value for key, value in values.items()
+        }
+        for key in result.keys() & _QUANTITIES.keys():
+            result[key] = self._quantity(f"{prefix}{key}", values[key], *_QUANTITIES[key])
+            if key.endswith("efficiency") and result[key] > 1:
+                raise self._error(f"{prefix}{key} is {result[key]:g}, and must be at most 1. Try 0.8")
+        return result
 
     def _known(self, section: str, name: object, prefix: str = "") -> dict[str, Any]:
         known = self._catalogue[section]
@@ -333,28 +332,26 @@ class _Reader:
                 others = [name for name in (*known, *extra) if name != key]
                 raise self._error(f"key {prefix + str(key)!r} is unknown. {_suggest(str(key), others)}")
 
-    def _require(self, values: Mapping[str, Any], kind: type, prefix: str) -> None:
-        optional = {"source", "device_type", "unit_overhead"}
-        missing = [entry.name for entry in fields(kind) if entry.name not in values and entry.name not in optional]
-        if missing:
-            raise self._error(f"{prefix}{missing[0]} is missing")
-
     def _count(self, key: str, value: object, example: int) -> int:
         try:
             return check_positive_int(key, value, example)
         except MiCSConfigError as error:
             raise self._error(str(error)) from None
 
-    def _number(
-        self, values: Mapping[str, Any], key: str, unit: str, example: str, prefix: str, *, least: float | None = None
-    ) -> float:
-        return _quantity(values[key], f"{self._where}{prefix}{key}", unit, example, least=least)
-
-    def _share(self, values: Mapping[str, Any], key: str, prefix: str) -> float:
-        share = self._number(values, key, "", "0.8", prefix)
-        if share > 1:
-            raise self._error(f"{prefix}{key} is {share:g}, and must be at most 1. Try 0.8")
-        return share
+    def _quantity(self, key: str, value: object, unit: str, example: str, least: float | None = None) -> float:
+        """Returns a number in a base unit, above zero or at least as large as ``least``."""
+        number: float | None = None
+        if isinstance(value, str):
+            number = parse_quantity(value, unit)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            number = math.inf if abs(value) > sys.float_info.max else float(value)
+        if number is None:
+            raise self._error(f"{key} is {value!r}, which is no quantity. Try {example!r}")
+        if not math.isfinite(number) or (number <= 0 if least is None else number < least):
+            bound = "positive" if least is None else f"at least {least:g}"
+            shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
+            raise self._error(f"{key} is {shown}, and must be finite and {bound}. Try {example!r}")
+        return number
 
     def _error(self, message: str) -> MiCSConfigError:
         end = "" if message.endswith((".", "?")) else "."
@@ -366,34 +363,3 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     near = [by_case[found] for found in difflib.get_close_matches(name.lower(), by_case, n=2, cutoff=0.5)]
     question = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     return f"{question}Known: {', '.join(by_case.values())}."
-
-
-def _quantity(value: object, key: str, unit: str, example: str, *, least: float | None = None) -> float:
-    """Returns a number in bytes, bytes a second, FLOP/s or seconds.
-
-    Raises:
-        MiCSConfigError: If it is none, or not positive (or below ``least``).
-    """
-    number: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = _as_float(value)
-    elif isinstance(value, str):
-        number = parse_quantity(value, unit)
-    if number is None:
-        raise MiCSConfigError(f"{key} is {value!r}, which is no quantity. Try {example!r}.")
-    if not math.isfinite(number) or (number <= 0 if least is None else number < least):
-        bound = "positive" if least is None else f"at least {least:g}"
-        raise MiCSConfigError(f"{key} is {_shown(value)}, and must be finite and {bound}. Try {example!r}.")
-    return number
-
-
-def _as_float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from lightning_mics.plan.evaluate import Plan, evaluate
-from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.search import Planning
-from lightning_mics.plan.settings import Candidate
 
 # The curves go on to this many times the cluster, to show what a larger one would bring.
 _BEYOND = 4
@@ -64,19 +62,14 @@ def weak_scaling(planning: Planning, nodes: Iterable[int]) -> list[ScalingPoint]
 
 
 def _points(planning: Planning, way: Plan, counts: Iterable[int]) -> Iterator[ScalingPoint]:
+    profile, training, candidate = planning.profile, planning.training, way.candidate
     for count in counts:
         cluster = planning.cluster.with_nodes(count)
-        candidate = _on(way.candidate, cluster)
-        if candidate.shard_size not in cluster.topology.valid_shard_sizes():
-            continue
-        plan = evaluate(
-            planning.profile, cluster, candidate, planning.training, memory_limit=planning.best.memory_limit
-        )
-        yield ScalingPoint(label=way.candidate.label, num_nodes=count, plan=plan)
-
-
-def _on(candidate: Candidate, cluster: Cluster) -> Candidate:
-    return replace(candidate, shard_size=cluster.world_size) if candidate.scheme == "full-sharding" else candidate
+        if candidate.scheme == "full-sharding":
+            candidate = replace(candidate, shard_size=cluster.world_size)
+        if candidate.shard_size in cluster.topology.valid_shard_sizes():
+            plan = evaluate(profile, cluster, candidate, training, memory_limit=way.memory_limit)
+            yield ScalingPoint(label=candidate.label, num_nodes=count, plan=plan)
 
 
 def _with_efficiency(points: list[ScalingPoint]) -> Iterator[ScalingPoint]:

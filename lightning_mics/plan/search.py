@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.metrics import format_bytes
 from lightning_mics.plan.evaluate import Plan, evaluate
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.text import format_bytes
 
 # Kept free for activations where nothing is known of them.
 UNKNOWN_ACTIVATIONS = 0.2
@@ -221,34 +222,23 @@ def describe(candidate: Candidate) -> str:
 
 def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     """Yields changes that make the closest candidate fit, each alone, then more nodes."""
-    accelerator, candidate = planning.cluster.node.accelerator, closest.candidate
-
-    def needs(changed: Candidate) -> float:
-        return predict_memory(planning.profile, changed, planning.training, accelerator).total
-
-    def try_out(words: str, size: float) -> Iterator[str]:
-        if size <= closest.memory_limit:
-            yield f"{words} ({format_bytes(size)})"
-
+    candidate, cluster = closest.candidate, planning.cluster
+    alternatives: list[dict[str, dict[str, Any]]] = [{}, {}, {}]
     if not candidate.activation_checkpointing:
-        yield from try_out("activation_checkpointing=True", needs(replace(candidate, activation_checkpointing=True)))
-    for size in _halves(candidate.micro_batch):
-        found = list(try_out(f"micro-batches of {size}", needs(replace(candidate, micro_batch=size))))
-        if found:
-            yield from found
-            break
-    nodes = planning.cluster.num_nodes
-    while nodes < _MOST_NODES:
-        nodes *= 2
-        larger = replace(candidate, shard_size=nodes * planning.cluster.node.num_accelerators)
-        found = list(try_out(f"{nodes} nodes, shard_size={larger.shard_size}", needs(larger)))
-        if found:
-            yield from found
-            break
-    yield f"accelerators with {format_bytes(closest.memory.total)} of memory"
-
-
-def _halves(size: int) -> Iterator[int]:
+        alternatives[0]["activation_checkpointing=True"] = {"activation_checkpointing": True}
+    size, nodes = candidate.micro_batch, cluster.num_nodes
     while size > 1:
         size //= 2
-        yield size
+        alternatives[1][f"micro-batches of {size}"] = {"micro_batch": size}
+    while nodes < _MOST_NODES:
+        nodes *= 2
+        ranks = nodes * cluster.node.num_accelerators
+        alternatives[2][f"{nodes} nodes, shard_size={ranks}"] = {"shard_size": ranks}
+    for changes in alternatives:
+        for words, changed in changes.items():
+            other = replace(candidate, **changed)
+            needed = predict_memory(planning.profile, other, planning.training, cluster.node.accelerator).total
+            if needed <= closest.memory_limit:
+                yield f"{words} ({format_bytes(needed)})"
+                break
+    yield f"accelerators with {format_bytes(closest.memory.total)} of memory"

@@ -38,15 +38,7 @@ def last_microstep(time: StepTime) -> list[Event]:
 
 
 def timeline_lines(events: Sequence[Event], width: int) -> list[str]:
-    """Draws events as a line of letters for each stream.
-
-    Args:
-        events: Events of a part of a step.
-        width: Columns of a line.
-
-    Returns:
-        Lines, each with the name of its stream.
-    """
+    """Draws events of a part of a step: for each stream a line of its name and letters, at most ``width`` wide."""
     if not events:
         return []
     begin, end = min(event.start for event in events), max(event.end for event in events)

@@ -69,15 +69,7 @@ _GIB = 2**30
 
 
 def draw(planning: Planning, scaling: Sequence[ScalingPoint], target: Path) -> list[Path]:
-    """Draws the figures of the best plan.
-
-    Args:
-        planning: The answer of the planner.
-        scaling: Points of weak scaling.
-        target: A file that ends with ``.png`` or ``.svg``, for one picture of all; or a folder, for a PNG each.
-
-    Returns:
-        The files.
+    """Draws the best plan into a file that ends with ``.png`` or ``.svg``, or as a PNG each into a folder.
 
     Raises:
         MiCSConfigError: If no plan fits, or a file cannot be written.

@@ -16,15 +16,7 @@ _WIDEST = 100
 
 
 class Page:
-    """Prints onto a console, not wider than people like to read.
-
-    Args:
-        console: Where to print.
-
-    Attributes:
-        console: Where to print.
-        width: Columns of a line.
-    """
+    """Prints onto a console, in lines no wider than people like to read (``width``)."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -45,15 +37,7 @@ class Page:
     def table(
         self, names: Iterable[str], rows: Iterable[Sequence[str]], *, words: int = 1, gap: int = 2, bold: int = -1
     ) -> None:
-        """Prints a table.
-
-        Args:
-            names: The heads of the columns.
-            rows: The cells.
-            words: How many of the first columns hold words; the others hold numbers.
-            gap: Columns of the screen between two of the table.
-            bold: Place of the row that stands out.
-        """
+        """Prints a table whose first columns hold ``words``, the others numbers; the row at ``bold`` stands out."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
         for place, name in enumerate(names):
             is_word = place < words

@@ -32,12 +32,7 @@ def print_planning(
 ) -> None:
     """Prints what was asked, what fits, why the rest does not, and the best plan in detail.
 
-    Args:
-        planning: The answer of the planner.
-        scaling: Points of weak scaling.
-        console: Where to print.
-        top: Rows of the ranked table.
-        assumed: What was not given: ``"batch"``, ``"sequence"`` or both.
+    The ranked table has ``top`` rows. What was not given is ``assumed``: ``"batch"``, ``"sequence"`` or both.
     """
     page = Page(console)
     _print_question(planning, page, assumed)

@@ -30,9 +30,6 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
     """Returns the settings of the best plan that differ from the defaults, and the shard size.
 
     ``hierarchical`` is left to the measurement at set-up, unless it was fixed.
-
-    Raises:
-        MiCSConfigError: If no plan fits.
     """
     candidate = planning.best.candidate
     settings: dict[str, Any] = {"shard_size": candidate.shard_size}
@@ -46,21 +43,13 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
 
 
 def trainer_code(planning: Planning) -> str:
-    """Returns the line that creates a Lightning ``Trainer`` for the best plan.
-
-    Raises:
-        MiCSConfigError: If no plan fits.
-    """
+    """Returns the line that creates a Lightning ``Trainer`` for the best plan."""
     strategy = call("MiCSStrategy", mics_settings(planning))
     return layout_call("trainer = Trainer", {"strategy": strategy, **_trainer_arguments(planning)})
 
 
 def accelerate_code(planning: Planning) -> str:
-    """Returns the line that creates a ``MiCSAccelerator`` for the best plan.
-
-    Raises:
-        MiCSConfigError: If no plan fits.
-    """
+    """Returns the line that creates a ``MiCSAccelerator`` for the best plan."""
     arguments = {
         "mics_plugin": call("MiCSPlugin", mics_settings(planning)),
         "gradient_accumulation_steps": planning.best.candidate.accumulation,
@@ -90,17 +79,9 @@ def _mixed_precision(training: Training) -> str:
 def write_plan(
     planning: Planning, path: Path, kind: str = "accelerate", *, main_process_ip: str | None = None, force: bool = False
 ) -> str:
-    """Writes the best plan into a file.
+    """Writes the best plan into a file of a kind (one of the command's formats); returns how to use it.
 
-    Args:
-        planning: The answer of the planner.
-        path: The file.
-        kind: ``"accelerate"``, ``"lightning"`` or ``"mics"``.
-        main_process_ip: Address of machine 0, for ``"accelerate"``; without it the file has a placeholder.
-        force: Whether to replace the file if it exists.
-
-    Returns:
-        How to use it.
+    Without the address of machine 0, a file for Accelerate has a placeholder.
 
     Raises:
         MiCSConfigError: If no plan fits, or the file exists or cannot be written.
@@ -167,13 +148,7 @@ def _comments(planning: Planning, use: str, more: str = "") -> str:
 
 
 def to_json(planning: Planning, scaling: Sequence[ScalingPoint] = (), *, events: bool = False) -> str:
-    """Returns everything that is known, as JSON.
-
-    Args:
-        planning: The answer of the planner.
-        scaling: Points of weak scaling.
-        events: Whether the events of a step are there, of the best plan and of the ways to compare it with.
-    """
+    """Returns everything that is known, as JSON; the ``events`` of a step for the best plan and its contenders."""
     with_events = [plan.time for plan in (*planning.plans[:1], *planning.contenders)] if events else []
     plain = _Plain(with_events)
     answer = {**plain(planning), "precision": planning.training.precision, "scaling": plain(list(scaling))}
