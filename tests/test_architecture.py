@@ -196,11 +196,11 @@ def test_all_modules_are_read(real: Package) -> None:
     "rule",
     [
         pytest.param(architecture.module_circles, marks=pytest.mark.xfail(strict=False, reason="being mended")),
-        pytest.param(architecture.room_circles, marks=pytest.mark.xfail(strict=False, reason="being mended")),
-        pytest.param(architecture.upward_imports, marks=pytest.mark.xfail(strict=False, reason="being mended")),
+        architecture.room_circles,
+        architecture.upward_imports,
         architecture.without_layer,
         pytest.param(architecture.private_names, marks=pytest.mark.xfail(strict=False, reason="being mended")),
-        pytest.param(architecture.ways_to_torch, marks=pytest.mark.xfail(strict=False, reason="being mended")),
+        architecture.ways_to_torch,
     ],
     ids=lambda rule: rule.__name__,
 )

@@ -24,10 +24,12 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
+
+# Divides gradients by the scale of the loss, in place, and notes whether any is not finite.
+unscale_and_check: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_unscale_
 
 # Where FSDP2 warns from, for filters of warnings.
 FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mics.core._torch import local_tensor
+from lightning_mics.core._torch import local_tensor, unscale_and_check
 
 
 class MiCSGradScaler(torch.amp.GradScaler):
@@ -32,7 +32,7 @@ class MiCSGradScaler(torch.amp.GradScaler):
         overflow = found_inf.clone()
         for (device, _), grads in by_kind.items():
             found = torch.zeros_like(overflow, device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inv_scale.to(device))
+            unscale_and_check(grads, found, inv_scale.to(device))
             torch.autograd.graph.increment_version(grads)  # the call above forgets to, and a window asks who wrote
             overflow = torch.maximum(overflow, found.to(overflow.device))
         dist.all_reduce(overflow, op=dist.ReduceOp.MAX)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_mics.config import Wrap
+from lightning_mics.core._torch import BatchNorm
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean
 
@@ -76,7 +77,7 @@ def separate_batch_norms(model: nn.Module, units: list[Unit]) -> list[Unit]:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Returns whether a module is a batch norm with weights."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and _has_parameters(module)
+    return isinstance(module, BatchNorm) and _has_parameters(module)
 
 
 def backward_order(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
