@@ -164,6 +164,15 @@ def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def _windows(case: Case, clock: StepClock) -> Iterator[tuple[Tensor, bool]]:
+    """Yields microbatches, each with whether it is the last of its window, and tells the clock."""
+    for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation), start=1):
+        if number % case.accumulation == 1 % case.accumulation:
+            clock.window_begins()
+        yield batch, number % case.accumulation == 0
+    clock.ends()
+
+
 def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> None:
     """A loop that defers all gradient synchronisation with ``no_backward_sync``, as Accelerate's ``no_sync`` does."""
 
@@ -178,10 +187,7 @@ def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> No
     fabric.launch()
     model = fabric.setup(_prepare(case, clock))
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE))
-    for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation)):
-        if number % case.accumulation == 0:
-            clock.window_begins()
-        is_last = number % case.accumulation == case.accumulation - 1
+    for batch, is_last in _windows(case, clock):
         with fabric.no_backward_sync(model, enabled=not is_last):
             loss = model(input_ids=batch, labels=batch).loss
             clock.losses.append(loss.detach())
@@ -189,7 +195,6 @@ def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> No
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
-    clock.ends()
 
 
 def _train_with_deepspeed(case: Case, contender: Contender, clock: StepClock) -> None:
@@ -206,12 +211,9 @@ def _train_with_deepspeed(case: Case, contender: Contender, clock: StepClock) ->
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation)):
-        if number % case.accumulation == 0:
-            clock.window_begins()
+    for batch, _ in _windows(case, clock):
         loss = engine(input_ids=batch, labels=batch).loss
         clock.losses.append(loss.detach())
         engine.backward(loss)
         engine.step()
-    clock.ends()
     engine.destroy()

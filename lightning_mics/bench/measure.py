@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -121,8 +122,9 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
     """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
     gather, reduce, replicate = (hop.value for hop in Hop)
     fsdp = fsdp_collectives()
+    fsdp_dist = SimpleNamespace(**vars(dist))  # FSDP2's own, so that its all-reduce is told apart
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fsdp, "dist", _FsdpDist()))
+        stack.enter_context(mock.patch.object(fsdp, "dist", fsdp_dist))
         for owner, name, hop in (
             (fsdp.DefaultAllGather, "__call__", gather),
             (fsdp.DefaultReduceScatter, "__call__", reduce),
@@ -136,20 +138,10 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (UnitGradients, "finish_reduction", reduce),
             (UnitGradients, "wait", replicate),
             (window, "agree", replicate),
-            (_FsdpDist, "all_reduce", replicate),
+            (fsdp_dist, "all_reduce", replicate),
         ):
             stack.enter_context(_timed(owner, name, functools.partial(clock.note, hop)))
         yield
-
-
-class _FsdpDist:
-    """Stands for ``torch.distributed`` in FSDP2's collectives, so that its all-reduce can be timed apart."""
-
-    def all_reduce(self, *args: Any, **kwargs: Any) -> Any:
-        return dist.all_reduce(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
 
 
 _running: list[str] = []  # timed calls of the main thread
