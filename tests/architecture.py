@@ -51,6 +51,8 @@ OTHERS = {
         *("_attn_implementation", "_init_weights", "_is_fsdp_managed_module", "_model_mapping", "_no_split_modules"),
     },
 }
+# Private attributes of every module of PyTorch, which count wherever they are spelled out.
+REGISTRIES = {"_buffers", "_modules", "_non_persistent_buffers_set", "_parameters"}
 MAX_FILE, MAX_FUNCTION, MAX_FIELDS = 450, 50, 10
 
 MAX_SHOWN = 12  # imports of a circle that the report shows
@@ -345,7 +347,7 @@ def private_names(package: Package) -> list[Finding]:
     Those are private parts of a name that was imported from torch, private attributes that nothing in the package
     defines and no other library is known for, and private methods of a class of torch that a class overrides.
     """
-    known = set().union(*OTHERS.values(), *map(_defined, package.modules.values()))
+    known = set().union(*OTHERS.values(), *map(_defined, package.modules.values())) - REGISTRIES
     used = {
         node.attr for module in package.modules.values() for node in module.nodes if isinstance(node, ast.Attribute)
     }
@@ -375,6 +377,8 @@ def _private_of_torch(name: str) -> bool:
 def _private_in(node: Any, module: Module, known: set[str]) -> Iterator[str]:
     if isinstance(node, ast.Attribute) and _is_private(node.attr):
         yield from _private_attribute(node, module, known)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in REGISTRIES:
+        yield node.value
     elif isinstance(node, ast.Call):
         function = _name_of(node.func)
         if function in ("getattr", "hasattr", "setattr", "delattr", "object") and len(node.args) > 1:

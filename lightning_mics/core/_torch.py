@@ -31,6 +31,9 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
 # Divides gradients by the scale of the loss, in place, and notes whether any is not finite.
 unscale_and_check: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_unscale_
 
+# Where a module notes what assigning to it adds.
+MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
 # Where FSDP2 warns from, for filters of warnings.
 FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
 

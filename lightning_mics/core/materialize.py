@@ -80,7 +80,8 @@ def _to_empty(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
             torch.utils.swap_tensors(tensor, empty)
             fresh[name] = tensor
         else:
-            module._buffers[name] = fresh[name] = empty
+            setattr(module, name, empty)
+            fresh[name] = empty
     return fresh
 
 

@@ -30,6 +30,7 @@ from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
+from lightning_mics.core._torch import MODULE_REGISTRIES
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.core.units import callable_parts
@@ -355,10 +356,6 @@ def _refuse_averaging(trainer: pl.Trainer) -> None:
             )
 
 
-# Where a module notes what assigning to it adds.
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
 def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
     """Asks a module for optimizers over its whole parameters, to learn their classes and settings.
 
@@ -368,7 +365,7 @@ def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:
 
     asked = object.__new__(type(module))
     for name, value in vars(module).items():
-        vars(asked)[name] = copy.copy(value) if name in _REGISTRIES else value
+        vars(asked)[name] = copy.copy(value) if name in MODULE_REGISTRIES else value
     try:
         with random_states_kept():
             return _configure_optimizers(asked.configure_optimizers())[0]  # type: ignore[arg-type]
