@@ -200,7 +200,7 @@ def test_all_modules_are_read(real: Package) -> None:
         architecture.room_circles,
         architecture.upward_imports,
         architecture.without_layer,
-        pytest.param(architecture.private_names, marks=pytest.mark.xfail(strict=False, reason="being mended")),
+        architecture.private_names,
         architecture.ways_to_torch,
     ],
     ids=lambda rule: rule.__name__,
