@@ -129,13 +129,13 @@ def shard(
         loader: A DataLoader that ``shard_size="auto"`` may take a sample of, or ``None``.
         **options: More for :func:`~lightning_mics.mics_shard`.
     """
-    sample = find_sample(module, loader) if config.shard_size == "auto" else None
+    sample = _find_sample(module, loader) if config.shard_size == "auto" else None
     config = config.with_precision(str(precision.precision))
     mics_shard(module, config, topology=topology, device_type=device.type, sample=sample, **options)
     _gather_in_steps(module)
 
 
-def find_sample(module: nn.Module, loader: Any) -> Sample | None:
+def _find_sample(module: nn.Module, loader: Any) -> Sample | None:
     """Finds what a rank computes with in a microstep, for ``shard_size="auto"``.
 
     A module's ``example_input_array`` has the inputs; the DataLoader knows how many of them make a micro-batch, and has

@@ -342,9 +342,12 @@ class _Launcher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         asked = inspect.signature(function).bind(*args, **kwargs).arguments
         self.weights_only = asked.get("weights_only")
-        if self.cluster_environment.creates_processes_externally:
-            return function(*args, **kwargs)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        try:
+            if self.cluster_environment.creates_processes_externally:
+                return function(*args, **kwargs)
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        finally:
+            self.weights_only = None  # nor may the next run load what only this one trusts
 
 
 def _refuse_averaging(trainer: pl.Trainer) -> None:

@@ -169,6 +169,27 @@ def test_validate_test_predict_and_then_fit(pool: WorkerPool) -> None:
     pool.run(evaluate, world_size=4)
 
 
+def weights_after_fit(evaluate_first: bool, precision: str, **strategy: Any) -> dict[str, Tensor]:
+    ours = module()
+    trainer = make_trainer(strategy=MiCSStrategy(node_size=2, **strategy), precision=precision)
+    if evaluate_first:  # in inference mode
+        trainer.validate(ours, loader(2, trainer.world_size), verbose=False)
+        trainer.predict(ours, loader(2, trainer.world_size))
+    trainer.fit(ours, loader(3, trainer.world_size), loader(2, trainer.world_size))
+    return net_state(ours)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "strategy", [{"shard_size": 4, "hierarchical": True, "activation_checkpointing": True}, {"shard_size": 1}]
+)
+def test_training_is_the_same_after_evaluation(pool: WorkerPool, precision: str, strategy: dict[str, Any]) -> None:
+    first, second = (
+        pool.run(weights_after_fit, evaluated, precision, **strategy, world_size=4)[0] for evaluated in (False, True)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 class TwoPlayers(pl.LightningModule):
     """Manual optimisation with two optimizers that take turns, as in adversarial training."""
 
