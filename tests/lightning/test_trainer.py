@@ -19,6 +19,7 @@ from lightning_tools import (
     BATCH,
     LanguageModel,
     Net,
+    PoolEnvironment,
     cross_entropy,
     dataset,
     loader,
@@ -299,18 +300,12 @@ def overflow() -> tuple[float, bool, bool]:
     plugin = pl.plugins.MixedPrecision("16-mixed", "cpu")
     trainer = make_trainer(
         strategy=MiCSStrategy(shard_size=2, node_size=2),
-        plugins=[plugin, *make_trainer_plugins()],
+        plugins=[plugin, PoolEnvironment()],
         callbacks=[RememberFirstStep()],
     )
     trainer.fit(ours, loader(3, trainer.world_size))
     changed = not torch.equal(net_state(ours)["head.weight"], reference().state_dict()["head.weight"])
     return plugin.scaler.get_scale(), trainer.callbacks[0].skipped, changed
-
-
-def make_trainer_plugins() -> list[Any]:
-    from lightning_tools import PoolEnvironment
-
-    return [PoolEnvironment()]
 
 
 class RememberFirstStep(Callback):
@@ -384,7 +379,7 @@ def foreign_precision() -> Any:
 
 
 def use_a_plugin(make_plugin: Any) -> None:
-    make_trainer(strategy=MiCSStrategy(shard_size=2), plugins=[*make_trainer_plugins(), make_plugin()])
+    make_trainer(strategy=MiCSStrategy(shard_size=2), plugins=[PoolEnvironment(), make_plugin()])
 
 
 def synchronise_batch_norms() -> None:
