@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import Any
 
 import pytest
 from script_tools import HEAVY
@@ -44,3 +48,26 @@ def pool() -> Iterator[WorkerPool]:
 def real(request: pytest.FixtureRequest) -> bool:
     """Whether a script is started by a real launcher and in fresh interpreters, or in processes that are forked."""
     return bool(request.param == "real")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", type=Path, help="write what the campaigns count to this file")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tells what campaigns counted: tests record it as the property ``figures``."""
+    stats = terminalreporter.stats
+    passed = [report for report in stats.get("passed", []) if "campaign" in report.keywords]
+    if not passed:
+        return
+    rows = []
+    for report in sorted(passed, key=lambda report: report.nodeid):
+        figures = dict(report.user_properties).get("figures", "passed")
+        rows.append(f"| `{report.nodeid.removeprefix('tests/')}` | {figures} | {report.duration:.0f} s |")
+    table = "\n".join(["| campaign | outcome | time |", "| --- | --- | --- |", *rows, ""])
+    terminalreporter.section("figures of campaigns")
+    terminalreporter.write(table)
+    if path := config.getoption("--figures"):
+        versions = [f"{name} {version(name)}" for name in ("torch", "lightning", "accelerate", "transformers")]
+        where = ", ".join([str(date.today()), f"Python {platform.python_version()}", *versions])
+        path.write_text(f"{where}: {len(rows)} passed, {len(stats.get('failed', []))} failed.\n\n{table}")

@@ -1,4 +1,10 @@
-"""Training the same thing twice: sharded over a world, and in one process on the global batch."""
+"""Training the same thing twice: sharded over a world, and in one process on the global batch.
+
+Losses, norms and weights must agree within a bound that only rounding stays below. AdamW divides gradients by their own
+magnitude, so with its default ``eps`` of 1e-8 it makes whole steps out of gradients that are nothing but rounding, and
+no step at all of a wrong scale. Here its ``eps`` is far above the rounding of gradients and near their magnitude: its
+steps are then a smooth function of the gradients, and its weights are held to the same bound as those of SGD.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +27,7 @@ from lightning_mics import (
 from lightning_mics.testing import full_state_dict, relative_difference, weight_differences
 
 ROWS_PER_RANK = 2
+BOUND = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Case:
         node: Ranks on a node.
         accumulate: Microsteps in a window.
         incomplete: Whether the last window ends one microstep early and is closed by hand.
-        optimizer: ``"sgd"`` (momentum and weight decay) or ``"adamw"``.
+        optimizer: ``"sgd"`` (momentum and weight decay) or ``"adamw"`` (weight decay, a large ``eps``).
         clip: Largest gradient norm.
         routes: For the routed model, by microstep and replica: the block that the rows go through.
         settings: Further settings of ``MiCSConfig``.
@@ -86,11 +93,10 @@ class Comparison:
     same_ungraded: bool
 
     def check(self) -> None:
-        assert self.loss <= 1e-5, f"{self.case}: losses differ by {self.loss:.1e}"
-        assert self.norm <= 1e-5, f"{self.case}: gradient norms differ by {self.norm:.1e}"
+        assert self.loss <= BOUND, f"{self.case}: losses differ by {self.loss:.1e}"
+        assert self.norm <= BOUND, f"{self.case}: gradient norms differ by {self.norm:.1e}"
         assert self.same_ungraded, f"{self.case}: other parameters are without gradient"
-        if self.case.optimizer == "sgd":
-            assert self.weight <= 1e-5, f"{self.case}: {self.worst} differs by {self.weight:.1e}"
+        assert self.weight <= BOUND, f"{self.case}: {self.worst} differs by {self.weight:.1e}"
 
 
 def rows_of(case: Case, microstep: int) -> Tensor:
@@ -107,7 +113,7 @@ def rows_of(case: Case, microstep: int) -> Tensor:
 
 def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     if case.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01, eps=1e-3)
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
@@ -161,24 +167,22 @@ def train_sharded(case: Case) -> Outcome:
     return Outcome((mean / case.world).tolist(), norms, full_state_dict(model), without)
 
 
+def comparison(case: Case, actual: Outcome, expected: Outcome) -> Comparison:
+    differences = weight_differences(actual.weights, expected.weights)
+    worst = max(differences, key=differences.__getitem__)
+    return Comparison(
+        case=case,
+        loss=max(map(relative_difference, actual.losses, expected.losses)),
+        norm=max(map(relative_difference, actual.norms, expected.norms)),
+        weight=differences[worst],
+        worst=worst,
+        same_ungraded=actual.ungraded == expected.ungraded and actual.weights.keys() == expected.weights.keys(),
+    )
+
+
 def compare(cases: list[Case]) -> list[Comparison]:
     """Trains every case both ways. Runs on every rank."""
-    results = []
-    for case in cases:
-        sharded, alone = train_sharded(case), train_alone(case.reference)
-        differences = weight_differences(sharded.weights, alone.weights)
-        worst = max(differences, key=differences.__getitem__)
-        results.append(
-            Comparison(
-                case=case,
-                loss=max(map(relative_difference, sharded.losses, alone.losses)),
-                norm=max(map(relative_difference, sharded.norms, alone.norms)),
-                weight=differences[worst],
-                worst=worst,
-                same_ungraded=sharded.ungraded == alone.ungraded and sharded.weights.keys() == alone.weights.keys(),
-            )
-        )
-    return results
+    return [comparison(case, train_sharded(case), train_alone(case.reference)) for case in cases]
 
 
 def layouts(world: int) -> list[tuple[int, int]]:

@@ -52,7 +52,7 @@ def test_trainer_gpt2_and_its_resumption(tmp_path: Path, real: bool) -> None:
 
 @pytest.mark.slow
 def test_trainer_bert_is_better_than_chance(tmp_path: Path, real: bool) -> None:
-    screen = lightning(tmp_path, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 20, real=real)
+    screen = lightning(tmp_path, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 10, real=real)
     assert accuracy(screen) > 0.5  # chance is 0.25
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import parity
 import pytest
-from parity import Case, compare, layouts
+import torch
+from parity import BOUND, Case, compare, comparison, layouts, train_alone
 
 from lightning_mics.testing import WorkerPool
 
@@ -21,8 +24,8 @@ ROUTES = {
 def check(pool: WorkerPool, cases: Iterator[Case] | list[Case]) -> None:
     cases = list(cases)
     for comparisons in pool.run(compare, cases, world_size=cases[0].world, timeout=120):
-        for comparison in comparisons:
-            comparison.check()
+        for each in comparisons:
+            each.check()
 
 
 def spans_nodes(shard: int, node: int) -> bool:
@@ -78,3 +81,54 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_settings_that_change_no_number(pool: WorkerPool, settings: dict[str, object]) -> None:
     check(pool, [Case("uneven", 4, shard, 2, 2, settings=tuple(settings.items())) for shard in (2, 4)])
+
+
+# What the yardstick would notice.
+
+
+def scale(optimizer: torch.optim.Optimizer, factor: float) -> torch.optim.Optimizer:
+    """Makes all gradients wrong by a factor."""
+
+    def hook(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad.mul_(factor)
+
+    optimizer.register_step_pre_hook(hook)
+    return optimizer
+
+
+def without_decay(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return optimizer
+
+
+def lose_a_microstep(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_of, calls = parity.loss_of, iter(range(1000))
+    monkeypatch.setattr(parity, "loss_of", lambda *args: loss_of(*args) * (next(calls) != 5))
+
+
+@pytest.mark.parametrize(
+    "fault", ["gradients 1 % too large", "gradients halved", "a lost microstep", "no weight decay"]
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("model", ["gpt2", "bert", "uneven"])
+def test_weights_tell_faults_from_rounding(
+    monkeypatch: pytest.MonkeyPatch, model: str, optimizer: str, fault: str
+) -> None:
+    case = Case(model, 4, 1, 1, 4, optimizer=optimizer)
+    right, make_optimizer = train_alone(case), parity.make_optimizer
+    if fault == "lost microstep":
+        lose_a_microstep(monkeypatch)
+    else:
+        spoil = {
+            "gradients 1 % too large": lambda optimizer: scale(optimizer, 1.01),
+            "gradients halved": lambda optimizer: scale(optimizer, 0.5),
+            "no weight decay": without_decay,
+        }[fault]
+        monkeypatch.setattr(parity, "make_optimizer", lambda *args: spoil(make_optimizer(*args)))
+    wrong = comparison(case, train_alone.__wrapped__(case), right)
+    assert wrong.weight > 50 * BOUND
+    with pytest.raises(AssertionError, match=f"{wrong.worst} differs by"):
+        replace(wrong, loss=0.0, norm=0.0).check()

@@ -342,8 +342,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        version, _ = int(content["format"]), dict(content["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        version = int(content["format"])
+        for facts in content["files"].values() if version <= _FORMAT else ():
+            int(facts["bytes"]), int(facts["crc32"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from error
     if version > _FORMAT:
         raise CheckpointError(f"{folder} was written by a newer lightning-mics. Update the package to read it.")

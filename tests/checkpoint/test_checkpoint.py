@@ -1,75 +1,22 @@
-"""Checkpoints of bare loops: what is written, what survives a crash, what is refused."""
+"""Checkpoints of bare loops: what is written, what is refused, what consolidating makes of them."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import sys
 import types
-import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning_tools import Net, cross_entropy, make_optimizer
+from checkpoint_tools import PLAIN, equal, everything, load_anew, save_new, trained
+from lightning_tools import Net, cross_entropy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_mics import (
-    CheckpointError,
-    MiCSConfig,
-    consolidate,
-    load_checkpoint,
-    mics_shard,
-    save_checkpoint,
-)
-from lightning_mics.checkpoint import files, optimizer_state
-from lightning_mics.testing import Failure, WorkerPool, full_state_dict
-
-PLAIN = MiCSConfig(shard_size=2, node_size=2)
-
-
-def trained(seed: int, steps: int = 2, config: MiCSConfig = PLAIN, optimizer: str = "adamw") -> tuple[Any, Any]:
-    """Returns a sharded model and its optimizer after some steps."""
-    torch.manual_seed(seed)
-    model = mics_shard(Net(), config)
-    inner = make_optimizer(optimizer, model.parameters())
-    for _ in range(steps):
-        tokens = torch.arange(10).view(2, 5) + dist.get_rank()
-        cross_entropy(model(tokens % 19), tokens % 19).backward()
-        inner.step()
-        inner.zero_grad()
-    return model, inner
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns all tensors of a model and its optimizer, whole, by name."""
-    tensors = full_state_dict(model)
-    for name, state in optimizer_state(model, optimizer)["state"].items():
-        for key, value in state.items():
-            tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-    return tensors
-
-
-def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def save_new(path: str, seed: int, sharded: bool = True) -> dict[str, Tensor]:
-    model, optimizer = trained(seed)
-    save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
-    return everything(model, optimizer)
-
-
-def load_anew(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    model, optimizer = trained(seed=50, steps=0)
-    meta = load_checkpoint(path, model, optimizer)
-    return everything(model, optimizer), meta
+from lightning_mics import CheckpointError, MiCSConfig, consolidate, load_checkpoint, mics_shard, save_checkpoint
+from lightning_mics.checkpoint import optimizer_state
+from lightning_mics.testing import WorkerPool
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
@@ -155,237 +102,7 @@ def test_an_optimizer_without_states(pool: WorkerPool, tmp_path: Path) -> None:
         assert num_states == 0
 
 
-# Crashes.
-
-
-# What touches the disk or other ranks during a save.
-_WATCHED: tuple[tuple[Any, str], ...] = (
-    (os, "fsync"),
-    (os, "rename"),
-    (os, "replace"),
-    (torch, "save"),
-    (files, "_exchange"),
-    (files, "describe"),
-    (files, "delete"),
-    (files, "write_manifest"),
-    (dist, "all_gather_object"),
-)
-
-
-def watch_moments(monkey: Callable[[str], None]) -> None:
-    """Calls ``monkey`` before and after everything that touches the disk or other ranks."""
-
-    def watch(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            monkey(f"before {name}")
-            result = original(*args, **kwargs)
-            monkey(f"after {name}")
-            return result
-
-        setattr(owner, name, watched)
-
-    for owner, name in _WATCHED:
-        watch(owner, name)
-
-
-def save_and_count(path: str, seed: int, sharded: bool) -> int:
-    model, optimizer = trained(seed)
-    moments: list[str] = []
-    originals = [getattr(owner, name) for owner, name in _WATCHED]
-    watch_moments(moments.append)
-    try:
-        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
-    finally:
-        for (owner, name), original in zip(_WATCHED, originals, strict=True):
-            setattr(owner, name, original)
-    return len(moments)
-
-
-def save_and_die(path: str, seed: int, sharded: bool, moment: int, victims: tuple[int, ...], exchange: bool) -> None:
-    model, optimizer = trained(seed)
-    if not exchange:
-        files._exchange = lambda first, second: False
-    passed = 0
-
-    def monkey(name: str) -> None:
-        nonlocal passed
-        passed += 1
-        if passed == moment and dist.get_rank() in victims:
-            os._exit(1)
-
-    watch_moments(monkey)
-    try:
-        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
-    finally:
-        os._exit(2)  # the watched functions must not outlive the test
-
-
-@pytest.mark.parametrize(
-    ("sharded", "exchange"), [(True, True), (True, False), (False, True)], ids=["sharded", "two renames", "full"]
-)
-def test_a_crash_at_any_moment_keeps_a_whole_checkpoint(
-    pool: WorkerPool, tmp_path: Path, sharded: bool, exchange: bool
-) -> None:
-    path = tmp_path / "last.ckpt"
-    contents = {1: pool.run(save_new, str(path), 1, sharded, world_size=2)[0]}
-    num_moments = max(pool.run(save_and_count, str(tmp_path / "other.ckpt"), 7, sharded, world_size=2))
-    contents[2] = pool.run(save_new, str(tmp_path / "other.ckpt"), 2, sharded, world_size=2)[0]
-    count = 20 if (sharded and exchange) else 8
-    survived = set()
-    for index in range(count):
-        moment = 1 + index * num_moments // count
-        victims = ((0,), (1,), (0, 1))[index % 3]
-        pool.attempt(save_and_die, str(path), 2, sharded, moment, victims, exchange, world_size=2)
-        for loaded, meta in pool.run(load_anew, str(path), world_size=2):
-            survived.add(meta["seed"])
-            assert equal(loaded, contents[meta["seed"]]), f"moment {moment}"
-        if 2 in survived:
-            pool.run(save_new, str(path), 1, sharded, world_size=2)
-    assert 1 in survived
-    pool.run(save_new, str(path), 1, sharded, world_size=2)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "other.ckpt"]
-
-
-def fail_to_write(path: str, rank: int) -> None:
-    model, optimizer = trained(3)
-    if dist.get_rank() == rank:
-
-        def full_disk(descriptor: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        os.fsync, original = full_disk, os.fsync
-        try:
-            save_checkpoint(path, model, optimizer)
-        finally:
-            os.fsync = original
-    save_checkpoint(path, model, optimizer)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_while_writing_raises_on_every_rank(pool: WorkerPool, tmp_path: Path, rank: int) -> None:
-    path = tmp_path / "last.ckpt"
-    saved = pool.run(save_new, str(path), 1, world_size=2)[0]
-    for failure in pool.attempt(fail_to_write, str(path), rank, world_size=2):
-        assert failure.kind == "CheckpointError"
-        assert "No space left on device" in failure.message
-        assert "last.ckpt" in failure.message
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
-    assert equal(pool.run(load_anew, str(path), world_size=2)[0][0], saved)
-
-
 # What is refused.
-
-
-def truncate(path: Path) -> None:
-    file = sorted(path.glob("*.distcp"))[0]
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def flip_a_bit(path: Path) -> None:
-    file = sorted(path.glob("*.distcp"))[-1]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
-
-
-def drop_a_shard(path: Path) -> None:
-    sorted(path.glob("*.distcp"))[0].unlink()
-
-
-def drop_the_index(path: Path) -> None:
-    (path / ".metadata").unlink()
-
-
-def drop_the_rest(path: Path) -> None:
-    (path / "meta.pt").unlink()
-
-
-def spoil_the_manifest(path: Path) -> None:
-    (path / "mics.json").write_text("{")
-
-
-def come_from_the_future(path: Path) -> None:
-    content = json.loads((path / "mics.json").read_text())
-    (path / "mics.json").write_text(json.dumps({**content, "format": 99}))
-
-
-def become_a_text_file(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
-    path.write_text("not a checkpoint")
-
-
-def vanish(path: Path) -> None:
-    become_a_text_file(path)
-    path.unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (truncate, ("__0_0.distcp", "damaged", "bytes")),
-        (flip_a_bit, (".distcp", "checksum")),
-        (drop_a_shard, ("__0_0.distcp", "missing")),
-        (drop_the_index, (".metadata", "half-written")),
-        (drop_the_rest, ("meta.pt", "missing")),
-        (spoil_the_manifest, ("mics.json", "damaged")),
-        (come_from_the_future, ("newer", "Update")),
-        (become_a_text_file, ("not a PyTorch checkpoint",)),
-        (vanish, ("There is no checkpoint", "good.ckpt")),
-    ],
-)
-def test_damaged_checkpoints_are_refused_on_every_rank(
-    pool: WorkerPool, tmp_path: Path, damage: Callable[[Path], None], words: tuple[str, ...]
-) -> None:
-    path = tmp_path / "saved.ckpt"
-    pool.run(save_new, str(tmp_path / "good.ckpt"), 1, world_size=2)
-    pool.run(save_new, str(path), 1, world_size=2)
-    damage(path)
-    for failure in pool.attempt(load_anew, str(path), world_size=2):
-        assert isinstance(failure, Failure) and failure.kind == "CheckpointError", failure
-        for word in words:
-            assert word in failure.message
-    with pytest.raises(CheckpointError):
-        consolidate(path, tmp_path / "whole.ckpt")
-
-
-def truncate_file(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def flip_a_bit_in_a_tensor(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda record: record.file_size)
-    content[largest.header_offset + 200] ^= 1  # behind the record's header and padding
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("damage", [truncate_file, flip_a_bit_in_a_tensor])
-def test_damaged_files_are_refused_on_every_rank(
-    pool: WorkerPool, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "saved.ckpt"
-    pool.run(save_new, str(path), 1, False, world_size=2)
-    damage(path)
-    for failure in pool.attempt(load_anew, str(path), world_size=2):
-        assert isinstance(failure, Failure) and failure.kind == "CheckpointError", failure
-        assert "saved.ckpt" in failure.message and "damaged" in failure.message
-    with pytest.raises(CheckpointError, match="damaged"):
-        consolidate(path, tmp_path / "whole.safetensors")
-
-
-def test_a_truncated_shard_is_found_without_a_manifest(pool: WorkerPool, tmp_path: Path) -> None:
-    path = tmp_path / "saved.ckpt"
-    pool.run(save_new, str(path), 1, world_size=2)
-    (path / "mics.json").unlink()  # as if another program had written it
-    assert pool.run(load_anew, str(path), world_size=2)[0][1]["seed"] == 1
-    truncate(path)
-    for failure in pool.attempt(load_anew, str(path), world_size=2):
-        assert failure.kind == "CheckpointError" and "__0_0.distcp is damaged" in failure.message
 
 
 def save_with_own_buffer(path: str) -> None:
@@ -399,22 +116,6 @@ def test_of_buffers_that_differ_rank_0_counts(pool: WorkerPool, tmp_path: Path) 
     pool.run(save_with_own_buffer, str(path), world_size=4)
     whole = torch.load(consolidate(path, tmp_path / "whole.ckpt"), weights_only=True)
     assert whole["state_dict"]["seen"].tolist() == [0, 0]
-
-
-def test_leftovers_of_running_saves_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "saved.ckpt"
-    mine = files.temporary_name(path).name
-    prefix, _, birth = mine.rpartition(f"-{os.getpid()}-")
-    running = tmp_path / f"{prefix}-{os.getppid()}-{files._birth(os.getppid())}"
-    reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}"
-    dead = tmp_path / f"{prefix}-{2**22 + 1}-5"
-    for leftover in (running, reused, dead):
-        leftover.mkdir()
-        (leftover / "__0_0.distcp").write_text("half")
-        os.utime(leftover / "__0_0.distcp", (0, 0))
-        os.utime(leftover, (0, 0))
-    files.recover(path)
-    assert list(tmp_path.iterdir()) == [running]
 
 
 def load_into_another_model(path: str) -> None:
@@ -515,12 +216,6 @@ def test_names_as_long_as_a_folder_takes(pool: WorkerPool, tmp_path: Path) -> No
 # Consolidating.
 
 
-@pytest.fixture
-def saved(pool: WorkerPool, tmp_path: Path) -> Path:
-    pool.run(save_new, str(tmp_path / "saved.ckpt"), 1, world_size=2)
-    return tmp_path / "saved.ckpt"
-
-
 @pytest.mark.parametrize("force", [True, False])
 def test_consolidating_destroys_nothing_of_others(saved: Path, tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis").mkdir()
@@ -563,20 +258,6 @@ def test_weights_need_no_classes_of_the_training_script(pool: WorkerPool, tmp_pa
     assert consolidate(path, tmp_path / "weights.safetensors").is_file()
     with pytest.raises(CheckpointError, match=r"meta.pt holds an object whose class cannot be imported .*PYTHONPATH"):
         consolidate(path, tmp_path / "whole.ckpt")
-
-
-def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, tmp_path: Path) -> None:
-    generator = random.Random(0)
-    for name in (".metadata", "meta.pt", "mics.json"):
-        whole = (saved / name).read_bytes()
-        for _ in range(20):
-            content = bytearray(whole)
-            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-            (saved / name).write_bytes(bytes(content))
-            (tmp_path / "out.ckpt").unlink(missing_ok=True)
-            with suppress(CheckpointError):
-                consolidate(saved, tmp_path / "out.ckpt")
-        (saved / name).write_bytes(whole)
 
 
 def consolidate_on_one_rank(path: str) -> bool:

@@ -1,0 +1,55 @@
+"""What tests of checkpoints share: small models that are trained, saved and loaded on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_tools import Net, cross_entropy, make_optimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import MiCSConfig, load_checkpoint, mics_shard, save_checkpoint
+from lightning_mics.checkpoint import optimizer_state
+from lightning_mics.testing import full_state_dict
+
+PLAIN = MiCSConfig(shard_size=2, node_size=2)
+
+
+def trained(seed: int, steps: int = 2, config: MiCSConfig = PLAIN, optimizer: str = "adamw") -> tuple[Any, Any]:
+    """Returns a sharded model and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    model = mics_shard(Net(), config)
+    inner = make_optimizer(optimizer, model.parameters())
+    for _ in range(steps):
+        tokens = torch.arange(10).view(2, 5) + dist.get_rank()
+        cross_entropy(model(tokens % 19), tokens % 19).backward()
+        inner.step()
+        inner.zero_grad()
+    return model, inner
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns all tensors of a model and its optimizer, whole, by name."""
+    tensors = full_state_dict(model)
+    for name, state in optimizer_state(model, optimizer)["state"].items():
+        for key, value in state.items():
+            tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    return tensors
+
+
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def save_new(path: str, seed: int, sharded: bool = True) -> dict[str, Tensor]:
+    model, optimizer = trained(seed)
+    save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+    return everything(model, optimizer)
+
+
+def load_anew(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model, optimizer = trained(seed=50, steps=0)
+    meta = load_checkpoint(path, model, optimizer)
+    return everything(model, optimizer), meta
