@@ -50,6 +50,12 @@ def real(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "real")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first: processes that share the suite then end together."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", type=Path, help="write what the campaigns count to this file")
 

@@ -9,6 +9,7 @@ steps are then a smooth function of the gradients, and its weights are held to t
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightning_mics import (
     mics_shard,
     sync_gradients,
 )
-from lightning_mics.testing import full_state_dict, relative_difference, weight_differences
+from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences
 
 ROWS_PER_RANK = 2
 BOUND = 1e-5
@@ -180,9 +181,16 @@ def comparison(case: Case, actual: Outcome, expected: Outcome) -> Comparison:
     )
 
 
-def compare(cases: list[Case]) -> list[Comparison]:
-    """Trains every case both ways. Runs on every rank."""
-    return [comparison(case, train_sharded(case), train_alone(case.reference)) for case in cases]
+def train_all(cases: list[Case]) -> list[Outcome]:
+    return [train_sharded(case) for case in cases]
+
+
+def check(pool: WorkerPool, cases: Iterable[Case], train: Callable[[list[Case]], list[Outcome]] = train_all) -> None:
+    """Trains every case on the ranks of its world, and once in this process; checks each rank's outcome."""
+    cases = list(cases)
+    for outcomes in pool.run(train, cases, world_size=cases[0].world, timeout=120):
+        for case, outcome in zip(cases, outcomes, strict=True):
+            comparison(case, outcome, train_alone(case.reference)).check()
 
 
 def layouts(world: int) -> list[tuple[int, int]]:

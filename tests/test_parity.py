@@ -8,7 +8,7 @@ from dataclasses import replace
 import parity
 import pytest
 import torch
-from parity import BOUND, Case, compare, comparison, layouts, train_alone
+from parity import BOUND, Case, check, comparison, layouts, train_alone
 
 from lightning_mics.testing import WorkerPool
 
@@ -19,13 +19,6 @@ ROUTES = {
     2: ((0, 1), (0, -1), (-1, -1), (1, 0), (1, 1), (-1, 0), (0, 0), (-1, 2), (2, 2), (-1, -1)),
     4: ((0, 1, 2, -1), (1, 0, -1, 0), (-1, -1, -1, -1), (0, 0, 1, 1), (-1, 0, -1, -1), (2, 1, 0, -1)),
 }
-
-
-def check(pool: WorkerPool, cases: Iterator[Case] | list[Case]) -> None:
-    cases = list(cases)
-    for comparisons in pool.run(compare, cases, world_size=cases[0].world, timeout=120):
-        for each in comparisons:
-            each.check()
 
 
 def spans_nodes(shard: int, node: int) -> bool:
@@ -109,9 +102,7 @@ def lose_a_microstep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "loss_of", lambda *args: loss_of(*args) * (next(calls) != 5))
 
 
-@pytest.mark.parametrize(
-    "fault", ["gradients 1 % too large", "gradients halved", "a lost microstep", "no weight decay"]
-)
+@pytest.mark.parametrize("fault", ["gradients 1 % too large", "gradients halved", "lost microstep", "no weight decay"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("model", ["gpt2", "bert", "uneven"])
 def test_weights_tell_faults_from_rounding(

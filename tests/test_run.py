@@ -13,6 +13,8 @@ from script_tools import LAUNCH, run_python
 
 from lightning_mics.accelerate.launch_file import LaunchSettings, write_launch_file
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[0] / "scripts"
 PATH = {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
