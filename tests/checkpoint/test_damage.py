@@ -201,12 +201,16 @@ def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, name: str) -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp", MANIFEST])
-def test_every_damaged_byte_is_a_checkpoint_error(
-    saved: Path, name: str, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize(
+    ("name", "flips"),
+    [(".metadata", 1000), ("meta.pt", None), ("__0_0.distcp", 1000), ("__1_0.distcp", 1000), (MANIFEST, None)],
+)
+def test_hundreds_of_damaged_bytes_are_checkpoint_errors(
+    saved: Path, name: str, flips: int | None, record_property: Callable[[str, object], None]
 ) -> None:
-    total, refused = refusals(saved, saved / name, None, 100, must_raise=name != MANIFEST)
-    record_property("figures", told("a bit of every byte, 100 lengths", total, refused))
+    total, refused = refusals(saved, saved / name, flips, 100, must_raise=name != MANIFEST)
+    kinds = f"{flips} bits" if flips else "a bit of every byte"
+    record_property("figures", told(f"{kinds}, 100 lengths", total, refused))
 
 
 def damage_a_full_file(pool: WorkerPool, folder: Path, flips: int, cuts: int) -> tuple[int, int]:
