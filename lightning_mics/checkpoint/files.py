@@ -257,9 +257,17 @@ def check_content(
         progress(expected["bytes"])
 
 
+def is_archive(path: Path) -> bool:
+    """Returns whether ``path`` is a zip file, as ``torch.save`` writes."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # damage can make it look like one of several volumes
+        return False
+
+
 def _check_records(path: Path, part: slice) -> None:
     """Compares records of a file that ``torch.save`` wrote with the checksums that it left there."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.{_others(path)}")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,7 +289,7 @@ def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is damaged, no such file, or holds objects that ``weights_only`` forbids.
     """
-    if not zipfile.is_zipfile(path):
+    if not files.is_archive(path):
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint. Use another one.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)

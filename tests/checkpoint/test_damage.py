@@ -104,7 +104,13 @@ def flip_a_bit_in_a_tensor(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("damage", [truncate_file, flip_a_bit_in_a_tensor])
+def claim_another_volume(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 4] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [truncate_file, flip_a_bit_in_a_tensor, claim_another_volume])
 def test_damaged_files_are_refused_on_every_rank(
     pool: WorkerPool, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
