@@ -5,7 +5,6 @@ The one place that knows how the two choose between CPUs and accelerators.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_mics.core import collectives
+from lightning_mics.core import collectives, transport
 from lightning_mics.core._torch import forget_dtensor_meshes
 
 _STREAMS = {
@@ -109,8 +108,5 @@ def _replace_what_is_not_dispatched(stack: ExitStack, checker: StreamChecker) ->
 
 def _choose_device_ways(stack: ExitStack) -> None:
     """Makes lightning_mics take the ways of accelerators."""
-    if importlib.util.find_spec("lightning_mics.core.transport") is None:
-        return
-    transport = importlib.import_module("lightning_mics.core.transport")
     _patch(stack, transport, "transport_for", lambda *args, **kwargs: transport.DeviceTransport())
     _patch(stack, collectives, "batched", lambda group, device: dist._coalescing_manager(group=group, device=device))

@@ -8,8 +8,6 @@ import pytest
 from stream_clocks import Settings
 from stream_windows import CONFIGURATIONS, WINDOWS
 
-pytest.importorskip("lightning_mics.core.transport")
-
 _SETTINGS = {
     "as on devices": Settings(),
     "collectives on their group's stream": Settings(sync_on_current=False),
