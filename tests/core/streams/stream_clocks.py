@@ -8,6 +8,7 @@ be over (after ``item()`` or ``synchronize()``) lies before everything that it l
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -120,17 +121,18 @@ def _is_torch(name: str) -> bool:
     return name.startswith(str(Path(torch.__file__).parent))
 
 
-_INTERESTING: dict[CodeType, bool] = {}
-
-
+@functools.cache
 def _is_interesting(code: CodeType) -> bool:
-    known = _INTERESTING.get(code)
-    if known is None:
-        name = code.co_filename
-        windows = name.startswith(_TOOL) and "windows" in Path(name).name
-        known = windows or name.startswith((_PACKAGE, _FSDP2, _OPTIMIZERS, _CLIPPING))
-        _INTERESTING[code] = known
-    return known
+    name = code.co_filename
+    is_window = name.startswith(_TOOL) and "windows" in Path(name).name
+    return is_window or name.startswith((_PACKAGE, _FSDP2, _OPTIMIZERS, _CLIPPING))
+
+
+@functools.cache
+def _is_test(code: CodeType) -> bool:
+    """Returns whether code is a test's: what called it is of no interest."""
+    path = Path(code.co_filename)
+    return str(path.parent) == _TOOL and path.name.startswith("test_")
 
 
 class Place:
@@ -146,7 +148,7 @@ class Place:
         """Returns the place that runs at the moment."""
         frames: list[tuple[CodeType, int]] = []
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and len(frames) < depth:
+        while frame is not None and len(frames) < depth and not _is_test(frame.f_code):
             if _is_interesting(frame.f_code):
                 frames.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back

@@ -49,6 +49,8 @@ def pretended_device(
     """
     checker = StreamChecker(settings)
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the tensors are small
         _replace_device(stack, checker)
         _replace_collectives(stack, checker, peers)
         _replace_what_is_not_dispatched(stack, checker)
