@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +170,7 @@ class UnitParam:
 
 
 _wants_grad = operator.attrgetter("sharded_param.requires_grad")
+_unsharded_wants_grad = operator.attrgetter("_unsharded_param.requires_grad")
 _sharded_grad = operator.attrgetter("sharded_param.grad")
 _unsharded_grad = operator.attrgetter("_unsharded_param.grad")
 _is_none = functools.partial(operator.is_, None)
@@ -231,14 +232,28 @@ class UnitParamGroup:
         """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
         return getattr(self._group, "_all_reduce_hook", None) is not None
 
+    def wanted(self) -> tuple[bool, ...]:
+        """Returns by parameter whether its shard requires a gradient."""
+        return tuple(map(_wants_grad, self._group.fsdp_params))
+
     def grad_state(self) -> GradState:
         """Returns what there is before hop one. It runs in every microstep, so that no loop of Python is in it."""
-        params = self._group.fsdp_params
+        params, wanted = self._group.fsdp_params, self.wanted()
+        if wanted != tuple(map(_unsharded_wants_grad, params)):
+            self._tell_unsharded(wanted)
         return GradState(
-            tuple(map(_wants_grad, params)),
+            wanted,
             tuple(map(_is_none, map(_sharded_grad, params))),
             tuple(map(_is_none, map(_unsharded_grad, params))),
         )
+
+    def _tell_unsharded(self, wanted: Sequence[bool]) -> None:
+        """Says of gathered parameters what holds for their shards, which decides what is reduced.
+
+        FSDP2 does so only where it gathers them, and a unit that a microstep does not use is not gathered.
+        """
+        for param, wants in zip(self._group.fsdp_params, wanted, strict=True):
+            param._unsharded_param.requires_grad_(wants)
 
     def wrap_post_backward(self, around: Callable[[Callable[[], None]], None]) -> None:
         """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
@@ -254,8 +269,13 @@ class UnitParamGroup:
 
     @contextmanager
     def reduce_stream(self) -> Iterator[None]:
-        """Runs device work on the stream where the unit's sharded gradients are made."""
+        """Runs device work on the stream where the unit's sharded gradients are made.
+
+        With a hook of the user's FSDP2 makes them on another one, which is waited for.
+        """
         context = self._group.comm_ctx
+        if self.has_reduce_hook and self.has_streams and self._group._post_reduce_event is not None:
+            context.reduce_scatter_stream.wait_event(self._group._post_reduce_event)
         with context.device_handle.stream(context.reduce_scatter_stream):
             yield
 

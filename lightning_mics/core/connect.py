@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +122,6 @@ def connect(
     return runtime
 
 
-@functools.cache
 def _ignore_view_warnings() -> None:
     """Keeps FSDP2 from warning of units that return views.
 

@@ -19,15 +19,18 @@ class _StandardError(logging.Handler):
 
 
 def inform(message: str) -> None:
-    """Logs a message on rank 0; without a handler of the user's it goes to standard error."""
+    """Logs a message on rank 0. Without a handler of the user's it goes to standard error.
+
+    A level that the user gave the logger holds; left alone, it lets these messages through.
+    """
     if _rank() != 0:
         return
     if not logger.hasHandlers():
         handler = _StandardError()
         handler.setFormatter(logging.Formatter("lightning-mics: %(message)s"))
         logger.addHandler(handler)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:  # by default Python's root logger leaves out what is no warning
+        logger.setLevel(logging.INFO)
     logger.info(message)
 
 

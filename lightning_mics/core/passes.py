@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mics.core._torch import ForwardHooks, RootState
+from lightning_mics.core._torch import ForwardHooks, RootState, current_backward_id
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.window import AccumulationWindow
 
@@ -41,9 +41,10 @@ class _Call:
 class RootPasses:
     """Watches the forward and backward passes of a root module.
 
-    ``forward`` tells of its end by a hook that PyTorch always calls, methods that :meth:`telling` wraps by themselves.
-    Other registered methods do so only if they do not raise: calls inside of them are left to FSDP2, and they are taken
-    for over when a backward pass begins.
+    ``forward`` tells of its end by a hook that PyTorch calls after exceptions, too (but not after an interrupt),
+    methods that :meth:`telling` wraps by themselves. Other registered methods do so only if they do not raise: calls
+    inside of them are left to FSDP2. Calls of which nobody hears any more are taken for over at the next call of their
+    kind, and when a backward pass begins.
 
     Args:
         root: The root FSDP module.
@@ -63,6 +64,7 @@ class RootPasses:
         return ForwardHooks(functools.partial(self._enter, kind), functools.partial(self._leave, kind))
 
     def _enter(self, kind: _Kind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._drop_unheard(kind)
         if not self._running and self._state.has_failed:
             self._state.reset()
             self._window.abandon()
@@ -73,6 +75,15 @@ class RootPasses:
         if self._prefetch is not None:
             self._prefetch.forward_begins()
         return self._fsdp.before(module, args, kwargs)
+
+    def _drop_unheard(self, kind: _Kind) -> None:
+        """Drops a call that an interrupt, or an exception in a method that does not tell, has ended.
+
+        A root's ``forward`` does not call itself; calls inside of a method that does not tell are passes of their own.
+        """
+        is_over = kind == "forward" or (bool(self._running) and not self._running[-1].tells)
+        if is_over and self._is_innermost(kind) and current_backward_id() == -1:
+            self._running = self._running[:-1]
 
     def _leave(self, kind: _Kind, module: nn.Module, args: Any, output: Any) -> Any:
         outer = self._running[:-1] if self._is_innermost(kind) else self._running

@@ -93,7 +93,10 @@ class SelfCheck(WindowObserver):
             "Training would go on with wrong gradients or unplanned traffic. If you are sure that it is right, switch "
             "the check off with verify=False.",
         )
-        return any(unit.num_reductions for unit in window.units)
+        has_trained = any(unit.num_reductions for unit in window.units)
+        if not has_trained:
+            self.restart()
+        return has_trained
 
     def _calls(self) -> dict[tuple[str, Hop], int]:
         return {(unit, hop): traffic.calls for unit, hop, traffic in self._ledger}

@@ -13,39 +13,42 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.errors import MiCSError
 
+_WINDOWS: weakref.WeakSet[AccumulationWindow] = weakref.WeakSet()
+
 
 def guard_steps(window: AccumulationWindow) -> None:
     """Prepares every optimizer step on a window's parameters, for as long as the window lives."""
-    reference = weakref.ref(window)
-
-    def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        alive = reference()
-        return None if alive is None else _before_step(alive, optimizer, args, kwargs)
-
-    weakref.finalize(window, register_optimizer_step_pre_hook(before_step).remove)
+    _WINDOWS.add(window)
+    _install()
 
 
-def _before_step(
-    window: AccumulationWindow, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+@functools.cache
+def _install() -> None:
+    # One hook for all, and for good: PyTorch goes through its hooks while windows may be collected.
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With a closure, the backward pass runs inside the step, so the guard's question is asked after it."""
     _refuse_lbfgs(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        _prepare(window, optimizer)
+        _prepare(optimizer)
         return None
 
     @functools.wraps(closure)
     def checked_closure() -> Any:
         result = closure()
-        _prepare(window, optimizer)
+        _prepare(optimizer)
         return result
 
     return args[:1], {**kwargs, "closure": checked_closure}
 
 
-def _prepare(window: AccumulationWindow, optimizer: torch.optim.Optimizer) -> None:
-    window.prepare_step({id(param) for group in optimizer.param_groups for param in group["params"]})
+def _prepare(optimizer: torch.optim.Optimizer) -> None:
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for window in list(_WINDOWS):
+        window.prepare_step(params)
 
 
 def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:

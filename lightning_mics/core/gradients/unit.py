@@ -66,6 +66,10 @@ class UnitUse:
         self.wanted = [False] * self._num_params
         self._is_born = [False] * self._num_params
 
+    def want(self, wanted: Sequence[bool]) -> None:
+        """Notes what a microstep wants of a unit that never ran on this rank; on others it may have."""
+        self.wanted = [before or wants for before, wants in zip(self.wanted, wanted, strict=True)]
+
     def note(self, state: GradState) -> None:
         """Notes what a microstep brings; costs nothing where it brings the same as the one before."""
         if state == self._last:
@@ -158,6 +162,7 @@ class UnitGradients:
             self.wait()
             self.phase = Phase.OUTDATED
         if not self.group.has_run:
+            self.use.want(self.group.wanted())
             reduce_scatter()
             return
         state = self.group.grad_state()
@@ -249,7 +254,6 @@ class UnitGradients:
             if self._flight is not None:
                 self._flight.work.wait()
         self._flight = None
-        self.finish_reduction()
         for param in self.group.params:
             param.drop_unsharded_grad()
         for reduction in self._reductions:

@@ -73,7 +73,9 @@ class LaunchQueue:
 
     def rest(self) -> Iterator[UnitGradients]:
         """Yields the units that were not released yet."""
-        yield from self._units[self._next :]
+        while self._next < len(self._units):
+            self._next += 1
+            yield self._units[self._next - 1]
 
 
 class AccumulationWindow:
@@ -215,6 +217,7 @@ class AccumulationWindow:
 
     def abandon(self) -> None:
         """Forgets a pass that an exception ended on all ranks; its gradients are the user's to keep or clear."""
+        self.keep_what_was_reduced()  # autograd may still hold the pass, and has not told that it is lost then
         for unit in self.units:
             unit.abandon()
         self._pass.forget()
@@ -223,11 +226,11 @@ class AccumulationWindow:
         for observer in self._observers:
             observer.restart()
 
-    def keep_what_was_reduced(self, stream: Any) -> None:
+    def keep_what_was_reduced(self, stream: Any = None) -> None:
         """Puts what a failed pass has reduced into the gradients, before they may become other ones.
 
         Args:
-            stream: The one on which the pass ran; this may be another thread, with another current stream.
+            stream: The one on which the pass ran, where this may be another thread, with another current stream.
         """
         self._pass.reducing = None
         for unit in self.units:
