@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -13,6 +17,34 @@ def end_with_parent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def end_with_children(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Tells a launcher to end, kills it if it does not, and with it those of its processes that it leaves (on Linux).
+
+    Args:
+        process: The launcher.
+        patience: Seconds that it has for ending its processes.
+    """
+    children = _children(process.pid)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=patience)
+    children |= _children(process.pid)
+    process.kill()
+    process.wait()
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _children(pid: int) -> set[int]:
+    """Returns the processes that a process has started and that run; none where the kernel does not tell."""
+    found: set[int] = set()
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended
+            found.update(map(int, thread.read_text().split()))
+    return found
 
 
 def exit_on_signals() -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import Hop, format_bytes
-from lightning_mics.processes import end_with_parent
+from lightning_mics.processes import end_with_children, end_with_parent
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
 _RESUMED_STEPS = 20
@@ -206,13 +206,8 @@ def _torchrun(arguments: list[Any], logs: Path) -> Iterator[subprocess.Popen[byt
         try:
             yield process
         finally:
-            # It passes this on to its processes. Those that train would finish a step first, for which nobody waits:
-            # they end with it.
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=3)
-            process.kill()
-            process.wait()
+            # Those that train would finish a step first, for which nobody waits.
+            end_with_children(process, patience=3)
 
 
 def _new_events(path: Path, already: int) -> list[dict[str, Any]]:
