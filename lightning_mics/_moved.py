@@ -20,7 +20,7 @@ MOVED = {
     "strategies.monitor": "lightning.monitor",
     "strategies.trainer": "lightning.trainer",
 }
-# What a module offers under a name of its own, though a higher module does it: looked up when it is called.
+# What a module offers, or uses, though a higher module does it: looked up when it is called.
 DOORS = {
     "MiCSConfig.from_deepspeed": "deepspeed:convert_deepspeed",
     "plan.memory.optimizer_footprint": "trace.optimizers:optimizer_footprint",
@@ -54,6 +54,9 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Makes the old names known to Python."""
+    """Makes the old names known to Python.
+
+    Before all other finders: one of them would find a module of a moved package once more, under its old name.
+    """
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+        sys.meta_path.insert(0, _Moved())

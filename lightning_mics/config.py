@@ -276,7 +276,11 @@ def takes_settings(init: _Init) -> _Init:
             if name not in signature.parameters:
                 hint = did_you_mean(name, signature.parameters)
                 raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {name!r}. {hint}".rstrip())
-        init(**signature.bind(*args, **kwargs).arguments)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{init.__qualname__}(): {error}") from None
+        init(**bound.arguments)
 
     spelled_out.__signature__ = signature  # type: ignore[attr-defined]
     spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in arguments}
@@ -287,7 +291,9 @@ def takes_settings(init: _Init) -> _Init:
 def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:
     """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
     if config is not None and not isinstance(config, MiCSConfig):
-        raise MiCSConfigError(f"config={config!r} is not a MiCSConfig. Try config=MiCSConfig(shard_size='node').")
+        raise MiCSConfigError(
+            f"config={config!r} is not a MiCSConfig. Try config=MiCSConfig(shard_size='node').", setting="config"
+        )
     given = {name: value for name, value in settings.items() if value is not None}
     return (config or MiCSConfig()).replace(**given)
 

@@ -79,6 +79,7 @@ def find_precision(name: str) -> Precision:
     found = PRECISIONS.get(name) or _ALIASES.get(name)
     if found is None:
         hint = did_you_mean(name, [*PRECISIONS, *_ALIASES])
-        works = f"Values that work: {', '.join(PRECISIONS)}."
-        raise MiCSConfigError(" ".join(filter(None, [f"precision={name!r} is unknown.", hint, works])))
+        names = sorted(PRECISIONS, key=lambda known: PRECISIONS[known].state_dtype is not None)  # the usual ones first
+        words = [f"precision={name!r} is unknown.", hint, f"Values that work: {', '.join(names)}."]
+        raise MiCSConfigError(" ".join(filter(None, words)), setting="precision")
     return found

@@ -199,18 +199,19 @@ def check_replicas(shard_size: int, replicas: int, num_processes: int) -> None:
     Raises:
         MiCSConfigError: If they do not; it names the line to change.
     """
-    if shard_size * replicas == num_processes:
-        return
-    works = (
-        f"change the line to '{REPLICATE}: {num_processes // shard_size}'"
-        if shard_size > 0 and num_processes % shard_size == 0
-        else f"choose a {SHARD} that divides {num_processes}"
-    )
-    raise MiCSConfigError(
-        f"{REPLICATE}: {replicas} and {SHARD}: {shard_size} make {shard_size * replicas} processes, but "
-        f"{num_processes} are launched: {works}.",
-        setting="replicas",
-    )
+    if shard_size * replicas != num_processes:
+        raise MiCSConfigError(
+            f"{REPLICATE}: {replicas} and {SHARD}: {shard_size} make {shard_size * replicas} processes, but "
+            f"{num_processes} are launched: {replicas_that_work(shard_size, num_processes)}.",
+            setting="replicas",
+        )
+
+
+def replicas_that_work(shard_size: int, num_processes: int) -> str:
+    """Returns what to change in a launch file whose sizes do not multiply to the number of processes."""
+    if shard_size > 0 and num_processes % shard_size == 0:
+        return f"change the line to '{REPLICATE}: {num_processes // shard_size}'"
+    return f"choose a {SHARD} that divides {num_processes}"
 
 
 def check_variable(shard_size: int, environ: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics.accelerate.launch_check import check_keys
-from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_replicas, check_variable
+from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_variable, replicas_that_work
 from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 
@@ -100,7 +100,13 @@ def launched_settings(environ: Mapping[str, str], *, own_shard_size: bool = Fals
 
 def _launched_shard_size(environ: Mapping[str, str]) -> int:
     shard, replicas = int(environ[SHARD.upper()]), int(environ.get(REPLICATE.upper(), "1"))
-    check_replicas(shard, replicas, int(environ.get("WORLD_SIZE", "0")) or shard * replicas)
+    running = int(environ.get("WORLD_SIZE", "0")) or shard * replicas
+    if shard * replicas != running:
+        raise MiCSConfigError(
+            f"The launch file has {SHARD}: {shard} and {REPLICATE}: {replicas}, which make {shard * replicas} "
+            f"processes, but {running} are running: {replicas_that_work(shard, running)}. 'mics config --check FILE' "
+            "checks a file before it is launched."
+        )
     check_variable(shard, environ)
     return shard
 

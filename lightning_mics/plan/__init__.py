@@ -50,3 +50,7 @@ def __getattr__(name: str) -> Any:
     if name != "plan":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return open_door("plan.plan")  # it traces models, with PyTorch
+
+
+def __dir__() -> list[str]:
+    return __all__
