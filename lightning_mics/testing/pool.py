@@ -30,7 +30,7 @@ PRELOAD = (
     "lightning_mics.sharding",
 )
 _START_SECONDS = 120.0
-_STACK_SECONDS = 5.0
+_STACK_SECONDS = 15.0
 _PRINTED_CHARACTERS = 8000
 
 
