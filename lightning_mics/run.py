@@ -30,7 +30,8 @@ import accelerate.accelerator
 from accelerate.state import PartialState
 from torch import nn
 
-from lightning_mics.accelerate import MiCSAccelerator
+from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
+from lightning_mics.accelerate.backends import backends_for
 from lightning_mics.accelerate.plugin import take_over_launch
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parse(arguments)
     take_over_launch()
-    _let_state_see_cpu_ranks()
+    _prepare_state()
     accelerate.Accelerator = accelerate.accelerator.Accelerator = _RunAccelerator
     sys.meta_path.insert(0, _TrainerFinder())
     sys.argv = [options.script, *options.arguments]
@@ -106,12 +107,18 @@ class _RunAccelerator(MiCSAccelerator):
             self.ledgers.append(self.ledger(model))
 
 
-def _let_state_see_cpu_ranks() -> None:
-    """Makes ``PartialState()`` heed ``ACCELERATE_USE_CPU``, as ``Accelerator()`` does."""
+def _prepare_state() -> None:
+    """Makes ``PartialState()``, which a script may create first, heed what ``MiCSAccelerator()`` does.
+
+    That is ``ACCELERATE_USE_CPU``, and the backends that offload needs.
+    """
     initialize = PartialState.__init__
 
     def __init__(self: Any, cpu: bool = False, **kwargs: Any) -> None:
-        initialize(self, cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", **kwargs)
+        cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        if kwargs.get("backend") is None and (backends := backends_for(MiCSPlugin(), cpu=cpu)) is not None:
+            kwargs["backend"] = backends
+        initialize(self, cpu, **kwargs)
 
     PartialState.__init__ = __init__
 

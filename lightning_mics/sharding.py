@@ -15,6 +15,7 @@ from lightning_mics.config import MiCSConfig
 from lightning_mics.core.apply import checkpoint_activations, shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
+from lightning_mics.core.groups import check_backends
 from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import (
     build_mesh,
@@ -79,6 +80,7 @@ def mics_shard(
         topology = ClusterTopology(world_size=dist.get_world_size(), node_size=config.node_size)
     optimizers = as_optimizers(optimizer)
     bound = [entry for entry in optimizers if isinstance(entry, Optimizer)] if rebind else []
+    check_backends(config, device_type)
     units = _check_alone(model, config, topology, entries, bound)
     topology = topology or detect_topology()
     layout = check_layout(config, topology)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
+from lightning_mics.accelerate.backends import ask_for_backends
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.accelerate.saving import load_state, save_state, write_weights
 from lightning_mics.core._torch import tree_leaves
@@ -74,6 +75,7 @@ class MiCSAccelerator(Accelerator):
         _check_parallelism(options.get("parallelism_config"), _check_world(self.mics_plugin))
         take_over_launch()
         _forget_lonely_state()
+        ask_for_backends(options, self.mics_plugin)
         options["parallelism_config"] = None
         self._topology: ClusterTopology | None = None
         self._layout: GroupLayout | None = None

@@ -19,7 +19,7 @@ from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import StepClock, timed_hops
 from lightning_mics.bench.records import Case, Contender, Measurement, append
 from lightning_mics.bench.workload import unit_bytes
-from lightning_mics.core.mesh import destroy_groups
+from lightning_mics.core.groups import destroy_groups
 from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import Hop
 

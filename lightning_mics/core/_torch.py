@@ -7,6 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed import distributed_c10d as _c10d
 from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
@@ -30,6 +32,8 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
 
 # Divides gradients by the scale of the loss, in place, and notes whether any is not finite.
 unscale_and_check: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_unscale_
+
+_group_name = _c10d._process_group_name
 
 # Where a module notes what assigning to it adds.
 MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -53,6 +57,29 @@ def is_gloo(group: dist.ProcessGroup) -> bool:
         return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
     except RuntimeError:  # a group without a backend for CPU tensors
         return False
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Returns how long collectives of a group on a device may wait; ``None`` where its backend does not tell."""
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Makes a group by its members alone.
+
+    PyTorch's own name for such a group counts the groups that a rank is in, which members need not agree on.
+
+    Args:
+        ranks: Its members, of which this rank is one.
+        name: The same on all members, and of no other group of this world, also of none that was destroyed.
+        timeout: How long its collectives may wait; ``None`` for the backend's default.
+    """
+    _c10d._process_group_name = lambda *args, **kwargs: _c10d.GroupName(name)
+    try:
+        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    finally:
+        _c10d._process_group_name = _group_name
 
 
 def wait_for_gloo_threads(patience: float = 2.0) -> None:

@@ -1,9 +1,7 @@
-"""From a layout to a DeviceMesh and process groups; the only room that creates groups."""
+"""From a layout to a DeviceMesh and its process groups."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_mics.config import MiCSConfig
-from lightning_mics.core._torch import wait_for_gloo_threads
+from lightning_mics.core import groups
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import format_bytes
-from lightning_mics.topology import ClusterTopology, Group, GroupLayout
+from lightning_mics.topology import ClusterTopology, GroupLayout
 
 # The groups of a collective's stages, in the order of a gather: across nodes, then inside them; or one group of all.
 Stages = Sequence[dist.ProcessGroup]
@@ -186,6 +184,9 @@ def resolve_hierarchical(config: MiCSConfig, layout: GroupLayout) -> bool:
 def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiCSMesh:
     """Creates the groups of a layout. Collective over the world; equal requests share their groups.
 
+    A rank takes part in making the few groups that it is in, and no other. They are what the world's group is: in
+    backends, and in how long a collective may wait.
+
     Args:
         config: The settings; decides about two-stage collectives.
         layout: Which rank holds what.
@@ -195,47 +196,33 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
         MiCSConfigError: If the settings do not fit the layout.
     """
     hierarchical = resolve_hierarchical(config, layout)
-    _destroy_groups_at_exit()
+    groups.destroy_at_exit()
     world = dist.group.WORLD
     key = (layout, device_type, hierarchical)
     cached = _MESHES.get(key)
     if cached is not None and cached[0] is world:
         return cached[1]
-    device_mesh = init_device_mesh(
-        device_type, (layout.num_replicas, layout.shard_size), mesh_dim_names=("replicate", "shard")
+    groups.choose_device(device_type)
+    # Names must be new in this world, and the same on all members; these count what all ranks have asked for.
+    maker = groups.GroupMaker(f"mics{sum(other is world for other, _ in _MESHES.values())}", device_type)
+    replication = maker.make("replicate", layout.replication_groups)
+    partition = maker.make("shard", layout.partition_groups)
+    device_mesh = DeviceMesh.from_group(
+        [replication, partition],
+        device_type,
+        torch.arange(layout.topology.world_size).view(layout.num_replicas, layout.shard_size),
+        mesh_dim_names=("replicate", "shard"),
     )
-    intra = _new_groups(layout.intra_groups) if hierarchical else None
-    inter = _new_groups(layout.inter_groups) if hierarchical else None
+    intra = maker.make("inside", layout.intra_groups) if hierarchical else None
+    inter = maker.make("across", layout.inter_groups) if hierarchical else None
     mesh = MiCSMesh(layout, device_mesh, intra, inter)
     _MESHES[key] = (world, mesh)
     return mesh
 
 
-@functools.cache
-def _destroy_groups_at_exit() -> None:
-    atexit.register(destroy_groups)
-
-
-def destroy_groups() -> None:
-    """Destroys all process groups, so that this process can end: gloo's threads would abort it (torch 2.13)."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    wait_for_gloo_threads()
-
-
 # Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether
 # the process group was torn down in between.
 _MESHES: dict[tuple[GroupLayout, str, bool], tuple[Any, MiCSMesh]] = {}
-
-
-def _new_groups(groups: Sequence[Group]) -> dist.ProcessGroup | None:
-    """Creates all groups, in the same order on every rank, and returns this rank's."""
-    mine = None
-    for ranks in groups:
-        group = dist.new_group(list(ranks))
-        if dist.get_rank() in ranks:
-            mine = group
-    return mine
 
 
 def communication_device(device_type: str) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core.checks import check_layout
+from lightning_mics.core.groups import backend_for, check_backends
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.runtime import register_forward_method
 from lightning_mics.errors import MiCSConfigError, MiCSError
@@ -75,12 +76,21 @@ def set_ranks(environment: ClusterEnvironment, num_nodes: int, ranks_per_node: i
 
 
 def init_process_group(
-    environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta | None
+    environment: ClusterEnvironment,
+    device: torch.device,
+    backend: str | None,
+    timeout: timedelta | None,
+    config: MiCSConfig,
 ) -> str:
-    """Starts ``torch.distributed`` unless it runs already; returns the backend's name."""
-    backend = backend or dist.get_default_backend_for_device(device)
+    """Starts ``torch.distributed`` unless it runs already; returns the backend's name.
+
+    Raises:
+        MiCSConfigError: If there is no backend for what the settings put into host memory.
+    """
+    backend = backend or backend_for(device.type, cpu_offload=config.cpu_offload)
     device_id = device if device.type != "cpu" else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    check_backends(config, device.type)
     return backend
 
 
@@ -163,10 +173,10 @@ def barrier(device: torch.device) -> None:
     """Waits for all ranks, if there are others."""
     if not _is_initialized():
         return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[device.index])
-    else:
+    if "cpu:" in dist.get_backend_config():
         dist.barrier()
+    else:
+        dist.barrier(device_ids=[device.index])
 
 
 def broadcast(value: Any, src: int = 0) -> Any:

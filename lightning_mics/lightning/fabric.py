@@ -44,8 +44,9 @@ class MiCSStrategy(ParallelStrategy):
     Args:
         config: A whole :class:`~lightning_mics.MiCSConfig`; settings that are given override it.
         save_distributed_checkpoint: ``True`` saves a folder of shards, ``False`` one full file.
-        process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default.
-        timeout: How long a collective may wait.
+        process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default, and with ``cpu_offload``
+            ``"cpu:gloo,cuda:nccl"``.
+        timeout: How long a collective may wait, in any group.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -144,7 +145,7 @@ class MiCSStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         common.set_ranks(self.cluster_environment, self.num_nodes, self.num_processes)
         self._process_group_backend = common.init_process_group(
-            self.cluster_environment, self.root_device, self._process_group_backend, self._timeout
+            self.cluster_environment, self.root_device, self._process_group_backend, self._timeout, self.config
         )
 
     def setup_module(self, module: nn.Module) -> nn.Module:

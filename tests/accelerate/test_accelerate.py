@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, ParallelismConfig
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerator
 from lightning_tools import make_trainer
 from models import VOCABULARY, build, loss_of, microbatch
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics import Hop, MiCSConfig, MiCSStrategy
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
+from lightning_mics.accelerate.backends import ask_for_backends
 from lightning_mics.accelerate.plugin import launched_settings
 from lightning_mics.checkpoint import optimizer_state
 from lightning_mics.errors import MiCSConfigError
@@ -548,3 +550,28 @@ def test_an_accelerate_checkpoint_opens_under_lightning(pool: WorkerPool, tmp_pa
         assert equal({name: loaded[name] for name in saved}, saved)
     trained = pool.run(fit, str(tmp_path), 4, 2, str(tmp_path / "state"), world_size=4)[0]
     assert not torch.equal(trained["transformer.wte.weight"], saved["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize(
+    ("handlers", "offload", "made"),
+    [
+        ([], False, None),
+        ([], True, "cpu:gloo,cuda:nccl"),
+        ([InitProcessGroupKwargs(timeout=timedelta(seconds=9))], True, "cpu:gloo,cuda:nccl"),
+        ([InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")], True, "cuda:nccl,cpu:gloo"),
+    ],
+)
+def test_offload_asks_for_a_backend_for_host_memory(
+    monkeypatch: pytest.MonkeyPatch, handlers: list[Any], offload: bool, made: str | None
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    options = {"kwargs_handlers": handlers}
+    ask_for_backends(options, MiCSPlugin(cpu_offload=offload))
+    found = [handler for handler in options["kwargs_handlers"] if isinstance(handler, InitProcessGroupKwargs)]
+    assert [handler.backend for handler in found] == ([] if made is None else [made])
+    assert [handler.timeout for handler in found if handlers] == [handler.timeout for handler in handlers]
+    on_cpus: dict[str, Any] = {"kwargs_handlers": [], "cpu": True}
+    ask_for_backends(on_cpus, MiCSPlugin(cpu_offload=True))
+    assert on_cpus["kwargs_handlers"] == []

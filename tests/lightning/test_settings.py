@@ -6,9 +6,11 @@ import inspect
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_type_hints
+from unittest import mock
 
 import jsonargparse
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -17,6 +19,7 @@ from settings_tools import OTHER_VALUES, other_settings
 from lightning_mics import MiCSConfig, MiCSStrategy
 from lightning_mics.config import Settings
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
+from lightning_mics.lightning import common
 
 both = pytest.mark.parametrize("strategy", [MiCSStrategy, FabricStrategy], ids=["trainer", "fabric"])
 every_setting = pytest.mark.parametrize(
@@ -100,3 +103,19 @@ def test_lightning_cli_explains_settings() -> None:
     parser.add_class_arguments(MiCSStrategy, "strategy")
     text = " ".join(parser.format_help().split())
     assert "--strategy.shard_size SHARD_SIZE Ranks in a partition group" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "offload", "made"),
+    [(None, False, "nccl"), (None, True, "cpu:gloo,cuda:nccl"), ("cuda:nccl,cpu:gloo", True, "cuda:nccl,cpu:gloo")],
+)
+def test_the_process_group_has_the_backends_that_offload_needs(asked: str | None, offload: bool, made: str) -> None:
+    with (
+        mock.patch.object(common, "_init_dist_connection") as init,
+        mock.patch.object(common, "check_backends") as check,
+    ):
+        cuda, config, wait = torch.device("cuda", 1), MiCSConfig(cpu_offload=offload), timedelta(seconds=9)
+        assert common.init_process_group(mock.Mock(), cuda, asked, wait, config) == made
+    assert init.call_args.args[1] == made
+    assert init.call_args.kwargs == {"timeout": wait, "device_id": cuda}
+    check.assert_called_once_with(config, "cuda")
