@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stream_clocks import Clock, Place, Settings, Stream, Timeline, merge
+from stream_clocks import Clock, HostWait, Place, Settings, Stream, Timeline, merge
 from stream_memory import Memory, Race
+from stream_placement import CPU, DEVICE, Kind, Placement, is_device, is_real
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -25,28 +26,45 @@ _READ_NOTHING = frozenset([
 # fmt: on
 # Operators that write an argument which their schema does not say they do.
 _HIDDEN_WRITES = {"all_gather_copy_in": "all_gather_output"}
+# Where values of the device decide on the host, and where host memory may go along with the device's.
 _WAITS_ON_HOST = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_COPIES = frozenset(["_to_copy", "copy_", "_foreach_copy_"])
 
 
-class StreamChecker(TorchDispatchMode):
+class StreamChecker:
     """Runs CPU operators as launches on the streams of a stand-in device.
+
+    What runs inside ``with checker:`` is watched.
 
     Args:
         settings: What the run leaves out, and how the device behaves.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        super().__init__()
         self.timeline = Timeline(settings or Settings())
-        self.memory = Memory(self.timeline)
+        self.placement = Placement()
+        self.memory = Memory(self.timeline, self.placement)
+        self.mode = _Mode(self)
         self.num_operators = 0
         self._group_streams: dict[str, Stream] = {}
         self._functional: dict[int, Clock] = {}
+
+    def __enter__(self) -> StreamChecker:
+        self.timeline.is_watched = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.timeline.is_watched = False
 
     @property
     def races(self) -> list[Race]:
         """What was found so far."""
         return self.memory.races
+
+    @property
+    def host_waits(self) -> list[HostWait]:
+        """The host's waits for the device so far."""
+        return self.timeline.host_waits
 
     def group_stream(self, group_name: str) -> Stream:
         """Returns the stream on which a process group runs its asynchronous collectives."""
@@ -55,42 +73,35 @@ class StreamChecker(TorchDispatchMode):
             self._group_streams[group_name] = Stream(self.timeline, f"nccl {description}")
         return self._group_streams[group_name]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(issubclass(kind, FakeTensor) for kind in types):  # a DTensor that asks for shapes
-            return func(*args, **kwargs)
-        if any(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for kind in types):
-            return NotImplemented  # a DTensor, which calls with its local tensors
-        if func.namespace in ("profiler", "prim"):
-            return func(*args, **kwargs)
-        if func.namespace == "_c10d_functional":
-            return self._functional_collective(func, args, kwargs)
-        return self._operator(func, args, kwargs)
-
-    def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.num_operators += 1
-        name, place = func._schema.name.split("::")[1], Place.here()
-        reads, writes = _arguments(func, name, args, kwargs)
-        known = {tensor.untyped_storage()._cdata for tensor in reads + writes}
-        result = func(*args, **kwargs)
-        outputs = _tensors(result)
-        fresh = [tensor for tensor in outputs if _is_plain(tensor) and tensor.untyped_storage()._cdata not in known]
-        is_view = bool(outputs) and not writes and not fresh
-        if name not in _READ_NOTHING and not is_view:
-            for tensor in reads:
-                self.memory.read(tensor, self.timeline.current, name, place)
-            for tensor in writes:
-                self.memory.write(tensor, self.timeline.current, name, place)
-        for tensor in fresh:
+    def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an operator where its tensors are."""
+        self.num_operators += self.timeline.is_watched
+        launch = _Launch(self.placement, func, args, kwargs)
+        result = launch.run(args, kwargs)
+        if not self.timeline.is_watched:
+            return result
+        stream = self.timeline.current if launch.is_on_device else self.timeline.host_stream
+        if not launch.looks_at_shapes:
+            self._note(launch, stream)
+        for tensor in launch.fresh:
             if tensor.untyped_storage().nbytes():
-                self.memory.allocate(tensor.untyped_storage(), name, place)
-        if name == "_local_scalar_dense" or any(tag in func.tags for tag in _WAITS_ON_HOST):
-            self.timeline.wait_on_host()
+                owner = stream if self.placement.of(tensor) is Kind.DEVICE else self.timeline.host_stream
+                self.memory.allocate(tensor.untyped_storage(), owner, launch.name, launch.place)
+                if owner is not stream:  # a copy that comes from the device writes it
+                    self.memory.write(tensor, stream, launch.name, launch.place)
+        if launch.waits is not None:
+            self.timeline.wait_on_host(launch.waits)
         return result
 
-    def _functional_collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _note(self, launch: _Launch, stream: Stream) -> None:
+        for tensor in launch.reads:
+            on_host = launch.is_on_device and not launch.is_copy and self.placement.of(tensor) is not Kind.DEVICE
+            reader = self.timeline.host_stream if on_host else stream  # a number that is sent along
+            self.memory.read(tensor, reader, launch.name, launch.place)
+        for tensor in launch.writes:
+            self.memory.write(tensor, stream, launch.name, launch.place)
+
+    def functional_collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """DTensor's own collectives, which clipping uses: asynchronous, waited for by ``wait_tensor``."""
         name, place, current = func._schema.name.split("::")[1], Place.here(), self.timeline.current
         if name == "wait_tensor":
@@ -100,11 +111,15 @@ class StreamChecker(TorchDispatchMode):
         result = func(*args, **kwargs)
         if group is None:  # only wraps
             return result
+        for output in _tensors(result):
+            self.placement.put(output, Kind.DEVICE)
+        if not self.timeline.is_watched:
+            return result
         stream = self.group_stream(group)
         for tensor in _tensors(args):
             self.memory.read(tensor, current, name, place)
         for output in _tensors(result):
-            self.memory.allocate(output.untyped_storage(), name, place)
+            self.memory.allocate(output.untyped_storage(), current, name, place)
             merge(stream.clock, current.clock)
             self.memory.write(output, stream, name, place)
             self._functional[output.untyped_storage()._cdata] = dict(stream.clock)
@@ -124,6 +139,8 @@ class StreamChecker(TorchDispatchMode):
 
         Asynchronous ones do, and it waits for the current stream first.
         """
+        if any(self.placement.of(tensor) is not Kind.DEVICE for tensor in (*reads, *writes)):
+            raise RuntimeError("No backend type associated with device type cpu")  # NCCL's groups have none
         place, current = Place.here(), self.timeline.current
         on_group = is_async or not self.timeline.settings.sync_on_current
         stream = self.group_stream(group.group_name) if on_group else current
@@ -132,6 +149,8 @@ class StreamChecker(TorchDispatchMode):
             merge(stream.clock, current.clock)
         with unwatched():
             run()
+        if not self.timeline.is_watched:
+            return stream if on_group else None
         time = stream.tick()
         for tensor in reads:
             self.memory.read(tensor, stream, name, place, time)
@@ -140,9 +159,129 @@ class StreamChecker(TorchDispatchMode):
         return stream if on_group else None
 
     def read_by_host(self, tensor: Tensor) -> None:
-        """Notes that the host reads a tensor's values, and waits for them."""
-        self.memory.read(tensor, self.timeline.current, "tolist", Place.here())
-        self.timeline.wait_on_host()
+        """Notes that the host reads a tensor's values, and waits for them if they are the device's."""
+        if not self.timeline.is_watched:
+            return
+        is_on_device = self.placement.of(tensor) is Kind.DEVICE
+        stream = self.timeline.current if is_on_device else self.timeline.host_stream
+        self.memory.read(tensor, stream, "tolist", Place.here())
+        if is_on_device:
+            self.timeline.wait_on_host("tolist")
+
+
+class _Mode(TorchDispatchMode):
+    """Shows operators to a checker."""
+
+    def __init__(self, checker: StreamChecker) -> None:
+        super().__init__()
+        self._checker = checker
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, FakeTensor) for kind in types):  # a DTensor that asks for shapes
+            return func(*args, **kwargs)
+        if any(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for kind in types):
+            return NotImplemented  # a DTensor, which calls with its local tensors
+        if func.namespace in ("profiler", "prim"):
+            return func(*args, **kwargs)
+        if func.namespace == "_c10d_functional":
+            return self._checker.functional_collective(func, args, kwargs)
+        return self._checker.operator(func, args, kwargs)
+
+
+class _Launch:
+    """One call of an operator: what it reads and writes, and where it runs.
+
+    Attributes:
+        name: The operator's.
+        place: Who called it.
+        reads: Tensors that it reads.
+        writes: Tensors that it writes.
+        fresh: Tensors with new memory that it returns, once it ran.
+        is_on_device: Whether it is launched on the device, or the host's own.
+        looks_at_shapes: Whether it looks at no values.
+        waits: Why the host waits for it, if it does.
+    """
+
+    def __init__(self, placement: Placement, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.name, self.place = func._schema.name.split("::")[1], Place.here()
+        self.reads, self.writes = _arguments(func, self.name, args, kwargs)
+        self.fresh: list[Tensor] = []
+        self.waits: str | None = None
+        self.looks_at_shapes = self.name in _READ_NOTHING
+        self._func, self._placement = func, placement
+        self._kinds = {placement.of(tensor) for tensor in (*self.reads, *self.writes) if is_real(tensor)}
+        self._asked = kwargs.get("device")
+        self.is_on_device = Kind.DEVICE in self._kinds or is_device(self._asked)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it may move between host and device."""
+        return self.name in _COPIES
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs it; returns its result."""
+        self._refuse_mixing()
+        known = {tensor.untyped_storage()._cdata for tensor in self.reads + self.writes}
+        result = self._call(args, kwargs)
+        outputs = _tensors(result)
+        self.fresh = [
+            tensor for tensor in outputs if _is_plain(tensor) and tensor.untyped_storage()._cdata not in known
+        ]
+        kind = self._kind_of_outputs(kwargs)
+        for tensor in self.fresh:
+            self._placement.put(tensor, kind)
+        is_view = bool(outputs) and not self.writes and not self.fresh
+        self.looks_at_shapes = self.looks_at_shapes or is_view
+        self.waits = self._reason_to_wait(kind, args, kwargs)
+        return result
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.name == "_pin_memory":
+            return args[0].clone()
+        changed = {}
+        if is_device(self._asked):
+            changed["device"] = CPU
+        if kwargs.get("pin_memory"):
+            changed["pin_memory"] = False
+        return self._func(*args, **{**kwargs, **changed})
+
+    def _kind_of_outputs(self, kwargs: dict[str, Any]) -> Kind:
+        if self.name == "_pin_memory" or kwargs.get("pin_memory"):
+            return Kind.PINNED
+        if self._asked is None:
+            return Kind.DEVICE if self.is_on_device else Kind.HOST
+        if is_device(self._asked):
+            return Kind.DEVICE
+        return Kind.PINNED if self.is_on_device and kwargs.get("non_blocking") else Kind.HOST
+
+    def _reason_to_wait(self, output: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if not self.is_on_device:
+            return None
+        if self.name == "_local_scalar_dense":
+            return "item"
+        if any(tag in self._func.tags for tag in _WAITS_ON_HOST):
+            return self.name
+        if not self.is_copy:
+            return None
+        kinds = self._kinds | ({output} if self.fresh else set())
+        if kinds == {Kind.DEVICE}:
+            return None
+        if Kind.HOST in kinds:
+            return "copy of pageable memory"
+        return None if kwargs.get("non_blocking") or args[2:] == (True,) else "blocking copy"
+
+    def _refuse_mixing(self) -> None:
+        """Refuses what devices refuse: operators on tensors of both, but for numbers and indices."""
+        if not self.is_on_device or self.is_copy or self.name.startswith("index") or self._asked is not None:
+            return
+        for tensor in (*self.reads, *self.writes):
+            if is_real(tensor) and tensor.dim() and self._placement.of(tensor) is not Kind.DEVICE:
+                raise RuntimeError(
+                    f"{self.name}: expected all tensors to be on the same device, but found {DEVICE}, cpu"
+                )
 
 
 @contextlib.contextmanager
@@ -158,7 +297,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, nn.Parameter) and is_real(tensor)
 
 
 def _arguments(

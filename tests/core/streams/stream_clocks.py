@@ -2,7 +2,9 @@
 
 A clock says for each stream how many of its launches are known to be over. A stream's own clock counts its launches and
 takes in, with each wait, what another stream had launched by then. The host has a clock as well: whatever it knows to
-be over (after ``item()`` or ``synchronize()``) lies before everything that it launches later.
+be over (after ``item()`` or ``synchronize()``) lies before everything that it launches later. What the host itself does
+to host memory are launches of a stream of its own, which nobody has to wait for, as it comes before what is launched
+next.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ _PACKAGE = str(Path(lightning_mics.__file__).parent)
 _FSDP2 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_fully_shard")
 _OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
 _CLIPPING = str(Path(torch.__file__).parent / "nn" / "utils" / "clip_grad.py")
+# Calls of the dispatch mode and of contexts come through these.
+_DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
+_BETWEEN = (contextlib.__file__, *(str(Path(torch.__file__).parent / name) for name in ("_compile.py", "_ops.py")))
 # Modules whose functions wait for others of the package: their callers are who waits.
 _HELPERS = ("_torch.py", "transport.py")
 
@@ -98,9 +103,9 @@ def _caller(frame: FrameType | None) -> FrameType | None:
 
 
 def _outside(frame: FrameType | None) -> FrameType | None:
-    """Returns the innermost frame that is neither the checker's nor contextlib's."""
+    """Returns the innermost frame that is neither the checker's nor of what calls it."""
     while frame is not None and (
-        frame.f_code.co_filename.startswith(_TOOL) or frame.f_code.co_filename == contextlib.__file__
+        frame.f_code.co_filename.startswith((_TOOL, _DYNAMO)) or frame.f_code.co_filename in _BETWEEN
     ):
         frame = frame.f_back
     return frame
@@ -163,15 +168,56 @@ class Place:
         return " < ".join(f"{_short(code)}:{line} ({code.co_name})" for code, line in self._frames) or "the test"
 
 
+@dataclass(frozen=True)
+class HostWait:
+    """A wait of the host for the device.
+
+    Attributes:
+        kind: What waits, such as ``"item"``.
+        frames: The line that waits and the innermost one of the package, where this is another one.
+    """
+
+    kind: str
+    frames: tuple[tuple[CodeType, int], ...]
+
+    @classmethod
+    def here(cls, kind: str) -> HostWait:
+        """Returns a wait by what runs at the moment."""
+        frame = inner = _outside(sys._getframe(1))
+        while frame is not None and not _in_package(frame):
+            frame = _outside(frame.f_back)
+        found = [inner] if frame is None or frame is inner else [inner, frame]
+        return cls(kind, tuple((one.f_code, one.f_lineno) for one in found if one is not None))
+
+    @property
+    def where(self) -> str:
+        """The functions, without lines: ``"core/gradients/agreement.py (agree) tolist"``."""
+        places = " < ".join(f"{_short(code)} ({code.co_name})" for code, _ in self.frames)
+        return f"{places} {self.kind}"
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {Place(self.frames)}"
+
+
 class Timeline:
-    """The host and the streams of one run."""
+    """The host and the streams of one run.
+
+    Attributes:
+        host: What the host knows to be over when it launches something.
+        host_stream: What the host does to its own memory.
+        host_waits: The host's waits for the device, while the run is watched.
+        is_watched: Whether what runs at the moment counts.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.waits = Waits(settings.left_out)
         self.host: Clock = {}
+        self.host_waits: list[HostWait] = []
+        self.is_watched = False
         self.streams: list[Stream] = []
         self.compute = Stream(self, "compute")
+        self.host_stream = Stream(self, "host")
         self._stack = [self.compute]
 
     @property
@@ -188,10 +234,20 @@ class Timeline:
         finally:
             self._stack.pop()
 
-    def wait_on_host(self) -> None:
-        """Makes the host wait for the current stream, as reading a value does."""
-        if self.settings.host_waits:
-            merge(self.host, self.current.clock)
+    def wait_on_host(self, kind: str, clock: Clock | None = None, *, is_asked_for: bool = False) -> None:
+        """Makes the host wait for the device.
+
+        Args:
+            kind: What waits.
+            clock: What for; by default the current stream.
+            is_asked_for: Whether it is there to wait, as ``synchronize()`` is, and not to read a value.
+        """
+        if self.is_watched:
+            self.host_waits.append(HostWait.here(kind))
+        clock = self.current.clock if clock is None else clock
+        merge(self.host_stream.clock, clock)
+        if is_asked_for or self.settings.host_waits:
+            merge(self.host, clock)
 
 
 class Stream:
@@ -218,8 +274,11 @@ class Stream:
         return time
 
     def is_after(self, stream: Stream, time: int) -> bool:
-        """Returns whether what is launched here next runs after a launch on another stream."""
-        return self.clock.get(stream.id, 0) >= time
+        """Returns whether what is launched here next runs after a launch on another stream.
+
+        What the host did itself lies before whatever it launches next.
+        """
+        return stream is self._timeline.host_stream or self.clock.get(stream.id, 0) >= time
 
     def wait_event(self, event: Event) -> None:
         """Waits for what an event marks; one that was never recorded is over, as on CUDA."""
@@ -241,7 +300,7 @@ class Stream:
     def synchronize(self) -> None:
         """Makes the host wait for all that was launched here."""
         if self._timeline.waits.runs("synchronize"):
-            merge(self._timeline.host, self.clock)
+            self._timeline.wait_on_host("synchronize", self.clock, is_asked_for=True)
 
     def query(self) -> bool:
         """Returns whether all is over; nobody can rely on it."""
@@ -268,7 +327,7 @@ class Event:
     def synchronize(self) -> None:
         """Makes the host wait."""
         if self._timeline.waits.runs("synchronize"):
-            merge(self._timeline.host, self.clock)
+            self._timeline.wait_on_host("synchronize", self.clock, is_asked_for=True)
 
     def query(self) -> bool:
         """Returns whether it is over; nobody can rely on it."""
@@ -310,11 +369,39 @@ class StandInDevice:
         """Returns the device's index."""
         return 0
 
+    def device_count(self) -> int:
+        """Returns that there is one."""
+        return 1
+
+    def set_device(self, device: object) -> None:
+        """Does nothing: there is one."""
+
     def is_available(self) -> bool:
         """Returns that it is there."""
         return True
 
+    def is_initialized(self) -> bool:
+        """Returns that it is ready."""
+        return True
+
+    def _lazy_init(self) -> None:
+        """Does nothing: it is ready."""
+
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
+        """Returns what an activation checkpoint keeps."""
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
+        """Does nothing: nobody looks at the values."""
+
+    def device(self, index: object) -> contextlib.AbstractContextManager[None]:
+        """Changes nothing: there is one."""
+        return contextlib.nullcontext()
+
     def synchronize(self, device: object = None) -> None:
         """Makes the host wait for everything."""
+        clock: Clock = {}
         for stream in self._timeline.streams:
-            stream.synchronize()
+            merge(clock, stream.clock)
+        if self._timeline.waits.runs("synchronize"):
+            self._timeline.wait_on_host("synchronize", clock, is_asked_for=True)

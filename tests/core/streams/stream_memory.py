@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from stream_clocks import Place, Stream, Timeline
+from stream_placement import Kind, Placement, is_real
 from torch import Tensor
 
 _ALL = 1 << 60
@@ -64,7 +65,7 @@ class Race:
 
 @dataclass(eq=False)
 class Block:
-    """Memory of one storage, from the pool of the stream that was current when it was allocated."""
+    """Memory of one storage, from the pool of the stream that was current when it was allocated, or the host's."""
 
     stream: Stream
     born: Place
@@ -93,10 +94,11 @@ class Memory:
 
     Args:
         timeline: The streams.
+        placement: Where storages lie.
     """
 
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
+    def __init__(self, timeline: Timeline, placement: Placement) -> None:
+        self._timeline, self._placement = timeline, placement
         self._blocks: dict[int, Block] = {}
         self._pools: dict[Stream, list[_Freed]] = {}
         self._races: dict[tuple[str, ...], Race] = {}
@@ -106,21 +108,22 @@ class Memory:
         """What was found, each pair of places once."""
         return list(self._races.values())
 
-    def block(self, storage: torch.UntypedStorage, born: Place | None = None) -> Block:
-        """Returns the memory of a storage; one unknown so far is the current stream's."""
+    def block(self, storage: torch.UntypedStorage, stream: Stream, born: Place | None = None) -> Block:
+        """Returns the memory of a storage; one of the device that is unknown so far is of the stream's pool."""
         key = storage._cdata
         block = self._blocks.get(key)
         if block is None:
-            block = self._blocks[key] = Block(self._timeline.current, born or Place(()))
+            if self._placement.of_storage(storage) is not Kind.DEVICE:
+                stream = self._timeline.host_stream
+            block = self._blocks[key] = Block(stream, born or Place(()))
             block.reference = weakref.ref(storage, lambda _, key=key, block=block: self._died(key, block))
         return block
 
-    def allocate(self, storage: torch.UntypedStorage, operator: str, place: Place) -> None:
-        """Notes a new storage: what was freed into the current stream's pool may be in it."""
-        stream = self._timeline.current
+    def allocate(self, storage: torch.UntypedStorage, stream: Stream, operator: str, place: Place) -> None:
+        """Notes a new storage: what was freed into the stream's pool may be in it."""
         stream.follow_host()
         self._reuse(stream, place)
-        block = self.block(storage, place)
+        block = self.block(storage, stream, place)
         self._write(block, Access(0, _ALL, stream, stream.tick(), operator, place))
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -130,15 +133,16 @@ class Memory:
             if block is not None:
                 self._free(block)
             return
-        block = self.block(storage)
+        stream = self._timeline.current
+        block = self.block(storage, stream)
         self._free(block)
-        block.stream, block.born, block.recorded = self._timeline.current, Place.here(), set()
-        self.allocate(storage, "resize_", block.born)
+        block.stream, block.born, block.recorded = stream, Place.here(), set()
+        self.allocate(storage, stream, "resize_", block.born)
 
     def record(self, tensor: Tensor, stream: Stream) -> None:
         """Notes ``tensor.record_stream(stream)``: its memory is not reused before that stream is done with it."""
         if self._timeline.waits.runs("record_stream"):
-            self.block(tensor.untyped_storage()).recorded.add(stream)
+            self.block(tensor.untyped_storage(), self._timeline.current).recorded.add(stream)
 
     def read(self, tensor: Tensor, stream: Stream, operator: str, place: Place, time: int | None = None) -> None:
         """Notes that a launch reads a tensor."""
@@ -151,7 +155,7 @@ class Memory:
     def _touch(
         self, tensor: Tensor, stream: Stream, operator: str, place: Place, time: int | None, *, writes: bool
     ) -> None:
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
+        if not is_real(tensor) or not tensor.numel():
             return
         storage = tensor.untyped_storage()
         if not storage.nbytes():
@@ -160,7 +164,7 @@ class Memory:
         low = tensor.storage_offset() * size
         last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         access = Access(low, low + (last + 1) * size, stream, time or stream.tick(), operator, place)
-        (self._write if writes else self._read)(self.block(storage), access)
+        (self._write if writes else self._read)(self.block(storage, stream), access)
 
     def _read(self, block: Block, access: Access) -> None:
         low, high, stream = access[:3]
@@ -190,7 +194,13 @@ class Memory:
         self._free(block)
 
     def _free(self, block: Block) -> None:
-        """Gives memory back to its pool; what other streams do with it may not be over yet."""
+        """Gives memory back to its pool; what other streams do with it may not be over yet.
+
+        The pool of host memory knows of copies that are not over.
+        """
+        if block.stream is self._timeline.host_stream:
+            block.forget()
+            return
         others = [
             access
             for stream, access in block.last.items()

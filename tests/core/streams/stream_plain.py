@@ -49,7 +49,7 @@ class Plain:
     def _shard(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = Net()
-        mesh = init_device_mesh("cpu", self.shape, mesh_dim_names=("replicate", "shard")[-len(self.shape) :])
+        mesh = init_device_mesh("cuda", self.shape, mesh_dim_names=("replicate", "shard")[-len(self.shape) :])
         policy = {} if self.policy is None else {"mp_policy": self.policy}
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, **policy)
@@ -59,7 +59,7 @@ class Plain:
         for index in range(self.microsteps):
             if len(self.shape) == 2:
                 model.set_requires_all_reduce(index + 1 == self.microsteps)
-            model(torch.randn(4, 16)).square().mean().backward()
+            model(torch.randn(4, 16, device="cuda")).square().mean().backward()
         if self.clips:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -107,7 +107,7 @@ class Run:
         torch.manual_seed(0)
         self.model = Net().to(configuration.dtype)
         defaults: dict[str, Any] = {"shard_size": 2, "node_size": 2, "wrap": ["Block"], "verify": False}
-        mics_shard(self.model, MiCSConfig(**{**defaults, **configuration.settings, **settings}), device_type="cpu")
+        mics_shard(self.model, MiCSConfig(**{**defaults, **configuration.settings, **settings}), device_type="cuda")
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
         self._dtype = configuration.dtype
 
@@ -118,7 +118,7 @@ class Run:
 
     def loss(self, **kwargs: Any) -> Tensor:
         """Runs a forward pass."""
-        return self.model(torch.randn(4, _WIDTH, dtype=self._dtype), **kwargs).square().mean()
+        return self.model(torch.randn(4, _WIDTH, dtype=self._dtype, device="cuda"), **kwargs).square().mean()
 
     def microstep(self, *, defer: bool = True, **kwargs: Any) -> None:
         """Runs a forward and a backward pass."""

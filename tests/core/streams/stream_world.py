@@ -16,10 +16,10 @@ from stream_checker import StreamChecker
 from stream_clocks import Settings, StandInDevice
 from stream_collectives import Collectives, Peers, same_objects
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_mics.core import collectives, transport
+from lightning_mics.core import collectives as core_collectives
 from lightning_mics.core._torch import forget_dtensor_meshes
 
 _STREAMS = {
@@ -36,7 +36,7 @@ def pretended_device(
 ) -> Iterator[StreamChecker]:
     """Makes CPU tensors stand for those of an accelerator; models and groups are made inside.
 
-    Only what runs inside ``with checker:`` is watched.
+    Only what runs inside ``with checker:`` is watched. Tensors are the device's where ``device="cuda"`` was asked for.
 
     Args:
         world_size: Ranks that the fake process group pretends to have.
@@ -54,7 +54,10 @@ def pretended_device(
         _replace_device(stack, checker)
         _replace_collectives(stack, checker, peers)
         _replace_what_is_not_dispatched(stack, checker)
-        _choose_device_ways(stack)
+        checker.placement.pretend(stack)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") shows its copy then
+        stack.enter_context(checker.mode)
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:
             yield checker
@@ -69,9 +72,11 @@ def _patch(stack: ExitStack, owner: Any, name: str, value: object) -> None:
 
 def _replace_device(stack: ExitStack, checker: StreamChecker) -> None:
     device = StandInDevice(checker.timeline)
-    for module in (_fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state):
-        _patch(stack, module, "_get_device_handle", lambda device_type="cuda": device)
-    _patch(stack, torch.accelerator, "current_stream", device.current_stream)
+    for name in dir(StandInDevice):
+        if not name.startswith("__"):
+            _patch(stack, torch.cuda, name, getattr(device, name))
+    for name in ("current_stream", "synchronize"):
+        _patch(stack, torch.accelerator, name, getattr(device, name))
     lazy_init = _fsdp_param_group.FSDPCommContext.lazy_init
 
     def named_streams(context: Any, device: torch.device) -> None:
@@ -86,16 +91,19 @@ def _replace_collectives(stack: ExitStack, checker: StreamChecker, peers: Peers 
     for name, method in Collectives(checker, peers).methods().items():
         _patch(stack, dist.ProcessGroup, name, method)
     _patch(stack, dist, "all_gather_object", same_objects)
+    _patch(
+        stack, core_collectives, "batched", lambda group, device: dist._coalescing_manager(group=group, device=device)
+    )
 
 
 def _replace_what_is_not_dispatched(stack: ExitStack, checker: StreamChecker) -> None:
     resize, tolist = torch.UntypedStorage.resize_, torch.Tensor.tolist
 
     def watched_resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-        if size == 0:
+        if size == 0 and checker.timeline.is_watched:
             checker.memory.resize(storage, 0)
         resize(storage, size)
-        if size:
+        if size and checker.timeline.is_watched:
             checker.memory.resize(storage, size)
         return storage
 
@@ -106,9 +114,3 @@ def _replace_what_is_not_dispatched(stack: ExitStack, checker: StreamChecker) ->
     _patch(stack, torch.UntypedStorage, "resize_", watched_resize)
     _patch(stack, Tensor, "tolist", watched_tolist)
     _patch(stack, Tensor, "record_stream", lambda tensor, stream: checker.memory.record(tensor, stream))
-
-
-def _choose_device_ways(stack: ExitStack) -> None:
-    """Makes lightning_mics take the ways of accelerators."""
-    _patch(stack, transport, "transport_for", lambda *args, **kwargs: transport.DeviceTransport())
-    _patch(stack, collectives, "batched", lambda group, device: dist._coalescing_manager(group=group, device=device))

@@ -21,7 +21,7 @@ class Program:
         self.device = StandInDevice(checker.timeline)
         self.compute = self.device.current_stream()
         self.side = Stream(checker.timeline, "side")
-        self.tensor = torch.zeros(4)
+        self.tensor = torch.zeros(4, device="cuda")
 
     def on_side(self, launch: Callable[[], object], *, waits: bool) -> None:
         """Launches something on the other stream."""
@@ -50,7 +50,7 @@ def free_what_is_read(program: Program, waits: bool) -> None:
     del program.tensor
     if waits:
         program.compute.wait_stream(program.side)
-    torch.ones(4)
+    torch.ones(4, device="cuda")
 
 
 def reduce_what_is_written(program: Program, waits: bool) -> None:
@@ -103,14 +103,14 @@ def test_a_recorded_stream_keeps_memory() -> None:
         program.on_side(lambda: program.tensor + 1, waits=True)
         program.tensor.record_stream(program.side)
         del program.tensor
-        torch.ones(4)
+        torch.ones(4, device="cuda")
     assert not checker.races
 
 
 def test_a_synchronous_collective_runs_where_the_settings_say() -> None:
     def run(settings: Settings) -> set[str]:
         with pretended_device(settings=settings) as checker, checker:
-            tensor = torch.zeros(4)
+            tensor = torch.zeros(4, device="cuda")
             dist.all_reduce(tensor)
             tensor + 1
         return {race.kind for race in checker.races} | set(checker.timeline.waits.sites)
