@@ -320,6 +320,13 @@ class UnitParamGroup:
         context = self._group.comm_ctx
         (stream or context.device_handle.current_stream()).wait_stream(context.reduce_scatter_stream)
 
+    def wait_offloaded(self) -> None:
+        """Makes the host wait for gradients on their way to host memory, which FSDP2 does where a pass ends."""
+        for param in self._group.fsdp_params:
+            event, param.grad_offload_event = param.grad_offload_event, None
+            if event is not None:
+                event.synchronize()
+
     # Gathered parameters.
 
     def reshard(self) -> None:

@@ -236,6 +236,7 @@ class AccumulationWindow:
         for unit in self.units:
             unit.finish_reduction()
             unit.join_flight()
+            unit.group.wait_offloaded()
         self._hand_back(stream)
 
     # Around an optimizer step.

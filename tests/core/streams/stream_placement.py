@@ -89,6 +89,8 @@ class Placement:
         }
         for name, value in patches.items():
             stack.enter_context(mock.patch.object(Tensor, name, value))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, _on_host_first(getattr(torch, name))))
         by_device = torch._C._group_tensors_by_device_and_dtype
 
         def by_pretended_device(lists: Any, with_indices: bool = False) -> Any:
@@ -126,6 +128,18 @@ def _make_wrapper_subclass(*args: Any, **kwargs: Any) -> Tensor:
     if is_device(kwargs.get("device")):
         kwargs["device"] = CPU
     return _original_subclass(*args, **kwargs)
+
+
+def _on_host_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes tensors of Python's values as PyTorch does: in host memory, from where they are copied."""
+
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        requires_grad = kwargs.pop("requires_grad", False)
+        tensor = make(data, *args, **kwargs)
+        tensor = tensor if device is None else tensor.to(device)
+        return tensor.requires_grad_() if requires_grad else tensor
+
+    return made
 
 
 def _inner(tensor: Tensor) -> Tensor:

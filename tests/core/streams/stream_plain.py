@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from stream_checker import StreamChecker
@@ -11,7 +12,7 @@ from stream_windows import Net
 from stream_world import pretended_device
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 _MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 _BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
@@ -28,6 +29,7 @@ class Plain:
         reshard: Whether parameters are freed after the forward pass.
         set_to_none: Whether gradients are cleared or zeroed.
         clips: Whether gradients are clipped.
+        offloads: Whether shards are in host memory.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +38,7 @@ class Plain:
     reshard: bool = True
     set_to_none: bool = True
     clips: bool = False
+    offloads: bool = False
 
     def run(self, settings: Settings | None = None) -> StreamChecker:
         """Takes three steps; returns the checker with what it found."""
@@ -50,9 +53,11 @@ class Plain:
         torch.manual_seed(0)
         model = Net()
         mesh = init_device_mesh("cuda", self.shape, mesh_dim_names=("replicate", "shard")[-len(self.shape) :])
-        policy = {} if self.policy is None else {"mp_policy": self.policy}
+        policies: dict[str, Any] = {} if self.policy is None else {"mp_policy": self.policy}
+        if self.offloads:
+            policies["offload_policy"] = CPUOffloadPolicy()
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, **policy)
+            fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, **policies)
         return model, torch.optim.AdamW(model.parameters(), foreach=True)
 
     def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -79,4 +84,6 @@ PLAIN = {
     "1-D, clipped": Plain((4,), clips=True),
     "2-D, clipped": Plain((2, 2), clips=True),
     "one rank a shard": Plain((4, 1)),
+    "1-D, offloaded": Plain((4,), offloads=True),
+    "1-D, offloaded, accumulation": Plain((4,), microsteps=2, offloads=True),
 }

@@ -90,6 +90,8 @@ CONFIGURATIONS = {
     "p=1": Configuration({"shard_size": 1}),
     "bf16 parameters": Configuration(_EXACT, torch.bfloat16),
     "bf16 parameters, hierarchical": Configuration({**_TWO_STAGES, **_EXACT}, torch.bfloat16, world_size=8, rank=5),
+    "offload": Configuration({"cpu_offload": True}),
+    "bf16 parameters, offload": Configuration({**_EXACT, "cpu_offload": True}, torch.bfloat16),
 }
 
 Edit = Callable[["Run"], object]
@@ -325,6 +327,13 @@ def _failed_backward_then_forward(run: Run) -> None:
         run.step()
 
 
+def _failed_first_backward(run: Run) -> None:
+    for _ in range(2):
+        run.failing_backward()
+        scale(run)
+        run.window(2)
+
+
 def _no_backward(run: Run) -> None:
     for _ in range(2):
         run.window()
@@ -397,6 +406,7 @@ WINDOWS = {
     "failed backward pass, scaled": Window(_failed_backward(defer=True, then=scale)),
     "failed backward pass, syncing, scaled": Window(_failed_backward(defer=False, then=scale)),
     "failed backward pass, replaced": Window(_failed_backward(defer=True, then=replace)),
+    "failed first backward pass, scaled": Window(_failed_first_backward),
     "failed backward pass, forward, scaled": Window(_failed_backward_then_forward),
     "no backward pass": Window(_no_backward),
     "zeroed gradients": Window(_repeat(3, set_to_none=False)),

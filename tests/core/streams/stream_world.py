@@ -55,8 +55,6 @@ def pretended_device(
         _replace_collectives(stack, checker, peers)
         _replace_what_is_not_dispatched(stack, checker)
         checker.placement.pretend(stack)
-        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") shows its copy then
         stack.enter_context(checker.mode)
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from stream_checker import StreamChecker
 from stream_clocks import Settings, StandInDevice, Stream
-from stream_plain import PLAIN
+from stream_plain import PLAIN, Plain
 from stream_world import pretended_device
 
 
@@ -68,6 +68,21 @@ def read_on_host(program: Program, waits: bool) -> None:
     program.on_side(lambda: program.tensor + 1, waits=False)
 
 
+def read_copy_on_host(program: Program, waits: bool) -> None:
+    copied = program.tensor.to("cpu", non_blocking=True)
+    if waits:
+        program.device.current_stream().synchronize()
+    copied + 1
+
+
+def write_on_host_what_is_copied(program: Program, waits: bool) -> None:
+    source = torch.zeros(4).pin_memory()
+    source.to("cuda", non_blocking=True)
+    if waits:
+        program.device.current_stream().record_event().synchronize()
+    source.zero_()
+
+
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize(
     ("launches", "kinds"),
@@ -78,6 +93,8 @@ def read_on_host(program: Program, waits: bool) -> None:
         (free_what_is_read, {"FREED"}),
         (reduce_what_is_written, {"RAW"}),
         (read_on_host, {"RAW"}),
+        (read_copy_on_host, {"RAW"}),
+        (write_on_host_what_is_copied, {"WAR"}),
     ],
 )
 def test_a_missing_wait_is_a_race_and_a_wait_mends_it(
@@ -121,6 +138,37 @@ def test_a_synchronous_collective_runs_where_the_settings_say() -> None:
     assert "RAW" in run(Settings(sync_on_current=False, left_out=frozenset([wait])))
 
 
+def test_waits_of_the_host_are_counted() -> None:
+    with pretended_device() as checker, checker:
+        on_device, on_host = torch.ones(4, device="cuda"), torch.ones(4)
+        pinned = on_host.pin_memory()
+        (on_host.sum() + 1).item()
+        pinned.to("cuda", non_blocking=True)
+        on_device.copy_(pinned, non_blocking=True)
+        assert not checker.host_waits
+        on_device.copy_(pinned)
+        on_host.to("cuda", non_blocking=True)
+        on_device.cpu()
+        torch.tensor([1.0], device="cuda")
+        bool(on_device.isfinite().all())
+        on_device.tolist()
+        on_device.nonzero()
+        torch.cuda.synchronize()
+    pageable = "copy of pageable memory"
+    kinds = ["blocking copy", pageable, pageable, pageable, "item", "tolist", "nonzero", "synchronize"]
+    assert [wait.kind for wait in checker.host_waits] == kinds
+
+
+def test_operators_on_both_host_and_device_are_refused() -> None:
+    with pretended_device():
+        on_device, on_host = torch.ones(4, device="cuda"), torch.ones(4)
+        on_device.add_(on_host.sum())
+        with pytest.raises(RuntimeError, match="same device"):
+            on_device.add_(on_host)
+        with pytest.raises(RuntimeError, match="device type cpu"):
+            dist.all_reduce(on_host)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_fsdp2_has_no_races(name: str) -> None:
     checker = PLAIN[name].run()
@@ -142,7 +190,14 @@ def test_plain_fsdp2_has_no_races(name: str) -> None:
     ],
 )
 def test_waits_of_fsdp2_left_out_are_found(function: str) -> None:
-    plain = PLAIN["2-D, mixed"]
+    find_waits_left_out(PLAIN["2-D, mixed"], function)
+
+
+def test_the_wait_for_offloaded_gradients_left_out_is_found() -> None:
+    find_waits_left_out(PLAIN["1-D, offloaded"], "finalize_backward")
+
+
+def find_waits_left_out(plain: Plain, function: str) -> None:
     sites = frozenset(site for site in plain.run().timeline.waits.sites if f"({function})" in site)
     assert sites
     assert plain.run(Settings(left_out=sites)).races

@@ -18,6 +18,7 @@ _RUNS = [
     ("failed backward pass, replaced", "bf16 parameters"),
     ("asynchronous gathers", "hierarchical"),
     ("no backward pass", "flat"),
+    ("failed first backward pass, scaled", "offload"),
 ]
 
 # On a device a pass that failed has waited for hop two already; where there are no streams it has not.

@@ -14,8 +14,12 @@ _SETTINGS = {
     "the host waits for nothing": Settings(host_waits=False),
 }
 # By default each window runs in one configuration, all of which take turns, in an order that suits the windows.
-_ORDER = ["flat", "bf16 parameters", "hierarchical", "mixed bf16", "bf16 parameters, hierarchical", "p=1"]
-_SAMPLE = list(zip(WINDOWS, itertools.cycle(_ORDER), strict=False))
+_ORDER = [
+    *("flat", "bf16 parameters", "hierarchical", "offload", "mixed bf16"),
+    *("bf16 parameters, hierarchical", "p=1", "bf16 parameters, offload"),
+]
+_NEEDED = [("failed first backward pass, scaled", "offload")]
+_SAMPLE = list(dict.fromkeys([*zip(WINDOWS, itertools.cycle(_ORDER), strict=False), *_NEEDED]))
 
 
 def check(window: str, configuration: str, settings: Settings) -> None:
