@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
+from lightning_mics.testing import worker_device
 
 
-def make_accelerator(gradient_accumulation_steps: int = 1, settings: dict[str, Any] | None = None) -> MiCSAccelerator:
+def make_accelerator(
+    gradient_accumulation_steps: int = 1, settings: dict[str, Any] | None = None, **accelerator: Any
+) -> MiCSAccelerator:
     """Returns a fresh accelerator in a pool worker, as in a process of its own."""
     forget_accelerate()
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ["ACCELERATE_USE_CPU"] = str(worker_device().type == "cpu").lower()
     return MiCSAccelerator(
-        mics_plugin=MiCSPlugin(**(settings or {})), gradient_accumulation_steps=gradient_accumulation_steps
+        mics_plugin=MiCSPlugin(**(settings or {})),
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        **accelerator,
     )
 
 

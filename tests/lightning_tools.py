@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
@@ -9,11 +11,13 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lightning_mics.testing import worker_device
+
 VOCABULARY, WIDTH, SEQUENCE, BATCH = 19, 8, 5, 2
 
 
 class PoolEnvironment(ClusterEnvironment):
-    """Tells Lightning that the worker pool has started all processes, on one machine."""
+    """Tells Lightning that the worker pool has started all processes."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -44,10 +48,10 @@ class PoolEnvironment(ClusterEnvironment):
         pass
 
     def local_rank(self) -> int:
-        return dist.get_rank()
+        return int(os.environ["LOCAL_RANK"])
 
     def node_rank(self) -> int:
-        return 0
+        return dist.get_rank() // int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 class Block(nn.Module):
@@ -137,11 +141,20 @@ def loader(num_batches: int, world_size: int, seed: int = 0) -> DataLoader:
     return DataLoader(rows, batch_size=BATCH, sampler=DistributedSampler(rows, shuffle=False))
 
 
+def where() -> dict[str, object]:
+    """Returns what a Trainer or a Fabric is to be told of the worker pool."""
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return {
+        "accelerator": "gpu" if worker_device().type == "cuda" else "cpu",
+        "devices": devices,
+        "num_nodes": dist.get_world_size() // devices,
+        "plugins": [PoolEnvironment()],
+    }
+
+
 def make_trainer(**settings: object) -> pl.Trainer:
     defaults = {
-        "accelerator": "cpu",
-        "devices": dist.get_world_size(),
-        "plugins": [PoolEnvironment()],
+        **where(),
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -185,6 +198,6 @@ def train_alone(
 
 
 def mean_over_ranks(values: list[float]) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
+    tensor = torch.tensor(values, dtype=torch.float64, device=worker_device())
     dist.all_reduce(tensor)
     return (tensor / dist.get_world_size()).tolist()

@@ -25,7 +25,7 @@ from lightning_mics import (
     mics_shard,
     sync_gradients,
 )
-from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences
+from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences, worker_device
 
 ROWS_PER_RANK = 2
 BOUND = 1e-5
@@ -148,12 +148,14 @@ def train_sharded(case: Case) -> Outcome:
     rank = dist.get_rank()
     config = MiCSConfig(shard_size=case.shard, node_size=case.node, **dict(case.settings))
     # Only rank 0 starts from the weights of the reference: its values must win.
-    model = mics_shard(build(case.model, seed=rank), config)
+    device = worker_device()
+    model = mics_shard(build(case.model, seed=rank), config, device_type=device.type)
     optimizer = make_optimizer(case, model)
     losses, norms, without = [], [], []
     for step in range(case.steps):
         for index in range(num_microsteps(case, step)):
             rows = rows_of(case, step * case.accumulate + index)[rank * ROWS_PER_RANK : (rank + 1) * ROWS_PER_RANK]
+            rows = rows.to(device)
             with defer_replication_sync(model, enabled=index + 1 < case.accumulate):
                 loss = loss_of(case.model, model, rows)
                 (loss / case.accumulate).backward()
@@ -163,7 +165,7 @@ def train_sharded(case: Case) -> Outcome:
         norms.append(clip_grad_norm_(model, case.clip or 1e9).item())
         optimizer.step()
         optimizer.zero_grad()
-    mean = torch.tensor(losses, dtype=torch.float64)
+    mean = torch.tensor(losses, dtype=torch.float64, device=device)
     dist.all_reduce(mean)
     return Outcome((mean / case.world).tolist(), norms, full_state_dict(model), without)
 
@@ -185,10 +187,15 @@ def train_all(cases: list[Case]) -> list[Outcome]:
     return [train_sharded(case) for case in cases]
 
 
-def check(pool: WorkerPool, cases: Iterable[Case], train: Callable[[list[Case]], list[Outcome]] = train_all) -> None:
+def check(
+    pool: WorkerPool,
+    cases: Iterable[Case],
+    train: Callable[[list[Case]], list[Outcome]] = train_all,
+    backend: str = "gloo",
+) -> None:
     """Trains every case on the ranks of its world, and once in this process; checks each rank's outcome."""
     cases = list(cases)
-    for outcomes in pool.run(train, cases, world_size=cases[0].world, timeout=120):
+    for outcomes in pool.run(train, cases, world_size=cases[0].world, timeout=120, backend=backend):
         for case, outcome in zip(cases, outcomes, strict=True):
             comparison(case, outcome, train_alone(case.reference)).check()
 

@@ -1,4 +1,4 @@
-"""Multi-process tests without a spawn per test: a persistent pool of gloo workers, and parity helpers.
+"""Multi-process tests without a spawn per test: a persistent pool of workers, and parity helpers.
 
 A worker takes seconds to start and a tenth of a second to run another test, so one pool serves a whole test session and
 every world size up to its own. Workers are forked from a server that has imported the heavy modules once.
@@ -12,7 +12,7 @@ from lightning_mics.testing.parity import (
     weight_differences,
 )
 from lightning_mics.testing.pool import PRELOAD, WorkerError, WorkerPool, get_pool
-from lightning_mics.testing.worker import Failure
+from lightning_mics.testing.worker import Failure, pretended_host, worker_device
 
 __all__ = [
     "PRELOAD",
@@ -22,7 +22,9 @@ __all__ = [
     "assert_parity",
     "full_state_dict",
     "get_pool",
+    "pretended_host",
     "relative_difference",
     "shard_batch",
     "weight_differences",
+    "worker_device",
 ]

@@ -48,7 +48,7 @@ class WorkerError(RuntimeError):
 
 
 class WorkerPool:
-    """A pool of gloo workers that runs functions in worlds of up to ``size`` ranks.
+    """A pool of workers that runs functions in worlds of up to ``size`` ranks.
 
     Workers start when they are first needed and stay. Each run gets process groups of its own (a ``FileStore``, no
     ports), seed 0, and the environment variables, default dtype and working directory that the workers began with;
@@ -77,6 +77,8 @@ class WorkerPool:
         self._workers: dict[int, _Worker] = {}
         self._num_runs = 0
         self._owner = os.getpid()
+        # A process that has asked the driver for devices must not fork; the fork server's imports ask.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         atexit.register(self.close)
 
     def __enter__(self) -> WorkerPool:
@@ -86,7 +88,13 @@ class WorkerPool:
         self.close()
 
     def run(
-        self, function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 60.0, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        world_size: int = 2,
+        timeout: float = 60.0,
+        backend: str = "gloo",
+        **kwargs: Any,
     ) -> list[Any]:
         """Runs ``function(*args, **kwargs)`` on each rank of a world, with ``torch.distributed`` up.
 
@@ -95,6 +103,9 @@ class WorkerPool:
             *args: Its arguments.
             world_size: Number of ranks.
             timeout: Seconds after which the run counts as hung; the start of workers is not counted.
+            backend: ``"gloo"``; or ``"nccl"`` and ``"cpu:gloo,cuda:nccl"``, where ranks take cards in turn. They may
+                share one: each then is a host of its own to NCCL. The function finds its card by
+                :func:`worker_device`.
             **kwargs: Its keyword arguments.
 
         Returns:
@@ -103,14 +114,20 @@ class WorkerPool:
         Raises:
             WorkerError: If any rank failed, died or hung.
         """
-        outcomes = self.attempt(function, *args, world_size=world_size, timeout=timeout, **kwargs)
+        outcomes = self.attempt(function, *args, world_size=world_size, timeout=timeout, backend=backend, **kwargs)
         failures = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, Failure)}
         if failures:
             raise WorkerError(getattr(function, "__name__", str(function)), world_size, failures)
         return outcomes
 
     def attempt(
-        self, function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 60.0, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        world_size: int = 2,
+        timeout: float = 60.0,
+        backend: str = "gloo",
+        **kwargs: Any,
     ) -> list[Any]:
         """Like :meth:`run`, but returns a :class:`Failure` in the place of each rank that failed."""
         if not 1 <= world_size <= self.size:
@@ -123,7 +140,7 @@ class WorkerPool:
             self._num_runs += 1
             store = str(self._folder / f"store-{self._num_runs}")
             for rank, worker in enumerate(workers):
-                worker.send(Task(rank, world_size, store, timeout, list(sys.path), call))
+                worker.send(Task(rank, world_size, backend, store, timeout, list(sys.path), call))
             outcomes = self._collect(workers, timeout)
         except BaseException:
             self._end(range(world_size))  # an interrupted run must not go on, nor answer the next one

@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from lightning_mics.core._torch import forget_dtensor_meshes
 
+_CARD = "LIGHTNING_MICS_WORKER_CARD"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -57,6 +59,7 @@ class Task:
 
     rank: int
     world_size: int
+    backend: str
     store: str
     timeout: float
     path: list[str]
@@ -121,8 +124,11 @@ def _start_group(task: Task) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     forget_dtensor_meshes()
+    device = worker_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        task.backend,
         store=dist.FileStore(task.store, task.world_size),
         rank=task.rank,
         world_size=task.world_size,
@@ -130,9 +136,37 @@ def _start_group(task: Task) -> None:
     )
 
 
+def worker_device() -> torch.device:
+    """Returns where this worker's tensors belong: on its card if the world has NCCL, or else in host memory."""
+    index = os.environ.get(_CARD)
+    return torch.device("cpu") if index is None else torch.device("cuda", int(index))
+
+
 def _launch_variables(task: Task) -> dict[str, str]:
     rank, world_size = str(task.rank), str(task.world_size)
-    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    variables = {"RANK": rank, "WORLD_SIZE": world_size}
+    if "nccl" not in task.backend:
+        return {**variables, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    num_cards = max(1, torch.cuda.device_count())
+    card = str(task.rank % num_cards)
+    if task.world_size <= num_cards:
+        return {**variables, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, _CARD: card}
+    return {**variables, "LOCAL_RANK": card, "LOCAL_WORLD_SIZE": "1", _CARD: card, **pretended_host(task.rank)}
+
+
+def pretended_host(rank: int) -> dict[str, str]:
+    """Returns the variables by which NCCL takes a rank for the only one of its host.
+
+    Ranks may share a card then, which NCCL refuses on one host. They talk through sockets of the loopback interface.
+    """
+    return {
+        "NCCL_HOSTID": f"host{rank}",
+        "NCCL_NET": "Socket",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_SHM_DISABLE": "1",
+    }
 
 
 def _restore(environ: Mapping[str, str]) -> None:
