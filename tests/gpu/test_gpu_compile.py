@@ -28,6 +28,7 @@ def train(compiled: str) -> tuple[dict[str, Tensor], int, list[int]]:
     """Returns the weights, how often something was compiled after two steps, and the calls of hop two a unit."""
     world, rank, device = dist.get_world_size(), dist.get_rank(), worker_device()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = build("gpt2")
     if compiled == "before":
         compile_blocks(model)

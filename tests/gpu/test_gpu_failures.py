@@ -20,7 +20,7 @@ from lightning_mics.testing import WorkerPool, worker_device
 pytestmark = NEEDS_CARD
 
 SECONDS = 15
-PLACES = ("forward", "backward", "optimizer", "data")
+PLACES = ("forward", "backward", "optimizer")
 
 
 class Greedy(nn.Module):
@@ -93,8 +93,6 @@ elif place == "optimizer":
     optimizer.register_step_pre_hook(fail)
 
 for step in range(4):
-    if place == "data":
-        fail()
     model(torch.ones(4, 64, device=device)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -109,6 +107,8 @@ def run_to_its_end(folder: Path, place: str) -> tuple[float, str]:
     backend = "gloo" if REHEARSES else "nccl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    # Under the multi-process service a process that dies takes the others of its card along.
+    environment.pop("CUDA_MPS_PIPE_DIRECTORY", None)
     with subprocess.Popen(
         [*command, str(script), place, backend],
         stdout=subprocess.PIPE,

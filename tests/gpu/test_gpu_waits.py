@@ -20,9 +20,9 @@ ACCUMULATE, WARM_UP, COUNTED = 3, 2, 3
 def waits_in_windows(shard: int, hierarchical: bool) -> dict[str, int]:
     world, rank, device = dist.get_world_size(), dist.get_rank(), worker_device()
     config = MiCSConfig(shard_size=shard, node_size=2, hierarchical=hierarchical)
-    model = mics_shard(build("gpt2"), config, device_type=device.type)
+    model = mics_shard(build("uneven"), config, device_type=device.type)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    rows = [shard_batch(microbatch("gpt2", index, 2 * world), rank, world).to(device) for index in range(ACCUMULATE)]
+    rows = [shard_batch(microbatch("uneven", index, 2 * world), rank, world).to(device) for index in range(ACCUMULATE)]
     for _ in range(WARM_UP):
         train_a_window(model, optimizer, rows)
     with counted_waits() as waits:
@@ -34,7 +34,7 @@ def waits_in_windows(shard: int, hierarchical: bool) -> dict[str, int]:
 def train_a_window(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[torch.Tensor]) -> None:
     for index, part in enumerate(rows):
         with defer_replication_sync(model, enabled=index + 1 < len(rows)):
-            (loss_of("gpt2", model, part) / len(rows)).backward()
+            (loss_of("uneven", model, part) / len(rows)).backward()
     clip_grad_norm_(model, 1.0)
     optimizer.step()
     optimizer.zero_grad()
