@@ -12,6 +12,7 @@ from typing import TextIO
 from lightning_mics.bench.cluster import EmulatedCluster
 from lightning_mics.bench.launch import NodeFailedError, rank_logs, run_on_cluster
 from lightning_mics.bench.namespaces import clean
+from lightning_mics.bench.records import DEVICES
 from lightning_mics.bench.spec import ClusterSpec, format_rate, parse_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import format_bytes
@@ -155,6 +156,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, metavar="N", help="how often each contender is measured (default: the experiment's)")
     add("--contenders", metavar="NAMES", help="only these, separated by commas, for example full-sharding,mics:node")
     add("--log-dir", type=Path, metavar="DIR", help="leave the logs of all ranks in this folder")
+    add("--device", choices=DEVICES, help="what ranks compute on; cuda: this machine's cards (default: cpu)")
 
 
 def _configure_run(parser: argparse.ArgumentParser) -> _Run:
@@ -164,9 +166,14 @@ def _configure_run(parser: argparse.ArgumentParser) -> _Run:
 
 
 def _configure_headline(parser: argparse.ArgumentParser) -> _Run:
-    parser.set_defaults(experiments=["headline"])
     _add_run_options(parser)
-    return _run
+    return _headline
+
+
+def _headline(options: argparse.Namespace) -> None:
+    # A card takes a larger model.
+    options.experiments = ["headline-cuda" if options.device == "cuda" else "headline"]
+    _run(options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -177,7 +184,9 @@ def _run(options: argparse.Namespace) -> None:
     from lightning_mics.bench.runner import run_experiment, shortened
 
     contenders = options.contenders.split(",") if options.contenders else None
-    experiments = [shortened(load_experiment(name), options.rounds, contenders) for name in options.experiments]
+    experiments = [
+        shortened(load_experiment(name), options.rounds, contenders, options.device) for name in options.experiments
+    ]
     console = Console(highlight=False)
     for experiment in experiments:
         results = options.results or Path("mics-bench") / f"{experiment.name}.jsonl"
@@ -229,7 +238,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], _Run]]] = {
         _configure_cluster,
     ),
     "headline": (
-        "compare MiCS with its peers on an emulated cluster, in a few minutes (needs root)",
+        "compare MiCS with its peers on an emulated cluster, in a few minutes (on CPUs needs root)",
         _configure_headline,
     ),
     "run": ("run experiments on emulated clusters, and go on where a run was stopped (needs root)", _configure_run),

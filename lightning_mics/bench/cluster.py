@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import select
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,21 +20,22 @@ from lightning_mics.bench.namespaces import (
     EmulatorError,
     batch,
     missing_requirements,
+    new_key,
     remove_namespaces,
     run,
     signals_later,
-    start_time,
+    temporary_folder,
 )
 from lightning_mics.bench.spec import ClusterSpec
 from lightning_mics.processes import end_with_parent
 
 _BRIDGE = "bridge"
-_counter = itertools.count()
 # The shell stays as process 1, for it reaps orphans and lets its child die of signals as usual. The mounts are seen by
 # this program only and go with it, and so does shared memory that killed processes leave behind.
 _ENTER = """
-echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && mount -t tmpfs tmpfs /dev/shm || exit 125
-shift 2
+echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts || exit 125
+test "$3" = shared || mount -t tmpfs tmpfs /dev/shm || exit 125
+shift 3
 "$@"
 exit $?
 """
@@ -74,18 +73,23 @@ class EmulatedCluster:
 
     Args:
         spec: What it looks like.
+        shared_memory: Whether nodes see the machine's shared memory, as clients of one of its services may have to.
 
     Attributes:
         spec: What it looks like.
         nodes: Its nodes; none outside the ``with`` statement.
         folder: A temporary folder that is deleted with the cluster.
+        port: A free port, for torchrun.
 
     Raises:
         EmulatorError: On entering, if this machine cannot do it; says what is missing.
     """
 
-    def __init__(self, spec: ClusterSpec) -> None:
+    port = 29500  # each node has all ports for itself
+
+    def __init__(self, spec: ClusterSpec, *, shared_memory: bool = False) -> None:
         self.spec = spec
+        self._shared_memory = shared_memory
         self.nodes: tuple[Node, ...] = ()
         self.folder = Path()
         self._namespaces: list[str] = []
@@ -95,7 +99,7 @@ class EmulatedCluster:
         missing = missing_requirements()
         if missing is not None:
             raise EmulatorError(missing)
-        key = f"mics-{os.getpid()}-{start_time(os.getpid())}-{next(_counter)}"
+        key = new_key()
         self.nodes = tuple(
             Node(index=index, namespace=f"{key}-node{index}", address=f"10.77.0.{index + 1}")
             for index in range(self.spec.num_nodes)
@@ -104,7 +108,7 @@ class EmulatedCluster:
         self._namespaces = [switch, *(node.namespace for node in self.nodes)]
         try:
             with signals_later():
-                self.folder = Path(tempfile.mkdtemp(prefix=f"{key}-files-"))
+                self.folder = temporary_folder(key)
             self._write_files()
             self._make(switch)
         except BaseException:
@@ -145,6 +149,7 @@ class EmulatedCluster:
         """
         place = self.nodes[node]
         enter = ["sh", "-c", _ENTER, "sh", place.hostname, str(self.folder / "hosts")]
+        enter.append("shared" if self._shared_memory else "own")
         process = subprocess.Popen(
             ["ip", "netns", "exec", place.namespace, *UNSHARE, *enter, *command],
             stdin=subprocess.DEVNULL,

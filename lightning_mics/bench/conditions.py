@@ -19,6 +19,8 @@ def _nodes(case: Case) -> str:
 
 
 def _rate(case: Case) -> str:
+    if case.is_loopback:
+        return "all links loopback"
     return "links not limited" if case.rate is None else f"{format_rate(case.rate)} a node"
 
 
@@ -27,6 +29,16 @@ def _compute(case: Case) -> str:
     if not any(case.compute):
         return "real compute only"
     return f"emulated compute of {forward} ms forward and {backward} ms backward a block and microstep"
+
+
+def _hardware(case: Case) -> str:
+    if not case.hardware:
+        return _UNSAID
+    hardware = case.hardware
+    sharing, number = hardware["sharing"], hardware["cards"]
+    words = f"NCCL on {hardware['card']}" if number == 1 else f"NCCL on {number} x {hardware['card']}"
+    is_shared = case.cluster.world_size > number
+    return f"{words}, shared by {counted(case.cluster.world_size, 'rank')} ({sharing})" if is_shared else words
 
 
 def _model(case: Case) -> str:
@@ -41,13 +53,15 @@ def _model(case: Case) -> str:
 _FACTS: dict[str, Callable[[Case], str]] = {
     "nodes": _nodes,
     "rate": _rate,
+    "hardware": _hardware,
     "accumulation": lambda case: f"{counted(case.accumulation, 'microstep')} a step",
     "compute": _compute,
     "model": _model,
     "microbatch": lambda case: f"{counted(case.microbatch_size, 'sample')} a rank and microstep",
     "blocks": lambda case: f"{counted(case.num_blocks, 'block')}",
 }
-_PLACE = ("nodes", "rate", "accumulation")
+_PLACE = ("nodes", "rate", "hardware", "accumulation")
+_UNSAID = "CPUs"
 
 
 def _is_shared(fact: str, cases: Iterable[Case]) -> bool:
@@ -58,7 +72,7 @@ def shared_conditions(cases: Iterable[Case], *, short: bool = False) -> str:
     """Returns in words what all cases have in common; if ``short``, only what matters most."""
     cases = list(cases)
     facts = [name for name in (_PLACE if short else _FACTS) if _is_shared(name, cases)]
-    words = [_FACTS[name](cases[0]) for name in facts]
+    words = [word for name in facts if (word := _FACTS[name](cases[0])) != _UNSAID]
     if short and _is_shared("compute", cases):
         words.append("emulated compute" if any(cases[0].compute) else "real compute")
     return ", ".join(words)

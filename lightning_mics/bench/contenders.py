@@ -71,8 +71,10 @@ def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack:
     return Contender(name="mics", label=label, shard_size=wanted, hierarchical=hierarchical, stack=stack)
 
 
-def missing_package(contender: Contender) -> str | None:
+def reason_to_skip(case: Case, contender: Contender) -> str | None:
     """Returns why a contender cannot run here, or ``None``."""
+    if contender.name == "deepspeed-zero3" and case.hardware:
+        return "DeepSpeed is compared on CPUs only"
     if contender.name == "deepspeed-zero3" and _version("deepspeed") == "(not installed)":
         return "DeepSpeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation 'deepspeed==0.19.*'"
     return None

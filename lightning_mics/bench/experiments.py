@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_mics.bench.contenders import parse_contender
-from lightning_mics.bench.records import Case, Contender
+from lightning_mics.bench.records import DEVICES, LOOPBACK, Case, Contender
 from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.errors import MiCSConfigError
 
@@ -33,6 +33,7 @@ class Experiment:
         rate: Link rates, for example ``"100mbit"``; ``"none"`` for no limit.
         accumulation: Microsteps of an optimizer step.
         compute: Emulated seconds of a block's forward and backward; pairs.
+        device: What ranks compute on: ``"cpu"``, or ``"cuda"`` for this machine's cards.
         contenders: Names, see :func:`~lightning_mics.bench.contenders.parse_contender`.
         layers: Blocks of the GPT-2.
         width: Its hidden size.
@@ -50,6 +51,7 @@ class Experiment:
     rate: Sequence[str | int] = ("100mbit",)
     accumulation: Sequence[int] = (4,)
     compute: Sequence[Sequence[float]] = ((0.0, 0.0),)
+    device: str = "cpu"
     contenders: Sequence[str] = field(default=("full-sharding", "mesh-2d", "mics:node"))
     layers: int = 8
     width: int = 192
@@ -59,20 +61,32 @@ class Experiment:
     steps: int = 2
     warmup: int = 1
 
-    def cases(self) -> list[Case]:
-        """Returns all different combinations, those on one cluster side by side."""
+    @property
+    def most_ranks(self) -> int:
+        """Ranks of its largest cluster."""
+        return max(self.nodes) * self.ranks
+
+    def cases(self, hardware: Mapping[str, Any] | None = None) -> list[Case]:
+        """Returns all different combinations, those on one cluster side by side.
+
+        Args:
+            hardware: What there is beside CPUs of emulated nodes, see :class:`~lightning_mics.bench.site.Site`.
+        """
+        hardware = dict(hardware or {})
+        has_links = hardware.get("links") != LOOPBACK
         combinations = itertools.product(self.nodes, self.rate, self.accumulation, self.compute)
         cases = (
             Case(
                 num_nodes=nodes,
                 node_size=self.ranks,
-                rate=parse_rate(str(rate)) if nodes > 1 else None,
+                rate=parse_rate(str(rate)) if nodes > 1 and has_links else None,
                 accumulation=accumulation,
                 compute=(compute[0], compute[1]),
                 model=self._model(),
                 microbatch_size=self.microbatch,
                 num_blocks=self.layers,
                 experiment=self.name,
+                hardware=hardware,
             )
             for nodes, rate, accumulation, compute in combinations
         )
@@ -102,6 +116,8 @@ class Experiment:
         """
         if not isinstance(self.name, str):
             raise MiCSConfigError(f"name: {self.name!r} is not a text. Try name: '{self.name}'.")
+        if self.device not in DEVICES:
+            raise MiCSConfigError(f"device: {self.device!r} is unknown. Try one of {', '.join(DEVICES)}.")
         for name, least in _LEAST.items():
             _check_number(name, getattr(self, name), least)
         if self.width % 64 and self.width > 64:
@@ -116,6 +132,8 @@ class Experiment:
         for pair in self.compute:
             if not _is_pair_of_seconds(pair):
                 raise MiCSConfigError(f"compute: {pair!r} is not a pair of seconds. Try compute: [[0.01, 0.02]].")
+            if self.device != "cpu" and any(pair):
+                raise MiCSConfigError(f"compute: {pair!r} delays CPUs, not cards. Try compute: [[0, 0]].")
         for rate in self.rate:
             with _naming("rate"):
                 parse_rate(str(rate))

@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeAlias
 
 from lightning_mics.bench.cluster import EmulatedCluster, Node
+from lightning_mics.bench.loopback import LoopbackCluster
 from lightning_mics.bench.namespaces import EmulatorError
 from lightning_mics.errors import MiCSConfigError
 
-_PORT = 29500  # each node has all ports for itself
 _POLL = 0.05
 _SHOWN_LINES = 25
 _TRACEBACK = "Traceback (most recent call last)"
+
+Cluster: TypeAlias = EmulatedCluster | LoopbackCluster
 
 
 class NodeFailedError(EmulatorError):
@@ -28,7 +31,7 @@ class NodeFailedError(EmulatorError):
 
 
 def run_on_cluster(
-    cluster: EmulatedCluster,
+    cluster: Cluster,
     arguments: Sequence[str],
     *,
     log_dir: Path,
@@ -42,7 +45,7 @@ def run_on_cluster(
     at once. However this function is left, nothing that it started still runs.
 
     Args:
-        cluster: An emulated cluster, within its ``with`` statement.
+        cluster: An emulated cluster, or one on loopback, within its ``with`` statement.
         arguments: A script and its arguments; or ``-m``, a module and its arguments.
         log_dir: Where to write logs: ``node0/torchrun.log`` and ``node0/ranks/.../stdout.log`` and so on. It must not
             hold logs already.
@@ -72,11 +75,12 @@ def run_on_cluster(
 def _variables(node: Node, environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables of a node's torchrun; these two may also come from this process."""
     kept = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "PYTHONUNBUFFERED")}
-    return {"GLOO_SOCKET_IFNAME": node.interface, **kept, "CUDA_VISIBLE_DEVICES": "", **environment}
+    interfaces = {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
+    return {**interfaces, **kept, "CUDA_VISIBLE_DEVICES": "", **environment}
 
 
 def _wait(
-    cluster: EmulatedCluster,
+    cluster: Cluster,
     processes: Sequence[subprocess.Popen[bytes]],
     log_dir: Path,
     on_poll: Callable[[], None] | None,
@@ -111,11 +115,11 @@ def _new_folder(log_dir: Path, name: str) -> Path:
     return folder
 
 
-def _torchrun(cluster: EmulatedCluster, node: Node, ranks: Path) -> list[str | Path]:
+def _torchrun(cluster: Cluster, node: Node, ranks: Path) -> list[str | Path]:
     command: list[str | Path] = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes", str(cluster.spec.num_nodes), "--node-rank", str(node.index)]
     command += ["--nproc-per-node", str(cluster.spec.node_size)]
-    command += ["--master-addr", cluster.nodes[0].address, "--master-port", str(_PORT)]
+    command += ["--master-addr", cluster.nodes[0].address, "--master-port", str(cluster.port)]
     return [*command, "--local-addr", node.address, "--redirects", "3", "--log-dir", ranks]
 
 
@@ -126,7 +130,7 @@ def rank_logs(log_dir: Path, node: int, node_size: int) -> dict[tuple[int, str],
     return {(node * node_size + int(path.parent.name), path.stem): path for path in paths}
 
 
-def _explain(cluster: EmulatedCluster, log_dir: Path, codes: Sequence[int | None]) -> str:
+def _explain(cluster: Cluster, log_dir: Path, codes: Sequence[int | None]) -> str:
     """Names the rank that failed first, with the end of its log."""
     size = cluster.spec.node_size
     logs = {node.index: rank_logs(log_dir, node.index, size) for node in cluster.nodes}

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mics.bench.measure import StepClock, gradient_bytes
+from lightning_mics.bench.ranks import device_of, place_of
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
 from lightning_mics.core.runtime import communication_ledger
@@ -47,7 +48,8 @@ def model_spec(case: Case) -> ModelSpec:
 
 
 def _prepare(case: Case, clock: StepClock) -> nn.Module:
-    model = build_model(model_spec(case))
+    device = device_of(case)
+    model = build_model(model_spec(case), device=device if device.type != "cpu" else None)
 
     def note(seconds: float) -> None:
         clock.note("compute", seconds)
@@ -123,18 +125,19 @@ def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> N
     shard: Callable[[nn.Module], None] | None = None
     if contender.name == "mics":
         strategy = MiCSStrategy(
-            shard_size=contender.shard_size, hierarchical=contender.hierarchical, wrap=["GPT2Block"]
+            shard_size=contender.shard_size,
+            hierarchical=contender.hierarchical,
+            wrap=["GPT2Block"],
+            node_size=case.node_size,
         )
     elif contender.name == "ddp":
-        strategy = DDPStrategy(process_group_backend="gloo")
+        strategy = DDPStrategy(process_group_backend=dist.get_backend())
     else:
         strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-        shard = functools.partial(_shard_with_fsdp2, mesh=_mesh(contender.shard_size))
+        shard = functools.partial(_shard_with_fsdp2, mesh=_mesh(contender.shard_size, device_of(case).type))
     module = (_Module if shard is not None else _PlainModule)(case, clock, shard)
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=case.node_size,
-        num_nodes=case.num_nodes,
+        **place_of(case),
         strategy=strategy,
         accumulate_grad_batches=case.accumulation,
         max_steps=clock.num_windows,
@@ -150,12 +153,12 @@ def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> N
 
 
 @functools.cache
-def _mesh(shard_size: int) -> DeviceMesh:
+def _mesh(shard_size: int, device: str) -> DeviceMesh:
     """Returns one mesh for all rounds: groups are scarce."""
     world_size = dist.get_world_size()
     if shard_size == world_size:
-        return init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
-    return init_device_mesh("cpu", (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -167,6 +170,7 @@ def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh) -> None:
 def _windows(case: Case, clock: StepClock) -> Iterator[tuple[Tensor, bool]]:
     """Yields microbatches, each with whether it is the last of its window, and tells the clock."""
     for number, batch in enumerate(_Microbatches(case, clock.num_windows * case.accumulation), start=1):
+        batch = batch.to(device_of(case))
         if number % case.accumulation == 1 % case.accumulation:
             clock.window_begins()
         yield batch, number % case.accumulation == 0
@@ -177,13 +181,13 @@ def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> No
     """A loop that defers all gradient synchronisation with ``no_backward_sync``, as Accelerate's ``no_sync`` does."""
 
     def parallelize(model: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _shard_with_fsdp2(model, _mesh(contender.shard_size))
+        _shard_with_fsdp2(model, _mesh(contender.shard_size, device_of(case).type))
         return model
 
     strategy = FabricModelParallelStrategy(
         parallelize_fn=parallelize, data_parallel_size=dist.get_world_size(), tensor_parallel_size=1
     )
-    fabric = Fabric(accelerator="cpu", devices=case.node_size, num_nodes=case.num_nodes, strategy=strategy)
+    fabric = Fabric(**place_of(case), strategy=strategy)
     fabric.launch()
     model = fabric.setup(_prepare(case, clock))
     optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE))

@@ -41,10 +41,12 @@ class StepClock:
     Args:
         warmup: Windows to leave out.
         steps: Windows to measure.
+        synchronize: Waits until the device has done what it was told to.
     """
 
-    def __init__(self, warmup: int, steps: int) -> None:
+    def __init__(self, warmup: int, steps: int, synchronize: Callable[[], None] = lambda: None) -> None:
         self.warmup, self.steps = warmup, steps
+        self._synchronize = synchronize
         self.times: list[float] = []
         self.losses: list[Tensor] = []
         self.gradient_bytes = 0
@@ -68,12 +70,12 @@ class StepClock:
         if self._window == self.warmup:
             self._start()
         elif self._window > self.warmup:
-            self.times.append(time.perf_counter())
+            self._note_time()
         self._window += 1
 
     def ends(self) -> None:
         """Notes the end of the last window."""
-        self.times.append(time.perf_counter())
+        self._note_time()
         self._window += 1
         dist.barrier()
         self._sent[1] = sent_bytes()
@@ -84,6 +86,10 @@ class StepClock:
             self.ledger.reset()
         dist.barrier()
         self._sent[0] = sent_bytes()
+        self._note_time()
+
+    def _note_time(self) -> None:
+        self._synchronize()
         self.times.append(time.perf_counter())
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from lightning_mics.errors import MiCSError
 
 _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "mount": "mount"}
 _NAME = re.compile(r"mics-(?P<pid>\d+)-(?P<start>\d+)-\d+-(node\d+|switch|files-\w+)")
+_counter = itertools.count()
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 UNSHARE = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "slave", "--mount-proc"]
 # Everything that a node needs and that could be refused; all of it is gone when the trial ends.
@@ -140,6 +142,16 @@ def _pids(namespace: str) -> list[int]:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def new_key() -> str:
+    """Returns a name for what belongs to this process, by which :func:`clean` knows whether it is left over."""
+    return f"mics-{os.getpid()}-{start_time(os.getpid())}-{next(_counter)}"
+
+
+def temporary_folder(key: str | None = None) -> Path:
+    """Makes a temporary folder, which :func:`clean` removes if this process is killed."""
+    return Path(tempfile.mkdtemp(prefix=f"{key or new_key()}-files-"))
 
 
 @contextmanager

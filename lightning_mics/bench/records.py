@@ -18,6 +18,8 @@ from lightning_mics.topology import ClusterTopology
 
 FORMAT = 1
 STATUSES = ("ok", "failed", "skipped")
+DEVICES = ("cpu", "cuda")
+LOOPBACK, SHAPED = "loopback", "shaped"
 
 _Entry = TypeVar("_Entry", "Case", "Contender", "Record")
 
@@ -40,6 +42,8 @@ class Case:
         microbatch_size: Samples of a rank's microstep.
         num_blocks: Number of blocks that are sharded one by one.
         experiment: What the case is part of, for example ``"headline"`` or ``"weak-scaling"``.
+        hardware: What ranks compute on and what joins them, see :class:`~lightning_mics.bench.site.Site`; nothing for
+            CPUs of emulated nodes.
     """
 
     num_nodes: int
@@ -51,6 +55,7 @@ class Case:
     microbatch_size: int
     num_blocks: int
     experiment: str
+    hardware: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # JSON knows neither tuples nor the difference of 0 and 0.0; keys must not depend on them.
@@ -64,6 +69,11 @@ class Case:
     def cluster(self) -> ClusterSpec:
         """The cluster that it needs."""
         return ClusterSpec(num_nodes=self.num_nodes, node_size=self.node_size, rate=self.rate)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether all its links are this machine's loopback, on which nobody counts what a node sends."""
+        return self.hardware.get("links") == LOOPBACK
 
     @property
     def topology(self) -> ClusterTopology:
@@ -115,7 +125,8 @@ class Record:
         hop_seconds: Exposed seconds of an optimizer step on rank 0: ``"compute"`` (emulated), the names of
             :class:`~lightning_mics.metrics.Hop`, and ``"other"``.
         gradient_bytes: Most bytes of gradients that a rank held during a step.
-        process_bytes: Most that the resident memory of a rank's process grew by.
+        process_bytes: Most that the resident memory of a rank's process grew by; on a card, most memory that a rank
+            had allocated there.
         samples: Samples of an optimizer step, from all ranks.
     """
 
@@ -229,13 +240,15 @@ def _table(name: str, content: object) -> dict[str, Any]:
 def _build(kind: type[_Entry], content: dict[str, Any]) -> _Entry:
     """Returns the dataclass that a JSON object stands for."""
     names = {entry.name for entry in fields(kind)}
-    if names != set(content):
+    # Cases of older files say nothing of their hardware.
+    given = {**({"hardware": {}} if kind is Case else {}), **content}
+    if names != set(given):
         raise ValueError(
-            f"a {kind.__name__.lower()} has the wrong fields: {', '.join(sorted(names ^ set(content)))} missing or new"
+            f"a {kind.__name__.lower()} has the wrong fields: {', '.join(sorted(names ^ set(given)))} missing or new"
         )
     values = {}
     for name, hint in get_type_hints(kind).items():
-        value = content[name]
+        value = given[name]
         if hint in (Case, Contender):
             values[name] = _build(hint, _table(name, value))
         elif _fits(value, hint):

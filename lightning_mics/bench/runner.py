@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_mics.bench.cluster import EmulatedCluster
-from lightning_mics.bench.contenders import missing_package
+from lightning_mics.bench.contenders import reason_to_skip
 from lightning_mics.bench.experiments import Experiment
-from lightning_mics.bench.launch import NodeFailedError, run_on_cluster
+from lightning_mics.bench.launch import Cluster, NodeFailedError, run_on_cluster
+from lightning_mics.bench.loopback import LoopbackCluster
 from lightning_mics.bench.records import Measurement, Record, append, read_results
+from lightning_mics.bench.site import Site, open_site
 from lightning_mics.bench.spec import ClusterSpec, format_rate
 
 _PACKAGES = ("torch", "lightning", "transformers", "deepspeed", "lightning-mics")
@@ -54,27 +56,37 @@ def run_experiment(
         log_dir: Where to leave the logs of all ranks; a temporary folder otherwise.
 
     Raises:
-        EmulatorError: If this machine cannot emulate a cluster.
+        EmulatorError: If this machine cannot emulate a cluster, and the experiment is for CPUs.
+        MiCSError: If it is for cards, and there is none.
     """
-    todo = _remaining(experiment, [] if fresh or not results.exists() else read_results(results))
+    with open_site(experiment.device, experiment.most_ranks) as site:
+        for note in site.notes:
+            console.print(note, markup=False)
+        _run_at(site, experiment, results, console, fresh, log_dir)
+
+
+def _run_at(
+    site: Site, experiment: Experiment, results: Path, console: Console, fresh: bool, log_dir: Path | None
+) -> None:
+    todo = _remaining(experiment, site, [] if fresh or not results.exists() else read_results(results))
     if not todo:
         console.print(f"{results} has all of it already. --fresh measures again.")
         return
     with _bar(console, experiment, len(todo)) as advance:
-        run = _Run(experiment, results, advance)
+        run = _Run(experiment, site, results, advance)
         todo = run.note_missing(todo)
         for number, (spec, group) in enumerate(itertools.groupby(todo, key=lambda item: item.case.cluster)):
             run.measure(spec, list(group), log_dir / f"{experiment.name}-{number}" if log_dir is not None else None)
 
 
-def _remaining(experiment: Experiment, records: Sequence[Record]) -> list[Measurement]:
+def _remaining(experiment: Experiment, site: Site, records: Sequence[Record]) -> list[Measurement]:
     """Returns the measurements to make: round by round, so that contenders take turns.
 
     What was skipped stays so: when its package is installed, it becomes another contender by the version.
     """
     done = {record.key() for record in records if record.status in ("ok", "skipped")}
     found = []
-    for case in experiment.cases():
+    for case in experiment.cases(site.hardware):
         for number, contender in itertools.product(range(experiment.rounds), experiment.contenders_of(case)):
             if (case.key(), contender, number) not in done:
                 found.append(Measurement(case, contender, number))
@@ -84,15 +96,15 @@ def _remaining(experiment: Experiment, records: Sequence[Record]) -> list[Measur
 class _Run:
     """What one run of an experiment adds to its results."""
 
-    def __init__(self, experiment: Experiment, results: Path, advance: _Advance) -> None:
-        self._experiment, self._results, self._advance = experiment, results, advance
-        self._facts = _describe_run()
+    def __init__(self, experiment: Experiment, site: Site, results: Path, advance: _Advance) -> None:
+        self._experiment, self._site, self._results, self._advance = experiment, site, results, advance
+        self._facts = _describe_run(site)
 
     def note_missing(self, todo: Sequence[Measurement]) -> list[Measurement]:
         """Returns what can be measured here, and notes what cannot."""
         kept = []
         for item in todo:
-            reason = missing_package(item.contender)
+            reason = reason_to_skip(item.case, item.contender)
             if reason is None:
                 kept.append(item)
             else:
@@ -106,14 +118,14 @@ class _Run:
         for attempt in itertools.count():
             if not group:
                 return
-            with EmulatedCluster(spec) as cluster:
+            with self._cluster(spec) as cluster:
                 follow = _Follow(cluster.folder / "current", group, self._advance)
                 try:
                     run_on_cluster(
                         cluster,
                         ["-m", "lightning_mics.bench.worker", str(self._write_plan(cluster.folder, group))],
                         log_dir=(logs or cluster.folder / "logs") / str(attempt),
-                        environment=_ENVIRONMENT,
+                        environment={**_ENVIRONMENT, **self._site.environment},
                         on_poll=follow,
                     )
                     return
@@ -125,6 +137,12 @@ class _Run:
                     group = [item for item in rest if (item.case, item.contender) != (failed.case, failed.contender)]
                     self._advance(failed, len(rest) - len(group))
 
+    def _cluster(self, spec: ClusterSpec) -> Cluster:
+        if self._site.is_loopback:
+            return LoopbackCluster(spec)
+        # Clients of CUDA's multi-process service meet it in shared memory.
+        return EmulatedCluster(spec, shared_memory=bool(self._site.hardware))
+
     def _append(self, item: Measurement, status: str, error: str) -> None:
         append(self._results, item.record(self._facts, status, error=error))
 
@@ -132,6 +150,7 @@ class _Run:
         plan = folder / "plan.json"
         content = {
             "run": self._facts,
+            "hardware": self._site.hardware,
             "results": str(self._results.resolve()),
             "current": str(folder / "current"),
             "warmup": self._experiment.warmup,
@@ -179,7 +198,7 @@ def _bar(console: Console, experiment: Experiment, total: int) -> Iterator[Any]:
         yield advance
 
 
-def _describe_run() -> dict[str, Any]:
+def _describe_run(site: Site) -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -189,20 +208,24 @@ def _describe_run() -> dict[str, Any]:
     return {
         "id": uuid.uuid4().hex[:8],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": {**versions, **site.versions},
         "python": platform.python_version(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release().split("-")[0],
     }
 
 
-def shortened(experiment: Experiment, rounds: int | None, contenders: Sequence[str] | None) -> Experiment:
+def shortened(
+    experiment: Experiment, rounds: int | None, contenders: Sequence[str] | None, device: str | None = None
+) -> Experiment:
     """Returns the experiment with what the command line says otherwise."""
     changes: dict[str, Any] = {}
     if rounds is not None:
         changes["rounds"] = rounds
     if contenders:
         changes["contenders"] = tuple(contenders)
+    if device is not None:
+        changes["device"] = device
     changed = replace(experiment, **changes)
     changed.check()
     return changed

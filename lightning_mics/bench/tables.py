@@ -90,7 +90,8 @@ def comparison_grid(summaries: list[Summary]) -> Grid:
         ]
 
     header = ["step s", "quartiles", "samples/s", f"x of {labels[0] if len(labels) == 1 else 'the first'}"]
-    header += ["out of a node", "sent / minimum", "sent / ledger", "floor s", "waits", "gradients", "process memory"]
+    header += ["out of a node", "sent / minimum", "sent / ledger", "floor s", "waits", "gradients"]
+    header.append("device memory" if all(summary.case.hardware for summary in summaries) else "process memory")
     return _grid(summaries, header, cells)
 
 

@@ -17,22 +17,25 @@ import torch.distributed as dist
 from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
 from lightning_mics.bench.measure import StepClock, timed_hops
+from lightning_mics.bench.ranks import device_of, join
 from lightning_mics.bench.records import Case, Contender, Measurement, append
 from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.core.groups import destroy_groups
 from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import Hop
+from lightning_mics.processes import end_with_parent
 
 
 def main() -> None:
     """Measures what a plan file lists, one after another."""
+    end_with_parent()  # torchrun, which may be killed
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
     plan = json.loads(parser.parse_args().plan.read_text())
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dist.init_process_group("gloo")
+    join(plan["hardware"])
     current = Path(plan["current"])
     for number, item in enumerate(plan["measurements"]):
         measurement = Measurement.of(item)
@@ -49,25 +52,40 @@ def main() -> None:
 
 def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[str, Any]:
     """Trains one contender and returns what a record says of it. Collective over the world."""
+    run = _run_on_card if device_of(case).type == "cuda" else _run_on_cpu
+    clock, facts = run(case, contender, warmup, steps)
+    facts |= {
+        "step_seconds": clock.step_seconds,
+        "losses": _mean_losses(clock, case.accumulation),
+        "minimum_bytes": least_bytes(case, contender, *unit_bytes(model_spec(case))),
+        "gradient_bytes": _largest(clock.gradient_bytes),
+        "process_bytes": _largest(facts["process_bytes"]),
+        "samples": dist.get_world_size() * case.microbatch_size * case.accumulation,
+        **_ledger_facts(clock),
+    }
+    if not case.is_loopback:  # whose counters are those of all nodes together
+        facts["sent_bytes"] = _from_each_node(clock.sent_a_step, case.node_size)
+    del clock
+    gc.collect()
+    return facts
+
+
+def _run_on_cpu(case: Case, contender: Contender, warmup: int, steps: int) -> tuple[StepClock, dict[str, Any]]:
     memory = ResidentMemory()
     clock = StepClock(warmup, steps)
     with timed_hops(clock):
         train(case, contender, clock)
-    grown = max(0, memory.peak_growth())
-    facts = {
-        "step_seconds": clock.step_seconds,
-        "losses": _mean_losses(clock, case.accumulation),
-        "sent_bytes": _from_each_node(clock.sent_a_step, case.node_size),
-        "minimum_bytes": least_bytes(case, contender, *unit_bytes(model_spec(case))),
-        "hop_seconds": clock.hop_seconds(),
-        "gradient_bytes": _largest(clock.gradient_bytes),
-        "process_bytes": _largest(grown),
-        "samples": dist.get_world_size() * case.microbatch_size * case.accumulation,
-        **_ledger_facts(clock),
-    }
-    del clock
+    return clock, {"hop_seconds": clock.hop_seconds(), "process_bytes": max(0, memory.peak_growth())}
+
+
+def _run_on_card(case: Case, contender: Contender, warmup: int, steps: int) -> tuple[StepClock, dict[str, Any]]:
+    """Without the time of hops: collectives run beside the host, which only launches them."""
     gc.collect()
-    return facts
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    clock = StepClock(warmup, steps, torch.cuda.synchronize)
+    train(case, contender, clock)
+    return clock, {"process_bytes": torch.cuda.max_memory_allocated()}
 
 
 def _ledger_facts(clock: StepClock) -> dict[str, Any]:
@@ -93,7 +111,8 @@ def _from_each_node(sent: float, node_size: int) -> list[float]:
 
 
 def _largest(count: float) -> float:
-    tensor = torch.tensor(float(count), dtype=torch.float64)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    tensor = torch.tensor(float(count), dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
 

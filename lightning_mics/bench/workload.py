@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,14 @@ class ModelSpec:
     vocabulary: int = 256
 
 
-def build_model(spec: ModelSpec, seed: int = 0) -> GPT2LMHeadModel:
-    """Returns the model with the same weights on every rank; without dropout, so that losses can be compared."""
+def build_model(spec: ModelSpec, seed: int = 0, device: torch.device | None = None) -> GPT2LMHeadModel:
+    """Returns the model with the same weights on every rank; without dropout, so that losses can be compared.
+
+    Args:
+        spec: Its size.
+        seed: Of its weights.
+        device: Where to build it; on CPUs by default.
+    """
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=spec.vocabulary,
@@ -48,7 +55,8 @@ def build_model(spec: ModelSpec, seed: int = 0) -> GPT2LMHeadModel:
         eos_token_id=0,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config)
+    with nullcontext() if device is None else device:
+        return GPT2LMHeadModel(config)
 
 
 @functools.cache

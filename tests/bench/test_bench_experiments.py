@@ -18,6 +18,7 @@ from lightning_mics.bench.contenders import least_bytes, parse_contender
 from lightning_mics.bench.experiments import Experiment, built_in_names, load_experiment, parse_experiment
 from lightning_mics.bench.launch import NodeFailedError
 from lightning_mics.bench.records import Case, Contender, Measurement, Record, append, read_results
+from lightning_mics.bench.site import Site
 from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
 from lightning_mics.errors import MiCSConfigError
@@ -84,6 +85,8 @@ def test_an_experiment_is_read_from_a_file(tmp_path: Path) -> None:
         ({"compute": [0.1, 0.2]}, r"compute: 0\.1 is not a pair .* \[\[0\.01, 0\.02\]\]"),
         ({"compute": [["a", "b"]]}, r"compute: \['a', 'b'\] is not a pair"),
         ({"compute": [[-1, 0]]}, r"compute: \[-1, 0\] is not a pair"),
+        ({"device": "gpu"}, r"device: 'gpu' is unknown\. Try one of cpu, cuda"),
+        ({"device": "cuda", "compute": [[0, 1]]}, r"compute: \[0, 1\] delays CPUs, .* Try compute: \[\[0, 0\]\]"),
         ({"contenders": "ddp"}, r"contenders: 'ddp' is not a list .* \['full-sharding', 'mics:node'\]"),
         ({"contenders": ["fsdp"]}, "contenders: 'fsdp' is unknown. Values that work: full-sharding, .*mics:N:flat"),
         ({"contenders": ["mics:3"]}, "contenders: 'mics:3' cannot work: .* Values that work on this cluster: 1, 2, 4"),
@@ -228,7 +231,7 @@ def shown(console: Console) -> str:
 
 def test_a_run_goes_on_with_what_its_results_lack(tmp_path: Path) -> None:
     asked, results = experiment(contenders=["ddp", "mics:2"], rounds=2), tmp_path / "results.jsonl"
-    everything = runner._remaining(asked, [])
+    everything = runner._remaining(asked, Site(), [])
     assert [(item.contender.name, item.round) for item in everything] == [
         ("ddp", 0),
         ("mics", 0),
@@ -240,11 +243,11 @@ def test_a_run_goes_on_with_what_its_results_lack(tmp_path: Path) -> None:
     append(results, record(everything[2], "skipped"))
     with results.open("a") as file:
         file.write('{"format": 1, "ru')  # what a killed run leaves
-    assert runner._remaining(asked, read_results(results)) == [everything[1], everything[3]]
+    assert runner._remaining(asked, Site(), read_results(results)) == [everything[1], everything[3]]
     # More rounds add to those that are there, and so do other conditions; the number of steps is none.
-    assert len(runner._remaining(experiment(contenders=["ddp"], rounds=2, steps=1), read_results(results))) == 0
-    assert len(runner._remaining(experiment(contenders=["ddp"], width=128), read_results(results))) == 3
-    assert len(runner._remaining(experiment(contenders=["ddp"], rounds=3), read_results(results))) == 1
+    assert len(runner._remaining(experiment(contenders=["ddp"], rounds=2, steps=1), Site(), read_results(results))) == 0
+    assert len(runner._remaining(experiment(contenders=["ddp"], width=128), Site(), read_results(results))) == 3
+    assert len(runner._remaining(experiment(contenders=["ddp"], rounds=3), Site(), read_results(results))) == 1
 
 
 def test_a_contender_without_its_package_is_skipped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +272,8 @@ class FakeCluster:
 
     folder = Path()
 
-    def __init__(self, spec: ClusterSpec) -> None:
+    def __init__(self, spec: ClusterSpec, shared_memory: bool) -> None:
+        assert not shared_memory
         self.spec = spec
 
     def __enter__(self) -> FakeCluster:
