@@ -33,6 +33,8 @@ from lightning_mics.testing import (
     relative_difference,
     shard_batch,
     weight_differences,
+    worker,
+    worker_device,
 )
 
 
@@ -324,3 +326,21 @@ def test_assert_parity_names_what_differs(actual: dict[str, Tensor], message: st
     assert_parity(expected, expected)
     with pytest.raises(AssertionError, match=message):
         assert_parity(actual, expected)
+
+
+def test_ranks_that_share_a_card_are_hosts_of_their_own_to_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables(rank: int, num_cards: int) -> dict[str, str]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cards)
+        return worker.launch_variables(worker.Task(rank, 4, "cpu:gloo,cuda:nccl", "store", 60.0, [], b""))
+
+    shared = [variables(rank, num_cards=1) for rank in range(4)]
+    assert len({entry["NCCL_HOSTID"] for entry in shared}) == 4
+    assert {(entry["LOCAL_RANK"], entry["LOCAL_WORLD_SIZE"]) for entry in shared} == {("0", "1")}
+    own = variables(3, num_cards=4)
+    assert "NCCL_HOSTID" not in own
+    assert (own["RANK"], own["LOCAL_RANK"], own["LOCAL_WORLD_SIZE"]) == ("3", "3", "4")
+    assert worker_device() == torch.device("cpu")
+    for entry, card in ((shared[3], 0), (own, 3)):
+        for name, value in entry.items():
+            monkeypatch.setenv(name, value)
+        assert worker_device() == torch.device("cuda", card)

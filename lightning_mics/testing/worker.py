@@ -84,7 +84,7 @@ def serve(pipe: Connection, log: str) -> None:
     while True:
         task = pickle.loads(tasks.get())
         os.chdir(folder)
-        _restore({**environ, **_launch_variables(task)})
+        _restore({**environ, **launch_variables(task)})
         pipe.send_bytes(_perform(task))
         gc.collect()
 
@@ -142,7 +142,8 @@ def worker_device() -> torch.device:
     return torch.device("cpu") if index is None else torch.device("cuda", int(index))
 
 
-def _launch_variables(task: Task) -> dict[str, str]:
+def launch_variables(task: Task) -> dict[str, str]:
+    """Returns what a launcher would tell the rank, and what NCCL must be told where ranks share a card."""
     rank, world_size = str(task.rank), str(task.world_size)
     variables = {"RANK": rank, "WORLD_SIZE": world_size}
     if "nccl" not in task.backend:
