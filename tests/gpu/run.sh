@@ -69,6 +69,8 @@ echo "$mps" >>"$out/versions.txt"
 part tests 210 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider --color=no
 end_service
 part step 120 "$python" benchmarks/gpu.py $workloads $compile --json "$out/step.jsonl"
+[ "${REHEARSE_GPU:-}" = 1 ] ||
+    part headline 90 "$python" -m lightning_mics bench headline --device cuda --fresh --results "$out/headline-cuda.jsonl"
 
 echo "=== summary"
 cat "$out/versions.txt"
