@@ -17,14 +17,15 @@ from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
 from lightning_mics.core.groups import check_backends
 from lightning_mics.core.log import inform
+from lightning_mics.core.materialize import check_initializers
 from lightning_mics.core.mesh import (
     build_mesh,
     communication_device,
     detect_topology,
-    require_agreement,
     require_process_group,
 )
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
+from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.core.units import Unit, unit_names
 from lightning_mics.topology import ClusterTopology
@@ -84,7 +85,8 @@ def mics_shard(
     units = _check_alone(model, config, topology, entries, bound)
     topology = topology or detect_topology()
     layout = check_layout(config, topology)
-    _check_together(model, config, units, layout or topology)
+    device = communication_device(device_type)
+    _check_together(model, config, units, layout or topology, device)
     choice, check = None, None
     if layout is None:
         choice, check = _decide(model, config, topology, device_type, optimizers, sample)
@@ -98,7 +100,7 @@ def mics_shard(
         checkpoint_activations([unit for unit in units if unit[0] not in entries])
     sharded = ShardedParams()
     with sharded.remember(model) if bound else nullcontext():
-        shard_units(model, units, mesh.shard_mesh, config, communication_device(device_type))
+        shard_units(model, units, mesh.shard_mesh, config, device)
     connect(model, units, config, mesh, observers=[] if check is None else [check], choice=choice)
     if check is not None:
         check.begin()
@@ -119,17 +121,28 @@ def _check_alone(
     if config.shard_size != "auto":
         known.layout(config.shard_size)
     check_model(model)
+    check_initializers(model)
     check_rebinding(model, optimizers)
     return units_of(model, config, entries)
 
 
-def _check_together(model: nn.Module, config: MiCSConfig, units: Sequence[Unit], groups: object) -> None:
+def _check_together(
+    model: nn.Module, config: MiCSConfig, units: Sequence[Unit], groups: object, device: torch.device
+) -> None:
     """Checks that all ranks shard the same model in the same way. Collective over the world."""
     # A function's repr holds its address; what it selects is compared instead. Ranks may differ in memory.
-    require_agreement("settings", (repr(config.replace(wrap="auto", memory_limit=None)), groups))
-    require_agreement("the units that wrap= selects", unit_names(model, units))
-    shapes = [f"{n} {tuple(p.shape)} {p.dtype} grad={p.requires_grad}" for n, p in model.named_parameters()]
-    require_agreement("the model's parameters", shapes)
+    values = {
+        "settings": (repr(config.replace(wrap="auto", memory_limit=None)), groups),
+        "the units that wrap= selects": unit_names(model, units),
+        "the model's parameters": [
+            f"{name} {tuple(param.shape)} {param.dtype} grad={param.requires_grad}"
+            for name, param in model.named_parameters()
+        ],
+        "the model's buffers": [
+            f"{name} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in model.named_buffers()
+        ],
+    }
+    require_agreement(values, device)
 
 
 def _decide(

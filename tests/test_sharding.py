@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -189,7 +190,7 @@ class BareFlag(nn.Module):
         self.register_buffer("flags", torch.ones(4, dtype=torch.bool))
 
 
-def on_meta(part: type[nn.Module]) -> None:
+def on_meta(part: Callable[[], nn.Module]) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2), part())
     mics_shard(model, CONFIG)
@@ -203,6 +204,34 @@ def test_what_nobody_initialises_is_an_error_on_every_rank(
         assert failure.kind == "MiCSConfigError"
         assert f"{tensor} was built on the meta device" in failure.message
         assert "reset_parameters()" in failure.message
+
+
+class Faulty(nn.Linear):
+    """Cannot be initialised on one rank."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if not self.weight.is_meta and dist.get_rank() == 1:
+            raise OSError("the file of rank 1 is not there")
+
+
+def test_one_rank_that_cannot_initialise_a_unit_is_an_error_on_all(pool: WorkerPool) -> None:
+    for rank, failure in enumerate(pool.attempt(on_meta, functools.partial(Faulty, 2, 2), world_size=4)):
+        assert failure.kind == ("OSError" if rank == 1 else "MiCSError")
+        assert "the file of rank 1 is not there" in failure.message
+        assert rank == 1 or "Rank 1 could not build its part" in failure.message
+
+
+def without_initialiser() -> bool:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), Bare()))
+    with pytest.raises(MiCSConfigError, match=r"Bare\.scale was built on the meta device"):
+        mics_shard(model, CONFIG.replace(activation_checkpointing=True, wrap="Sequential"))
+    return all(param.is_meta and not isinstance(param, DTensor) for param in model.parameters())
+
+
+def test_what_nothing_could_initialise_is_found_before_anything_is_changed(pool: WorkerPool) -> None:
+    assert pool.run(without_initialiser, world_size=2) == [True] * 2
 
 
 # --- models that are out of the ordinary ------------------------------------------------------------------------------

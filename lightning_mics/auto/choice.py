@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lightning_mics.auto.forecast import Forecast
 from lightning_mics.auto.sample import Sample
 from lightning_mics.config import MiCSConfig
-from lightning_mics.core.mesh import communication_device, require_agreement
+from lightning_mics.core.mesh import communication_device
+from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.resources import bytes_on, device_memory, free_host_memory
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.memory import MemoryBreakdown
@@ -98,7 +99,7 @@ def choose_shard_size(
     knows_activations = all(view.knows_activations for view in views)
     usable = int(usable_memory(limit, knows_activations=knows_activations))
     fitting = [size for size, memory in needs.items() if memory.total <= usable]
-    require_agreement("what shard_size='auto' decides", (fitting[:1], limit))
+    require_agreement({"what shard_size='auto' decides": (fitting[:1], limit)}, communication_device(device_type))
     if not fitting:
         raise MiCSConfigError(forecast.explain(needs, usable))
     return AutoChoice(

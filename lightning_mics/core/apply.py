@@ -90,22 +90,46 @@ def shard_units(
 ) -> None:
     """Shards a model unit by unit, so that no rank ever holds the whole of one on the meta device. Collective.
 
+    What has values is compared first, all at once, before anything is changed.
+
     Args:
         model: The model.
         units: Its units, innermost first, without the root.
         mesh: The one-dimensional mesh of the partition group.
         config: The settings.
         device: Where this rank communicates.
+
+    Raises:
+        MiCSError: On every rank, if one of them could not initialise a unit.
     """
-    for unit in [*units, (model,)]:
-        nested = {module for other in units if other != unit for module in other}
-        modules = [module for root in unit for module in _modules_outside(root, nested)]
-        if any(has_meta_tensors(module) for module in modules):
-            materialize(model, modules, torch.device("cpu") if config.cpu_offload else device)
-        equalize_replicas(_own_tensors(modules).items(), device)
+    owned = {unit: _owned_modules(unit, units) for unit in [*units, (model,)]}
+    on_meta = {unit for unit, modules in owned.items() if any(map(has_meta_tensors, modules))}
+    real = [module for unit, modules in owned.items() if unit not in on_meta for module in modules]
+    equalize_replicas(_own_tensors(real).items(), device)
+    for unit, modules in owned.items():
+        if unit in on_meta:
+            _materialize_alike(model, modules, config, device)
         apply_unit(unit, mesh, config, is_root=unit == (model,))
     if config.param_dtype is not None and config.cast_forward_inputs == "units":
         _cast_inputs_of_norms(_modules_outside(model, {module for unit in units for module in unit}))
+
+
+def _owned_modules(unit: Unit, units: Sequence[Unit]) -> list[nn.Module]:
+    """Returns the modules of a unit that are not another one's, children first."""
+    nested = {module for other in units if other != unit for module in other}
+    return [module for root in unit for module in _modules_outside(root, nested)]
+
+
+def _materialize_alike(
+    model: nn.Module, modules: Sequence[nn.Module], config: MiCSConfig, device: torch.device
+) -> None:
+    """Gives modules memory and values, the same on all ranks; what one of them raises ends all. Collective."""
+    failure: Exception | None = None
+    try:
+        materialize(model, modules, torch.device("cpu") if config.cpu_offload else device)
+    except Exception as error:
+        failure = error
+    equalize_replicas(_own_tensors(modules).items(), device, failure)
 
 
 def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Module]:
@@ -119,9 +143,11 @@ def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Mod
 def _own_tensors(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Returns the parameters and buffers that modules own themselves, each once."""
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for index, module in enumerate(modules):
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if all(tensor is not other for other in tensors.values()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
                 tensors[f"{type(module).__name__}[{index}].{name}"] = tensor
     return tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,26 @@ from lightning_mics.errors import MiCSConfigError
 def has_meta_tensors(module: nn.Module) -> bool:
     """Returns whether the module itself owns a parameter or buffer on the meta device."""
     return any(tensor.is_meta for _, tensor in _own_tensors(module))
+
+
+def check_initializers(model: nn.Module) -> None:
+    """Checks that something could initialise each module on the meta device: itself, or a module around it.
+
+    Raises:
+        MiCSConfigError: If nothing could.
+    """
+    initializers = _huggingface_initializers(model)
+
+    def check(module: nn.Module, is_initialized: bool) -> None:
+        is_initialized = is_initialized or module in initializers or _own_initializer(module) is not None
+        if not is_initialized:
+            for name, tensor in _own_tensors(module):
+                if tensor.is_meta:
+                    raise _not_initialized(module, name)
+        for child in module.children():
+            check(child, is_initialized)
+
+    check(model, False)
 
 
 def materialize(model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
@@ -57,11 +77,15 @@ def _check_initialized(module: nn.Module, marked: dict[str, tuple[Tensor, int]])
     own = dict(_own_tensors(module))
     for name, (tensor, version) in marked.items():
         if own.get(name) is tensor and _is_untouched(tensor, version):
-            raise MiCSConfigError(
-                f"{type(module).__name__}.{name} was built on the meta device and nothing initialises it. Give "
-                f"{type(module).__name__} a reset_parameters() method that sets it, or build the module on a real "
-                "device."
-            )
+            raise _not_initialized(module, name)
+
+
+def _not_initialized(module: nn.Module, name: str) -> MiCSConfigError:
+    kind = type(module).__name__
+    return MiCSConfigError(
+        f"{kind}.{name} was built on the meta device and nothing initialises it. Give {kind} a reset_parameters() "
+        "method that sets it, or build the module on a real device."
+    )
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -116,8 +140,11 @@ def _initialize(module: nn.Module, huggingface: nn.Module | None) -> None:
         initialize: Any = huggingface._init_weights
         initialize(module)
         return
-    for name in ("reset_parameters", "_reset_parameters"):
-        reset = getattr(module, name, None)
-        if callable(reset):
-            reset()
-            return
+    reset = _own_initializer(module)
+    if reset is not None:
+        reset()
+
+
+def _own_initializer(module: nn.Module) -> Callable[[], object] | None:
+    methods = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return next(filter(callable, methods), None)

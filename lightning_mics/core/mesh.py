@@ -106,26 +106,6 @@ def require_process_group() -> None:
         )
 
 
-def require_agreement(what: str, value: object) -> None:
-    """Checks that all ranks hold the same value, so that a difference is an error on every rank and not a hang.
-
-    Args:
-        what: What is compared, for the message.
-        value: A picklable value with ``==``.
-
-    Raises:
-        MiCSConfigError: On every rank, if two ranks differ.
-    """
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise MiCSConfigError(
-                f"Ranks differ in {what}: rank 0 has {values[0]}, rank {rank} has {other}. "
-                "Give every rank the same arguments and environment."
-            )
-
-
 def detect_topology(node_size: int | None = None) -> ClusterTopology:
     """Finds the cluster: explicit ``node_size``, else the launcher's variables, else the ranks' host names.
 
@@ -202,7 +182,7 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     cached = _MESHES.get(key)
     if cached is not None and cached[0] is world:
         return cached[1]
-    groups.choose_device(device_type)
+    communication_device(device_type)  # it is to be chosen before anything is connected
     # Names must be new in this world, and the same on all members; these count what all ranks have asked for.
     maker = groups.GroupMaker(f"mics{sum(other is world for other, _ in _MESHES.values())}", device_type)
     replication = maker.make("replicate", layout.replication_groups)
@@ -226,7 +206,8 @@ _MESHES: dict[tuple[GroupLayout, str, bool], tuple[Any, MiCSMesh]] = {}
 
 
 def communication_device(device_type: str) -> torch.device:
-    """Returns the device on which this rank communicates."""
+    """Returns the device on which this rank communicates; chooses it where nobody has."""
     if device_type == "cpu":
         return torch.device("cpu")
+    groups.choose_device(device_type)
     return torch.device(device_type, torch.get_device_module(device_type).current_device())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,25 +11,79 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mics.core._torch import local_tensor
-from lightning_mics.errors import SelfCheckError
+from lightning_mics.errors import MiCSConfigError, MiCSError, SelfCheckError
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**22
 
 
-def fingerprint(tensor: Tensor) -> int:
+def fingerprint(tensor: Tensor) -> Tensor:
     """Returns a 64-bit fingerprint of a tensor's bits (of the local shard, for a DTensor).
 
     Equal tensors have equal fingerprints; the position of each value counts.
+
+    Returns:
+        A scalar of dtype int64 on the tensor's device, for which nobody has waited.
     """
     local = local_tensor(tensor)
     words = local.detach().contiguous().view(-1).view(_WORDS.get(local.element_size(), torch.uint8))
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), _CHUNK):
         chunk = words[start : start + _CHUNK].to(torch.int64)
         weights = torch.arange(2 * start + 1, 2 * (start + chunk.numel()) + 1, 2, device=words.device)
-        total += int((chunk * weights).sum())
-    return (total + 2**63) % 2**64 - 2**63
+        total += (chunk * weights).sum()  # modulo 2 ** 64
+    return total
+
+
+def fingerprints(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Returns the fingerprints of tensors, of shape ``[number of tensors]``, on one device."""
+    prints = [fingerprint(tensor).to(device, non_blocking=True) for tensor in tensors]
+    return torch.stack(prints) if prints else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def differing(values: Tensor, group: dist.ProcessGroup | None = None) -> list[bool]:
+    """Tells which of some integers differ between ranks. Collective over the group: one message, read once.
+
+    Args:
+        values: Integers, as many on every rank, where ranks communicate.
+        group: The ranks; by default the world.
+    """
+    lowest = torch.stack([values, ~values])  # the highest is the complement of the complement's lowest
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    return (lowest[0] != ~lowest[1]).tolist()
+
+
+def require_agreement(values: Mapping[str, object], device: torch.device) -> None:
+    """Checks that all ranks hold the same values, so that a difference is an error on every rank and not a hang.
+
+    Collective over the world. Values travel only where their digests differ.
+
+    Args:
+        values: By what is compared, for the message: picklable values that print as what they are.
+        device: Where this rank communicates.
+
+    Raises:
+        MiCSConfigError: On every rank, if two ranks differ.
+    """
+    digests = [hashlib.blake2b(repr(value).encode(), digest_size=8).digest() for value in values.values()]
+    numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    different = differing(torch.tensor(numbers, dtype=torch.int64, device=device))
+    for (what, value), differs in zip(values.items(), different, strict=True):
+        if differs:
+            _raise_difference(what, value)
+
+
+def _raise_difference(what: str, value: object) -> None:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    rank = next(rank for rank, other in enumerate(values) if repr(other) != repr(values[0]))
+    first, other = values[0], values[rank]
+    if isinstance(first, list) and len(first) == len(other):
+        first, other = next(pair for pair in zip(first, other, strict=True) if pair[0] != pair[1])
+    raise MiCSConfigError(
+        f"Ranks differ in {what}: rank 0 has {first}, rank {rank} has {other}. "
+        "Give every rank the same arguments and environment."
+    )
 
 
 def raise_together(problems: Sequence[str], advice: str) -> None:
@@ -44,12 +99,19 @@ def raise_together(problems: Sequence[str], advice: str) -> None:
         for problem in found:
             by_problem.setdefault(problem, []).append(rank)
     if by_problem:
-        listed = [f"  rank {', '.join(map(str, ranks))}: {problem}" for problem, ranks in by_problem.items()]
+        listed = [f"  {_name_ranks(ranks)}: {problem}" for problem, ranks in by_problem.items()]
         more = [f"  ... and {len(listed) - 8} more"] if len(listed) > 8 else []
         raise SelfCheckError("\n".join(["MiCS self-check failed:", *listed[:8], *more, advice]))
 
 
-def equalize_replicas(named_tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> int:
+def _name_ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank {shown}" if len(ranks) <= 8 else f"{len(ranks)} ranks ({shown}, ...)"
+
+
+def equalize_replicas(
+    named_tensors: Iterable[tuple[str, Tensor]], device: torch.device, error: Exception | None = None
+) -> int:
     """Makes full (not yet sharded) tensors equal on all ranks: those that differ become rank 0's.
 
     Collective over the world. Tensors that are equal already cost only their fingerprint.
@@ -57,15 +119,17 @@ def equalize_replicas(named_tensors: Iterable[tuple[str, Tensor]], device: torch
     Args:
         named_tensors: Names and tensors, the same on every rank.
         device: Where this rank communicates.
+        error: What kept this rank from giving them their values.
 
     Returns:
         The number of tensors that differed.
 
     Raises:
+        MiCSError: On the other ranks, if one has an error, which that one raises.
         SelfCheckError: On every rank, if tensors still differ afterwards.
     """
     tensors = dict(named_tensors)
-    different = _different(tensors, device)
+    different = _different(tensors, device, error)
     for name in different:
         source = tensors[name].detach()
         staged = source.to(device).contiguous()
@@ -78,11 +142,22 @@ def equalize_replicas(named_tensors: Iterable[tuple[str, Tensor]], device: torch
     return len(different)
 
 
-def _different(tensors: dict[str, Tensor], device: torch.device) -> list[str]:
+def _different(tensors: dict[str, Tensor], device: torch.device, error: Exception | None = None) -> list[str]:
     if not tensors:
         return []
-    prints = torch.tensor([fingerprint(tensor) for tensor in tensors.values()], dtype=torch.int64, device=device)
-    low, high = prints.clone(), prints
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    return [name for name, differs in zip(tensors, (low != high).tolist(), strict=True) if differs]
+    values = torch.zeros(1 + len(tensors), dtype=torch.int64, device=device)
+    if error is None:
+        values[0], values[1:] = 1, fingerprints(tensors.values(), device)
+    somebody_failed, *differ = differing(values)
+    if somebody_failed or error is not None:
+        _raise_somebodys(error)
+    return [name for name, differs in zip(tensors, differ, strict=True) if differs]
+
+
+def _raise_somebodys(error: Exception | None) -> None:
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    rank = next(rank for rank, other in enumerate(errors) if other is not None)
+    raise MiCSError(f"Rank {rank} could not build its part of the model: {errors[rank]}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._torch import local_tensor
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
-from lightning_mics.core.replicas import fingerprint, raise_together
+from lightning_mics.core.replicas import differing, fingerprints, raise_together
 from lightning_mics.metrics import CommLedger, Hop
 
 
@@ -120,16 +121,15 @@ class SelfCheck(WindowObserver):
                 self._problems.append(f"unit {unit.name!r} ran {wide} replication all-reduces in a window, not {most}")
 
     def _check_replicas(self, window: AccumulationWindow) -> None:
-        names, prints = [], []
-        for unit in window.units:
-            for param in unit.group.params:
-                names.append(param.name)
-                grad = param.sharded.grad
-                prints.append((fingerprint(param.sharded), None if grad is None else fingerprint(grad)))
-        gathered: list[Any] = [None] * self._mesh.replication_group.size()
-        dist.all_gather_object(gathered, prints, group=self._mesh.replication_group)
-        for index, name in enumerate(names):
-            if any(other[index][0] != gathered[0][index][0] for other in gathered):
-                self._problems.append(f"replicas hold different shards of {name}")
-            if any(other[index][1] != gathered[0][index][1] for other in gathered):
-                self._problems.append(f"replicas hold different gradients of {name} after the all-reduce")
+        params = [param for unit in window.units for param in unit.group.params]
+        device = window.units[0].group.device
+        nothing = torch.ones(1, dtype=torch.int64, device=device)  # unlike a gradient of zeros
+        grads = [param.sharded.grad for param in params]
+        shards = fingerprints((param.sharded for param in params), device)
+        reduced = fingerprints((nothing if grad is None else grad for grad in grads), device)
+        differs = differing(torch.cat([shards, reduced]), self._mesh.replication_group)
+        for index, param in enumerate(params):
+            if differs[index]:
+                self._problems.append(f"replicas hold different shards of {param.name}")
+            if differs[len(params) + index]:
+                self._problems.append(f"replicas hold different gradients of {param.name} after the all-reduce")

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import build
+from torch import nn
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mics import ClusterTopology, MiCSConfig, MiCSConfigError, mics_shard
+from lightning_mics.core import apply
 from lightning_mics.core.groups import backend_for, check_backends
 from lightning_mics.core.mesh import MiCSMesh, build_mesh
+from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.testing import WorkerPool
 
@@ -73,6 +78,27 @@ def test_set_up_of_a_large_world_makes_a_rank_s_own_groups_only(
     with counted("_new_process_group_helper"), counted("split_group"):
         mics_shard(build("uneven"), config, topology=large_world, device_type="cpu")
     assert calls.total() <= most
+
+
+def test_set_up_communicates_as_often_however_large_the_model_is(large_world: ClusterTopology) -> None:
+    def watched(*args: Any) -> int:
+        with _RefuseHostReads():
+            return equalize_replicas(*args)
+
+    watch = mock.patch.object(apply, "equalize_replicas", watched)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce, watch:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(9)))
+        config = MiCSConfig(shard_size=8, wrap="Sequential", verify=False)
+        mics_shard(model, config, topology=large_world, device_type="cpu")
+    assert reduce.call_count == 2  # digests of what ranks were given, and fingerprints of all values
+
+
+class _RefuseHostReads(TorchDispatchMode):
+    """Lets no single value be read: each would be a wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_offload_gets_a_backend_for_host_memory() -> None:

@@ -12,7 +12,7 @@ _EVERY_WINDOW = {
     "core/gradients/agreement.py (agree) tolist": "TODAY: and the answer is read",
 }
 _SOME_WINDOWS = {
-    "core/replicas.py (fingerprint) item": "the self-check, once, in the first window",
+    "core/replicas.py (differing) tolist": "the self-check, once, in the first window",
 }
 
 
