@@ -42,6 +42,17 @@ MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buf
 FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a hook out of what ``torch.compile`` makes of modules, as FSDP2 keeps its own: neither traced nor compiled."""
+    return torch.compiler.disable(function)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Returns the module inside of what ``torch.compile(module)`` gives; any other as it is."""
+    inner = module._modules.get("_orig_mod")
+    return module if inner is None else inner
+
+
 def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context that launches the collectives inside it at once, where the backend can (gloo cannot)."""
     if device.type != "cuda" or not getattr(group._get_backend(device), "supports_coalescing", False):
@@ -422,10 +433,11 @@ class RootState:
         state, root = self._state, self._root
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
-        state._pre_forward_hook_handle = root.register_forward_pre_hook(forward.before, prepend=True, with_kwargs=True)
-        state._post_forward_hook_handle = root.register_forward_hook(forward.after, prepend=False)
+        before, after = map(outside_graphs, forward)
+        state._pre_forward_hook_handle = root.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        state._post_forward_hook_handle = root.register_forward_hook(after, prepend=False)
         # Methods of ``register_fsdp_forward_method`` look these up.
-        state._pre_forward, state._post_forward, state._pre_backward = *method, pre_backward
+        state._pre_forward, state._post_forward, state._pre_backward = map(outside_graphs, (*method, pre_backward))
 
     @property
     def has_failed(self) -> bool:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core._torch import checkpoint
+from lightning_mics.core._torch import checkpoint, uncompiled
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.units import Unit, is_batch_norm, plan_units, separate_batch_norms
@@ -65,7 +65,7 @@ def apply_unit(unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: boo
 
 def recomputes(unit: Unit) -> bool:
     """Returns whether activation checkpointing applies to a unit: to blocks, not to single layers."""
-    return len(unit) == 1 and any(unit[0].children())
+    return len(unit) == 1 and any(uncompiled(unit[0]).children())
 
 
 def checkpoint_activations(units: Sequence[Unit]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mics.core._torch import ForwardHooks, RootState, current_backward_id
+from lightning_mics.core._torch import ForwardHooks, RootState, current_backward_id, outside_graphs
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.window import AccumulationWindow
 
@@ -58,7 +58,7 @@ class RootPasses:
         self._state = RootState(root)
         self._fsdp = self._state.hooks
         self._state.replace_hooks(self._hooks("forward"), self._hooks("method"), self._begin_backward)
-        root.register_forward_hook(self._after_forward, always_call=True)
+        root.register_forward_hook(outside_graphs(self._after_forward), always_call=True)
 
     def _hooks(self, kind: _Kind) -> ForwardHooks:
         return ForwardHooks(functools.partial(self._enter, kind), functools.partial(self._leave, kind))

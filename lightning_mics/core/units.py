@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_mics.config import Wrap
-from lightning_mics.core._torch import BatchNorm
+from lightning_mics.core._torch import BatchNorm, uncompiled
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean
 
@@ -47,7 +47,7 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Modul
     Raises:
         MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
     """
-    chosen = dict.fromkeys([*_choose(model, wrap), *entries])
+    chosen = dict.fromkeys([*_outside_graphs(model, _choose(model, wrap)), *entries])
     units = _merge_tied(model, [{module} for module in chosen])
     return _innermost_first(_split_dtypes(model, units))
 
@@ -116,6 +116,18 @@ def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     return [module for module in dict.fromkeys(chosen) if _has_parameters(module)]
 
 
+def _outside_graphs(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
+    """Puts what ``torch.compile(module)`` gave in the place of the modules inside, so that FSDP2's hooks stay outside.
+
+    Except where the model also calls such a module directly.
+    """
+    modules = list(model.modules())
+    uses = Counter(child for module in modules for child in module.children())
+    compiled = {uncompiled(module): module for module in modules if uncompiled(module) is not module}
+    outside = {inner: outer for inner, outer in compiled.items() if uses[inner] == 1}
+    return [module for module in (outside.get(module, module) for module in chosen) if module is not model]
+
+
 def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]) -> list[nn.Module]:
     if callable(entry) and not isinstance(entry, type):
         return _selected(model, entry)
@@ -158,7 +170,7 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        children = [child for child in module.children() if _has_parameters(child)]
+        children = [child for child in _children(module) if _has_parameters(child)]
         blocks = _repeated(children) if isinstance(module, nn.ModuleList | nn.Sequential) else []
         found.extend(blocks)
         if not _is_atomic(module):
@@ -166,7 +178,7 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
                 if child not in blocks:
                     visit(child)
 
-    visit(model)
+    visit(uncompiled(model))
     return list(dict.fromkeys(found))
 
 
@@ -194,18 +206,19 @@ def _by_size(model: nn.Module) -> list[nn.Module]:
     total = _numel(model)
     least = max(total // _SIZE_SHARE, _MIN_UNIT_NUMEL)
     found: list[nn.Module] = []
+    root = uncompiled(model)
 
     def visit(module: nn.Module) -> int:
         """Returns the elements under ``module`` that no unit holds yet."""
         own = sum(param.numel() for param in module.parameters(recurse=_is_atomic(module)))
-        rest = own + (0 if _is_atomic(module) else sum(visit(child) for child in module.children()))
+        rest = own + (0 if _is_atomic(module) else sum(visit(child) for child in _children(module)))
         # Models without blocks read an embedding's weight, too, where they tie the output layer to it.
-        if rest >= least and module is not model and _has_forward(module) and not isinstance(module, nn.Embedding):
+        if rest >= least and module is not root and _has_forward(module) and not isinstance(module, nn.Embedding):
             found.append(module)
             return 0
         return rest
 
-    visit(model)
+    visit(root)
     return list(dict.fromkeys(found))
 
 
@@ -336,7 +349,11 @@ def _outermost(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module
 
 
 def _inner_modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if module is not model]
+    return [module for module in model.modules() if uncompiled(module) is module is not uncompiled(model)]
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return [uncompiled(child) for child in module.children()]
 
 
 def callable_parts(module: nn.Module) -> list[nn.Module]:
@@ -353,6 +370,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _has_forward(module: nn.Module) -> bool:
+    module = uncompiled(module)
     return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 

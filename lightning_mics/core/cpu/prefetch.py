@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from lightning_mics.core._torch import UnitParamGroup, current_backward_id
+from lightning_mics.core._torch import UnitParamGroup, current_backward_id, outside_graphs
 
 
 class ForwardPrefetch:
@@ -37,8 +37,9 @@ class ForwardPrefetch:
         self._is_forward = False
         for index, (module, group) in enumerate(units):
             if group is not None:
-                module.register_forward_pre_hook(self._before(group), prepend=True)  # before FSDP2 waits for it
-                module.register_forward_pre_hook(self._after(index))  # when it has
+                # Before FSDP2 waits for it, and when it has.
+                module.register_forward_pre_hook(outside_graphs(self._before(group)), prepend=True)
+                module.register_forward_pre_hook(outside_graphs(self._after(index)))
 
     def _before(self, group: UnitParamGroup) -> Callable[..., None]:
         def drop_if_stale(module: nn.Module, args: object) -> None:
