@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -32,7 +32,7 @@ from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
-from lightning_mics.core.runtime import is_sharded, register_forward_method, runtime_of
+from lightning_mics.core.runtime import attach, compile_units, is_sharded, register_forward_method, runtime_of
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
@@ -133,8 +133,25 @@ class MiCSAccelerator(Accelerator):
         self._shard(model)
         if not is_sharded(model):
             return super().prepare_model(model, device_placement, evaluation_mode)
-        # In evaluation mode Accelerate adds autocast and compilation, but no wrapper for data parallelism.
-        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        with self._units_compiled(model):
+            # In evaluation mode Accelerate adds autocast, but no wrapper for data parallelism.
+            return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    @contextmanager
+    def _units_compiled(self, model: nn.Module) -> Iterator[None]:
+        """Compiles units in place, where Accelerate would make another model whose root is not the sharded one.
+
+        A graph of more than a unit cannot be: between units parameters are gathered.
+        """
+        plugin = self.state.dynamo_plugin
+        options, backend = plugin.to_kwargs(), plugin.backend
+        if backend != DynamoBackend.NO and not getattr(model, "_is_accelerate_prepared", False):
+            compile_units(model, **options)
+        plugin.backend = DynamoBackend.NO
+        try:
+            yield
+        finally:
+            plugin.backend = backend
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """Prepares an optimizer, which may have been built before its model was sharded."""
@@ -162,6 +179,8 @@ class MiCSAccelerator(Accelerator):
                 sample=self._find_sample(loaders) if config.shard_size == "auto" else None,
             )
         self._layout = runtime_of(model).mesh.layout
+        if "_orig_mod" in vars(model):  # made by compile_regions, of a model that unwrap_model returns
+            attach(vars(model)["_orig_mod"], runtime_of(model))
         _prepare_generation(model)
         if hasattr(model, "save_pretrained"):
             self._gather_before_saving(model)

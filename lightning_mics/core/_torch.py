@@ -43,7 +43,7 @@ FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a hook out of what ``torch.compile`` makes of modules, as FSDP2 keeps its own: neither traced nor compiled."""
+    """Keeps a hook from being compiled together with its module, as FSDP2 keeps its own."""
     return torch.compiler.disable(function)
 
 
@@ -51,6 +51,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """Returns the module inside of what ``torch.compile(module)`` gives; any other as it is."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Returns whether a module is compiled, in place or as what ``torch.compile(module)`` gives."""
+    return uncompiled(module) is not module or module._compiled_call_impl is not None
 
 
 def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
@@ -200,6 +205,7 @@ class UnitParam:
         """Forgets what a failed backward pass left unreduced."""
         if hasattr(self._fsdp_param, "_unsharded_param"):
             self._fsdp_param._unsharded_param.grad = None
+        if "unsharded_accumulated_grad" in vars(self._fsdp_param):  # torch < 2.15 has it
             self._fsdp_param.unsharded_accumulated_grad = None
 
     def set_local_grad(self, local: Tensor) -> None:
@@ -447,15 +453,52 @@ class RootState:
         return bool(self._state._is_root and is_left and current_backward_id() == -1)
 
     def reset(self) -> None:
-        """Lets FSDP2 start afresh after a pass that failed."""
+        """Lets FSDP2 start afresh after a pass that failed; sharded gradients of the passes before it stay."""
+        shards = [param.sharded_param for group in _groups_under(self._state) for param in group.fsdp_params]
+        gradients = [shard.grad for shard in shards]
         reset: Callable[[], None] | None = getattr(self._root, "reset_iter_state", None)
         if reset is None:  # torch < 2.13
-            raise RuntimeError("A forward or backward pass failed; only torch >= 2.13 can train on after that.")
-        reset()
+            _reset_iter_state(self._state)
+        else:
+            reset()
+        for shard, gradient in zip(shards, gradients, strict=True):
+            shard.grad = gradient  # torch 2.15 drops it
 
     def reshard(self) -> None:
         """Frees the root's own parameters."""
         self._root.reshard()
+
+
+def _groups_under(root: Any) -> list[Any]:
+    """Returns the parameter groups of all units under the state of a root that has run."""
+    leaders = [state._modules[0] for state in root._state_ctx.all_states]
+    return [unit._group for module in leaders for unit in unit_param_groups(module)]
+
+
+def _reset_iter_state(root: Any) -> None:
+    """Waits for what a failed pass left under way, and forgets it, as ``reset_iter_state`` does in torch 2.13."""
+    streams, shared, stream = root._comm_ctx, root._state_ctx, root._device_handle.current_stream()
+    groups = _groups_under(root)
+    pending = [streams.all_gather_state, streams.reduce_scatter_state, *(group._all_reduce_state for group in groups)]
+    events = [state.event for state in pending if state is not None]
+    for group in groups:
+        events += [group._post_reduce_event, getattr(group._all_gather_result, "all_gather_event", None)]
+        if isinstance(work := getattr(group._all_gather_result, "all_gather_work", None), dist.Work):
+            work.wait()
+    for event in filter(None, events):
+        stream.wait_event(event)
+    streams.all_gather_state = streams.reduce_scatter_state = shared.iter_forward_root = None
+    shared.post_backward_final_callback_queued = False
+    streams.post_forward_order.clear()
+    for state in shared.all_states:
+        state._modules_to_run_forward.clear()
+        state._training_state = type(state._training_state).IDLE
+    for group in groups:
+        group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+        group._reshard_after_forward_event = group._partial_reduce_output = None
+        group._post_forward_indices.clear()
+        group._training_state = type(group._training_state).IDLE
+        group._to_sharded()
 
 
 def reduce_unused_params(root: nn.Module) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core._torch import is_compiled
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.passes import RootPasses
@@ -100,3 +101,15 @@ def register_forward_method(module: nn.Module, name: str) -> None:
     if runtime is not None:
         setattr(module, name, runtime.passes.telling(getattr(module, name)))
     register_fsdp_forward_method(module, name)
+
+
+def compile_units(model: nn.Module, **options: Any) -> None:
+    """Compiles the units of a sharded model in place, except the root and those that are compiled already.
+
+    Args:
+        model: The model.
+        **options: Those of ``torch.compile``.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and own_runtime(module) is None and not is_compiled(module):
+            module.compile(**options)
