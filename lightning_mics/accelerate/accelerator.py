@@ -145,7 +145,7 @@ class MiCSAccelerator(Accelerator):
         """
         plugin = self.state.dynamo_plugin
         options, backend = plugin.to_kwargs(), plugin.backend
-        if backend != DynamoBackend.NO and not getattr(model, "_is_accelerate_prepared", False):
+        if backend != DynamoBackend.NO:
             compile_units(model, **options)
         plugin.backend = DynamoBackend.NO
         try:
