@@ -38,15 +38,17 @@ class StreamChecker:
 
     Args:
         settings: What the run leaves out, and how the device behaves.
+        has_gloo: Whether groups have a way for host memory, too, and not NCCL alone.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, has_gloo: bool = False) -> None:
+        self.has_gloo = has_gloo
         self.timeline = Timeline(settings or Settings())
         self.placement = Placement()
         self.memory = Memory(self.timeline, self.placement)
         self.mode = _Mode(self)
         self.num_operators = 0
-        self._group_streams: dict[str, Stream] = {}
+        self._group_streams: dict[tuple[str, str], Stream] = {}
         self._functional: dict[int, Clock] = {}
 
     def __enter__(self) -> StreamChecker:
@@ -66,12 +68,13 @@ class StreamChecker:
         """The host's waits for the device so far."""
         return self.timeline.host_waits
 
-    def group_stream(self, group_name: str) -> Stream:
-        """Returns the stream on which a process group runs its asynchronous collectives."""
-        if group_name not in self._group_streams:
+    def group_stream(self, group_name: str, backend: str = "nccl") -> Stream:
+        """Returns the stream, or gloo's thread, on which a process group runs its asynchronous collectives."""
+        key = group_name, backend
+        if key not in self._group_streams:
             description = dist.distributed_c10d._resolve_process_group(group_name).group_desc
-            self._group_streams[group_name] = Stream(self.timeline, f"nccl {description}")
-        return self._group_streams[group_name]
+            self._group_streams[key] = Stream(self.timeline, f"{backend} {description}")
+        return self._group_streams[key]
 
     def operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an operator where its tensors are."""
@@ -125,6 +128,19 @@ class StreamChecker:
             self._functional[output.untyped_storage()._cdata] = dict(stream.clock)
         return result
 
+    def is_of_host(self, tensors: list[Tensor]) -> bool:
+        """Returns whether a collective's tensors are in host memory.
+
+        Raises:
+            RuntimeError: If NCCL is alone, which has no way for them.
+        """
+        on_host = {self.placement.of(tensor) is not Kind.DEVICE for tensor in tensors}
+        if on_host == {True} and self.has_gloo:
+            return True
+        if on_host != {False}:
+            raise RuntimeError("No backend type associated with device type cpu")
+        return False
+
     def collective(
         self,
         group: dist.ProcessGroup,
@@ -134,16 +150,16 @@ class StreamChecker:
         run: Callable[[], object],
         *,
         is_async: bool,
+        is_of_host: bool,
     ) -> Stream | None:
         """Runs a collective; returns the group's stream if it runs there.
 
-        Asynchronous ones do, and it waits for the current stream first.
+        Asynchronous ones do, and it waits for the current stream first; those of host memory come after what the host
+        did.
         """
-        if any(self.placement.of(tensor) is not Kind.DEVICE for tensor in (*reads, *writes)):
-            raise RuntimeError("No backend type associated with device type cpu")  # NCCL's groups have none
-        place, current = Place.here(), self.timeline.current
-        on_group = is_async or not self.timeline.settings.sync_on_current
-        stream = self.group_stream(group.group_name) if on_group else current
+        place, current = Place.here(), self.timeline.host_stream if is_of_host else self.timeline.current
+        on_group = is_async or not (is_of_host or self.timeline.settings.sync_on_current)
+        stream = self.group_stream(group.group_name, "gloo" if is_of_host else "nccl") if on_group else current
         if on_group:
             current.follow_host()
             merge(stream.clock, current.clock)

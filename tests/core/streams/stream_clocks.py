@@ -104,9 +104,7 @@ def _caller(frame: FrameType | None) -> FrameType | None:
 
 def _outside(frame: FrameType | None) -> FrameType | None:
     """Returns the innermost frame that is neither the checker's nor of what calls it."""
-    while frame is not None and (
-        frame.f_code.co_filename.startswith((_TOOL, _DYNAMO)) or frame.f_code.co_filename in _BETWEEN
-    ):
+    while frame is not None and _is_between(frame.f_code):
         frame = frame.f_back
     return frame
 
@@ -124,6 +122,13 @@ def _short(code: CodeType) -> str:
 
 def _is_torch(name: str) -> bool:
     return name.startswith(str(Path(torch.__file__).parent))
+
+
+@functools.cache
+def _is_between(code: CodeType) -> bool:
+    name = code.co_filename
+    is_users = "windows" in Path(name).name or Path(name).name.startswith("test_")
+    return name in _BETWEEN or name.startswith(_DYNAMO) or (name.startswith(_TOOL) and not is_users)
 
 
 @functools.cache
@@ -174,7 +179,7 @@ class HostWait:
 
     Attributes:
         kind: What waits, such as ``"item"``.
-        frames: The line that waits and the innermost one of the package, where this is another one.
+        frames: The line that waits, and the innermost one of the package where this is another one.
     """
 
     kind: str
@@ -191,9 +196,9 @@ class HostWait:
 
     @property
     def where(self) -> str:
-        """The functions, without lines: ``"core/gradients/agreement.py (agree) tolist"``."""
-        places = " < ".join(f"{_short(code)} ({code.co_name})" for code, _ in self.frames)
-        return f"{places} {self.kind}"
+        """The function, the package's own if there is one: ``"core/gradients/agreement.py (agree)"``."""
+        code, _ = self.frames[-1]
+        return f"{_short(code)} ({code.co_name})"
 
     def __str__(self) -> str:
         return f"{self.kind}: {Place(self.frames)}"
@@ -393,6 +398,9 @@ class StandInDevice:
 
     def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
         """Does nothing: nobody looks at the values."""
+
+    def _sleep(self, cycles: int) -> None:
+        """Does nothing: the clocks do not know how long anything takes."""
 
     def device(self, index: object) -> contextlib.AbstractContextManager[None]:
         """Changes nothing: there is one."""

@@ -199,7 +199,9 @@ class Window:
             message[: -8 * num_replicas] = 1  # what follows is the order of each replica's collectives
 
         peers = say_used if self.peers_used_all else None
-        with pretended_device(configuration.world_size, configuration.rank, settings, peers) as checker:
+        world = (configuration.world_size, configuration.rank)
+        has_gloo = bool(configuration.settings.get("cpu_offload"))
+        with pretended_device(*world, settings, peers, has_gloo) as checker:
             run = Run(configuration, self.settings)
             stream = Stream(checker.timeline, "side") if self.on_side_stream else None
             with checker, checker.timeline.use(stream):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from stream_checker import StreamChecker
 from stream_clocks import Settings, StandInDevice
-from stream_collectives import Collectives, Peers, same_objects
+from stream_collectives import Collectives, Peers, own_objects, same_objects
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,7 +32,11 @@ _STREAMS = {
 
 @contextmanager
 def pretended_device(
-    world_size: int = 4, rank: int = 1, settings: Settings | None = None, peers: Peers | None = None
+    world_size: int = 4,
+    rank: int = 1,
+    settings: Settings | None = None,
+    peers: Peers | None = None,
+    has_gloo: bool = False,
 ) -> Iterator[StreamChecker]:
     """Makes CPU tensors stand for those of an accelerator; models and groups are made inside.
 
@@ -43,25 +47,44 @@ def pretended_device(
         rank: The one that runs.
         settings: What is left out, and how the device behaves.
         peers: What other ranks add to messages of which the maximum is taken.
+        has_gloo: Whether groups have a way for host memory, too, and not NCCL alone.
 
     Yields:
         The checker.
     """
-    checker = StreamChecker(settings)
-    with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # the tensors are small
-        _replace_device(stack, checker)
-        _replace_collectives(stack, checker, peers)
-        _replace_what_is_not_dispatched(stack, checker)
-        checker.placement.pretend(stack)
-        stack.enter_context(checker.mode)
+    with _pretended(settings, peers, is_real=False, has_gloo=has_gloo) as checker:
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:
             yield checker
         finally:
             dist.destroy_process_group()
             forget_dtensor_meshes()
+
+
+@contextmanager
+def pretended_device_of_many(settings: Settings | None = None) -> Iterator[StreamChecker]:
+    """Like :func:`pretended_device`, in a real process group: each of its ranks has a device, and values are right."""
+    with _pretended(settings, None, is_real=True, has_gloo=False) as checker:
+        yield checker
+
+
+@contextmanager
+def _pretended(
+    settings: Settings | None, peers: Peers | None, *, is_real: bool, has_gloo: bool
+) -> Iterator[StreamChecker]:
+    checker = StreamChecker(settings, has_gloo=has_gloo)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the tensors are small
+        _replace_device(stack, checker)
+        _replace_collectives(stack, Collectives(checker, peers, is_real=is_real), has_gloo=has_gloo)
+        if not is_real:
+            _patch(stack, dist, "all_gather_object", same_objects(dist.all_gather_object))
+            _patch(stack, dist, "broadcast_object_list", own_objects(dist.broadcast_object_list))
+        _replace_what_is_not_dispatched(stack, checker)
+        checker.placement.pretend(stack)
+        stack.enter_context(checker.mode)
+        yield checker
 
 
 def _patch(stack: ExitStack, owner: Any, name: str, value: object) -> None:
@@ -85,10 +108,11 @@ def _replace_device(stack: ExitStack, checker: StreamChecker) -> None:
     _patch(stack, _fsdp_param_group.FSDPCommContext, "lazy_init", named_streams)
 
 
-def _replace_collectives(stack: ExitStack, checker: StreamChecker, peers: Peers | None) -> None:
-    for name, method in Collectives(checker, peers).methods().items():
+def _replace_collectives(stack: ExitStack, collectives: Collectives, *, has_gloo: bool) -> None:
+    for name, method in collectives.methods().items():
         _patch(stack, dist.ProcessGroup, name, method)
-    _patch(stack, dist, "all_gather_object", same_objects)
+    if not has_gloo:
+        _patch(stack, dist.ProcessGroup, "_device_types", property(lambda group: [torch.device("cuda")]))
     _patch(
         stack, core_collectives, "batched", lambda group, device: dist._coalescing_manager(group=group, device=device)
     )
