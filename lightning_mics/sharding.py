@@ -15,7 +15,7 @@ from lightning_mics.config import MiCSConfig
 from lightning_mics.core.apply import checkpoint_activations, shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
-from lightning_mics.core.groups import check_backends
+from lightning_mics.core.groups import check_backends, end_well
 from lightning_mics.core.log import inform
 from lightning_mics.core.materialize import check_initializers
 from lightning_mics.core.mesh import (
@@ -76,6 +76,7 @@ def mics_shard(
     """
     config = config or MiCSConfig()
     require_process_group()
+    end_well()
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.node_size is not None:
         topology = ClusterTopology(world_size=dist.get_world_size(), node_size=config.node_size)

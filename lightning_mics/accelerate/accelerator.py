@@ -29,6 +29,7 @@ from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_
+from lightning_mics.core.groups import end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
@@ -85,6 +86,7 @@ class MiCSAccelerator(Accelerator):
         _check_mixed_precision(self)
         use_sharded_scaler(self, self.device)
         if dist.is_initialized():
+            end_well()
             config = self.mics_plugin.config
             self._topology = detect_topology(config.node_size)
             self._layout = check_layout(config, self._topology)

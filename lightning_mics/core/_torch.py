@@ -98,6 +98,25 @@ def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) 
         _c10d._process_group_name = _group_name
 
 
+def default_store() -> dist.Store | None:
+    """Returns the world's store if that is a server that all ranks reach, and ``None`` else.
+
+    Nobody may keep it: the server lives as long as a reference, and a new world must not meet its keys.
+    """
+    if not dist.is_initialized():
+        return None
+    store = _c10d._get_default_store()
+    inner: Any = store
+    while isinstance(inner, dist.PrefixStore):
+        inner = inner.underlying_store
+    return store if isinstance(inner, dist.TCPStore) else None
+
+
+def abort_groups() -> None:
+    """Ends all process groups without waiting for what is in flight, where the backend can."""
+    _c10d._abort_process_group()
+
+
 def wait_for_gloo_threads(patience: float = 2.0) -> None:
     """Waits until gloo's threads have let go of their tensors, a moment after a collective is done.
 

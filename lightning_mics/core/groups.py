@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics.config import MiCSConfig
-from lightning_mics.core._torch import group_timeout, new_local_group, wait_for_gloo_threads
+from lightning_mics.core import failures
+from lightning_mics.core._torch import abort_groups, group_timeout, new_local_group, wait_for_gloo_threads
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import Group
 
@@ -84,14 +85,29 @@ class GroupMaker:
         return new_local_group(ranks, f"{self._prefix}_{kind}_{ranks[0]}", self._timeout)
 
 
+def end_well() -> None:
+    """Has all groups destroyed when the process ends, and all ranks end with one that fails."""
+    failures.watch()
+    _destroy_at_exit()
+
+
 @functools.cache
-def destroy_at_exit() -> None:
-    """Has all groups destroyed when the process ends."""
-    atexit.register(destroy_groups)
+def _destroy_at_exit() -> None:
+    atexit.register(_end)
+
+
+def _end() -> None:
+    failures.stop_watching()
+    destroy_groups()
 
 
 def destroy_groups() -> None:
-    """Destroys all process groups, so that this process can end: gloo's threads would abort it (torch 2.13)."""
-    if dist.is_initialized():
+    """Destroys all process groups, so that this process can end: gloo's threads would abort it (torch 2.13).
+
+    After an error nobody waits for what is in flight: its peers may never come.
+    """
+    if dist.is_initialized() and failures.has_failed() and "nccl" in dist.get_backend_config():
+        abort_groups()
+    elif dist.is_initialized():
         dist.destroy_process_group()
     wait_for_gloo_threads()

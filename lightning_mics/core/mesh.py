@@ -176,7 +176,7 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
         MiCSConfigError: If the settings do not fit the layout.
     """
     hierarchical = resolve_hierarchical(config, layout)
-    groups.destroy_at_exit()
+    groups.end_well()
     world = dist.group.WORLD
     key = (layout, device_type, hierarchical)
     cached = _MESHES.get(key)

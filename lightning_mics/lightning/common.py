@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core.checks import check_layout
-from lightning_mics.core.groups import backend_for, check_backends
+from lightning_mics.core.groups import backend_for, check_backends, end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.runtime import register_forward_method
 from lightning_mics.errors import MiCSConfigError, MiCSError
@@ -90,6 +90,7 @@ def init_process_group(
     backend = backend or backend_for(device.type, cpu_offload=config.cpu_offload)
     device_id = device if device.type != "cpu" else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+    end_well()
     check_backends(config, device.type)
     return backend
 

@@ -27,6 +27,7 @@ from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
+from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.metrics import CommLedger
 from lightning_mics.topology import GroupLayout
 
@@ -136,7 +137,7 @@ class MiCSStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         common.plan_layout(self.config, self.num_nodes, self.num_processes)
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Starts the process group."""
@@ -266,6 +267,10 @@ class MiCSStrategy(ParallelStrategy):
             else:
                 state[name] = meta.pop(name)
         return meta
+
+
+class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
+    pass
 
 
 class _DeferReplicationSync(_BackwardSyncControl):

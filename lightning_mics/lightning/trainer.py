@@ -36,6 +36,7 @@ from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.lightning import common
+from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.metrics import CommLedger
 from lightning_mics.topology import GroupLayout
 
@@ -328,7 +329,7 @@ class MiCSStrategy(ParallelStrategy):
             checkpoints.remove(filepath)
 
 
-class _Launcher(_SubprocessScriptLauncher):
+class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
     """Starts the processes of a node where nobody else has, and remembers what the Trainer was asked for.
 
     Lightning 2.6 loses ``weights_only`` on the way to strategies that restore after set-up.

@@ -1,0 +1,232 @@
+"""How a job ends in which a rank fails: all ranks within seconds, and the error that began it is what is told last.
+
+A rank that ends with an error leaves it in the world's store. The others lose their connections and fail in turn, or
+hang in a collective: they look into the store, tell in one line whom they follow, and end. ``torchrun`` and
+``accelerate launch`` print a table last, with the error that a rank wrote into a file for it; where a rank has started
+the others itself, it is this rank that ends last.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_mics.core._torch import default_store
+
+_GRACE = 3.0  # seconds that a rank has for ending by itself
+_LAST = 10  # seconds that it has for everything after its error
+_POLL = 1.0
+_KEY = "mics/first_error"
+# How backends tell that a peer is gone; most have no class of errors for that.
+_PEER_IS_GONE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|connection was|timed out|timeout|aborted|"
+    r"remote process exited|nccl|gloo",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What ended a rank.
+
+    Attributes:
+        rank: The rank.
+        line: The error without its traceback.
+        report: The error with its traceback.
+    """
+
+    rank: int
+    line: str
+    report: str
+
+
+class _State:
+    """What this process knows of failures: whether it failed itself, and which ranks it has started."""
+
+    failed = False
+    children: tuple[subprocess.Popen[Any], ...] = ()
+    ending = threading.Event()
+
+
+def has_failed() -> bool:
+    """Returns whether this process ends with an error."""
+    return _State.failed
+
+
+def watch() -> None:
+    """Makes this process end as described above, and with a rank that fails. A process group must be there."""
+    _take_over_hook()
+    if default_store() is not None and dist.get_world_size() > 1:
+        _follow_in_background()
+
+
+@functools.cache
+def _take_over_hook() -> None:
+    sys.excepthook = functools.partial(_end_with_error, sys.excepthook, os.getpid())
+
+
+@functools.cache
+def _follow_in_background() -> None:
+    threading.Thread(target=_follow, name="mics-failures", daemon=True).start()
+
+
+def stop_watching() -> None:
+    """Ends the watch, before the process group is destroyed."""
+    _State.ending.set()
+
+
+def adopt(children: list[subprocess.Popen[Any]]) -> None:
+    """Takes over processes that this one has started as ranks: it ends after them, and with them."""
+    _State.children = tuple(children)
+    threading.Thread(target=_follow_children, name="mics-children", daemon=True).start()
+
+
+def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Takes the place of ``sys.excepthook``."""
+    if os.getpid() != pid or not issubclass(kind, Exception):
+        tell(kind, error, trace)
+        return
+    _State.failed = True
+    _limit_the_rest()
+    report = "".join(traceback.format_exception(kind, error, trace))
+    mine = _Failure(_rank(), traceback.format_exception_only(error)[-1].strip(), report)
+    follows = _tells_of_a_peer(error)
+    first = _first_failure(mine, patience=2.0 if follows else 0.0)
+    if first == mine:
+        _write_error_file(report, earlier=1)
+        _end_children(0.0)
+        tell(kind, error, trace)
+        return
+    line = f"rank {mine.rank} ended after rank {first.rank} had failed: {first.line}"
+    _write_error_file(line, earlier=-1)
+    if not follows and mine.line != first.line:  # an error of its own
+        tell(kind, error, trace)
+    _say(line)
+    if _State.children:
+        _end_children(_GRACE)
+        _say(first.report)
+
+
+def _limit_the_rest() -> None:
+    """Has the kernel end this process if what comes after the error, such as destructors of communicators, waits."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LAST)
+
+
+def _tells_of_a_peer(error: BaseException) -> bool:
+    """Returns whether an error, or one that led to it, says that another rank is gone."""
+    return any(
+        isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and _PEER_IS_GONE.search(str(link)))
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_failure(mine: _Failure, patience: float) -> _Failure:
+    """Returns the failure that began it all; this rank's own one if nobody has told of an earlier one."""
+    end = time.monotonic() + patience
+    while (found := _look()) is None and time.monotonic() < end:
+        time.sleep(0.1)
+    if found is not None:
+        return found
+    store = default_store()
+    if store is None:
+        return mine
+    with suppress(Exception):  # the store is gone with the rank that had it
+        told = json.dumps(asdict(mine))
+        return _Failure(**json.loads(store.compare_set(_KEY, "", told)))
+    return mine
+
+
+def _look() -> _Failure | None:
+    """Returns what a rank has told before it ended."""
+    with suppress(Exception):  # the group or its store is going
+        store = default_store()
+        if store is not None and store.check([_KEY]):
+            return _Failure(**json.loads(store.get(_KEY)))
+    return None
+
+
+def _write_error_file(message: str, *, earlier: int) -> None:
+    """Tells torchrun, and with it ``accelerate launch``, which error to print.
+
+    Args:
+        message: The error.
+        earlier: Seconds. Their agent takes the earliest error for the first, in whole seconds, and within one that of
+            the lowest rank.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or os.path.exists(path):  # there is one if the script's main function is @record
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()) - earlier)}
+    with suppress(OSError), open(path, "w") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def _follow() -> None:
+    """Ends this process some seconds after another rank has failed, also from within a collective that hangs."""
+    while not _State.ending.wait(_POLL):
+        first = _look()
+        if first is None or first.rank == _rank():
+            continue
+        if _State.ending.wait(_GRACE) or _State.failed:
+            return
+        line = f"rank {_rank()} ended after rank {first.rank} had failed: {first.line}"
+        _write_error_file(line, earlier=-1)
+        _say(line)
+        if _State.children:
+            _end_children(_GRACE)
+            _say(first.report)
+        os._exit(1)
+
+
+def _follow_children() -> None:
+    """Ends this process with a child that failed, if neither its error nor a lost connection does."""
+    while not _State.ending.wait(_POLL):
+        failed = [child for child in _State.children if child.poll()]
+        if not failed:
+            continue
+        if _State.ending.wait(2 * _GRACE) or _State.failed:
+            return
+        _end_children(0.0)
+        codes = ", ".join(f"{child.pid}: {child.returncode}" for child in failed)
+        _say(f"rank {_rank()} ended, because ranks that it had started did (process and exit code {codes})")
+        os._exit(1)
+
+
+def _end_children(patience: float) -> None:
+    """Waits until the ranks that this process has started are gone, and ends those that stay."""
+    end = time.monotonic() + patience
+    for child in _State.children:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=max(0.0, end - time.monotonic()))
+        child.kill()
+        child.wait()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.__stderr__, flush=True)
