@@ -18,6 +18,7 @@ replication all-reduce is a ring over ``r`` replicas, in which each rank sends `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -101,7 +102,7 @@ def replication_share(layout: GroupLayout) -> LinkShare:
 class CommLedger:
     """Totals of communication per FSDP unit and hop, kept by the collectives themselves.
 
-    A record is a few integer operations, cheap enough to stay on for every collective.
+    A collective only counts up the size of its message, cheap enough to stay on; the rest is worked out when asked for.
     """
 
     def __init__(self, layout: GroupLayout) -> None:
@@ -113,7 +114,17 @@ class CommLedger:
             (Hop.PARTITION_REDUCE, True): partition_share(layout, True),
             (Hop.REPLICATION_REDUCE, False): replication_share(layout),
         }
-        self._totals: dict[tuple[str, Hop], list[int]] = {}
+        self._sizes: dict[tuple[str, Hop, bool], Counter[int]] = {}
+
+    def sizes(self, unit: str, hop: Hop, *, hierarchical: bool = False) -> Counter[int]:
+        """Returns the number of collectives by size of message, to be counted up by whoever runs them.
+
+        Args:
+            unit: Name of the FSDP unit.
+            hop: What kind of communication it is.
+            hierarchical: Whether it runs in two stages.
+        """
+        return self._sizes.setdefault((unit, hop, hierarchical), Counter())
 
     def record(self, unit: str, hop: Hop, message_bytes: int, *, hierarchical: bool = False) -> None:
         """Adds one collective.
@@ -124,18 +135,20 @@ class CommLedger:
             message_bytes: Size of the message, as :class:`Traffic` defines it.
             hierarchical: Whether it ran in two stages.
         """
-        share = self._shares[hop, hierarchical]
-        total = self._totals.get((unit, hop))
-        if total is None:
-            total = self._totals[unit, hop] = [0, 0, 0, 0]
-        total[0] += 1
-        total[1] += message_bytes
-        total[2] += message_bytes * share.intra.numerator // share.intra.denominator
-        total[3] += message_bytes * share.inter.numerator // share.inter.denominator
+        self.sizes(unit, hop, hierarchical=hierarchical)[message_bytes] += 1
 
     def __iter__(self) -> Iterator[tuple[str, Hop, Traffic]]:
-        for (unit, hop), total in self._totals.items():
-            yield unit, hop, Traffic(*total)
+        totals: dict[tuple[str, Hop], Traffic] = {}
+        for (unit, hop, hierarchical), sizes in self._sizes.items():
+            for message_bytes, calls in sizes.items():
+                traffic = self._traffic(hop, hierarchical, message_bytes, calls)
+                totals[unit, hop] = totals.get((unit, hop), Traffic()) + traffic
+        return iter([(unit, hop, traffic) for (unit, hop), traffic in totals.items()])
+
+    def _traffic(self, hop: Hop, hierarchical: bool, message_bytes: int, calls: int) -> Traffic:
+        share = self._shares[hop, hierarchical]
+        intra, inter = int(message_bytes * share.intra), int(message_bytes * share.inter)
+        return Traffic(calls, calls * message_bytes, calls * intra, calls * inter)
 
     def total(self, hop: Hop | None = None, unit: str | None = None) -> Traffic:
         """Returns the sum over all hops and units, or over those of one hop, one unit or both."""
@@ -147,12 +160,13 @@ class CommLedger:
         return {hop: self.total(hop) for hop in Hop}
 
     def units(self) -> list[str]:
-        """Returns the names of units that communicated, in order of their first collective."""
+        """Returns the names of units that communicated, the root first."""
         return list(dict.fromkeys(unit for unit, _, _ in self))
 
     def reset(self) -> None:
         """Starts counting from zero."""
-        self._totals.clear()
+        for sizes in self._sizes.values():
+            sizes.clear()
 
     def full_sharding_inter_bytes(self) -> int:
         """Returns the bytes that would have left this node had the model been sharded over the whole world.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint as ch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -67,12 +69,14 @@ def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextMa
 
 def is_gloo(group: dist.ProcessGroup) -> bool:
     """Returns whether CPU tensors of ``group`` travel by gloo."""
-    if not dist.is_gloo_available():
+    if not dist.is_gloo_available() or not carries_cpu_tensors(group):
         return False
-    try:
-        return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
-    except RuntimeError:  # a group without a backend for CPU tensors
-        return False
+    return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
+
+
+def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
+    """Returns whether CPU tensors can travel in a group."""
+    return torch.device("cpu") in group._device_types
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
@@ -232,11 +236,25 @@ class UnitParam:
         self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
 
 
+# What runs for every parameter of every microstep has no loop of Python in it.
 _wants_grad = operator.attrgetter("sharded_param.requires_grad")
 _unsharded_wants_grad = operator.attrgetter("_unsharded_param.requires_grad")
 _sharded_grad = operator.attrgetter("sharded_param.grad")
 _unsharded_grad = operator.attrgetter("_unsharded_param.grad")
 _is_none = functools.partial(operator.is_, None)
+_reduced_hooks = operator.attrgetter("sharded_param._post_accumulate_grad_hooks")
+_sharded_param = operator.attrgetter("sharded_param")
+_local_grad_of = operator.attrgetter("_fsdp_param.sharded_param.grad._local_tensor")
+# Averages of these FSDP2 leaves to the collective; others it divides before and after it.
+_AVERAGED = (torch.float32, torch.bfloat16)
+
+
+def local_gradients(params: Sequence[UnitParam]) -> tuple[Tensor, ...] | None:
+    """Returns this rank's shards of gradients, if all parameters have one and all are DTensors."""
+    try:
+        return tuple(map(_local_grad_of, params))
+    except AttributeError:
+        return None
 
 
 class GradState(NamedTuple):
@@ -295,13 +313,18 @@ class UnitParamGroup:
         """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
         return getattr(self._group, "_all_reduce_hook", None) is not None
 
+    def owns_any(self, ids: set[int]) -> bool:
+        """Returns whether the ``id`` of one of the unit's sharded parameters is among some."""
+        return not ids.isdisjoint(map(id, map(_sharded_param, self._group.fsdp_params)))
+
     def wanted(self) -> tuple[bool, ...]:
         """Returns by parameter whether its shard requires a gradient."""
         return tuple(map(_wants_grad, self._group.fsdp_params))
 
     def grad_state(self) -> GradState:
-        """Returns what there is before hop one. It runs in every microstep, so that no loop of Python is in it."""
-        params, wanted = self._group.fsdp_params, self.wanted()
+        """Returns what there is before hop one."""
+        params = self._group.fsdp_params
+        wanted = tuple(map(_wants_grad, params))
         if wanted != tuple(map(_unsharded_wants_grad, params)):
             self._tell_unsharded(wanted)
         return GradState(
@@ -318,10 +341,56 @@ class UnitParamGroup:
         for param, wants in zip(self._group.fsdp_params, wanted, strict=True):
             param._unsharded_param.requires_grad_(wants)
 
-    def wrap_post_backward(self, around: Callable[[Callable[[], None]], None]) -> None:
+    def wrap_post_backward(self, around: Callable[..., None]) -> None:
         """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
-        reduce = self._group.post_backward
-        self._group.post_backward = lambda *unused: around(reduce)
+        self._group.post_backward = functools.partial(around, self._group.post_backward)
+
+    def can_reduce_into(self, dtype: torch.dtype) -> bool:
+        """Returns whether :meth:`reduce_into` brings what FSDP2's own step would, with sums of ``dtype``.
+
+        It does not where FSDP2 changes what it has reduced, where somebody wants to see it, or where sums are narrower.
+        """
+        group, param = self._group, self._group.fsdp_params[0]
+        reduced = group._reduce_dtype or param.param_dtype or param.orig_dtype
+        return (
+            reduced in _AVERAGED
+            and reduced.itemsize <= dtype.itemsize
+            and group.gradient_divide_factor is None
+            and not group.force_sum_reduction_for_comms
+            and group._all_reduce_hook is None
+            and not any(map(_reduced_hooks, group.fsdp_params))
+        )
+
+    def reduce_into(self, sums: Tensor, reduce_scatter: Callable[[], None]) -> None:
+        """Lets FSDP2's step add all that it reduces to one buffer in one operation, on the reduce stream.
+
+        That is what FSDP2 does while it defers an all-reduce between replicas: ours, of which it does not know.
+
+        Args:
+            sums: The buffer, laid out like the output of the unit's reduce-scatter.
+            reduce_scatter: FSDP2's step, in which all parameters take part.
+        """
+        group = self._group
+        mesh_info, all_reduces = group.mesh_info, group.all_reduce_grads
+        group.mesh_info, group.all_reduce_grads = self._mesh_info_of_replicas, False
+        group._partial_reduce_output = sums
+        try:
+            reduce_scatter()
+        finally:
+            group.mesh_info, group.all_reduce_grads = mesh_info, all_reduces
+            group._partial_reduce_output = None
+
+    @functools.cached_property
+    def _mesh_info_of_replicas(self) -> Any:
+        """The unit's mesh as FSDP2 describes one with replicas, whose group carries nothing."""
+        if hasattr(self._group, "_partial_reduce_output_layout"):  # torch >= 2.15 compares it with what it reduces
+            sizes = [param.padded_shard_numel for param in self.params]
+            places = zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)
+            self._group._partial_reduce_output_layout = dict(zip(self._group.fsdp_params, places, strict=True))
+        mesh_info = object.__new__(HSDPMeshInfo)
+        vars(mesh_info).update(vars(self._group.mesh_info))
+        mesh_info.replicate_process_group = mesh_info.shard_process_group
+        return mesh_info
 
     # Streams. On CPUs there are none, and these do nothing.
 
@@ -330,17 +399,16 @@ class UnitParamGroup:
         """Whether the unit's device runs work on streams, for which the host need not wait."""
         return self._group.device_handle is not torch.cpu
 
-    @contextmanager
-    def reduce_stream(self) -> Iterator[None]:
-        """Runs device work on the stream where the unit's sharded gradients are made.
+    def reduce_stream(self) -> AbstractContextManager[Any]:
+        """Returns a context for device work on the stream where the unit's sharded gradients are made.
 
         With a hook of the user's FSDP2 makes them on another one, which is waited for.
         """
         context = self._group.comm_ctx
-        if self.has_reduce_hook and self.has_streams and self._group._post_reduce_event is not None:
+        if self._group._all_reduce_hook is not None and self.has_streams and self._group._post_reduce_event is not None:
             context.reduce_scatter_stream.wait_event(self._group._post_reduce_event)
-        with context.device_handle.stream(context.reduce_scatter_stream):
-            yield
+        stream: AbstractContextManager[Any] = context.device_handle.stream(context.reduce_scatter_stream)
+        return stream
 
     def current_stream(self) -> Any:
         """Returns the stream that this thread launches work on."""
@@ -368,7 +436,8 @@ class UnitParamGroup:
     def reshard(self) -> None:
         """Frees gathered parameters, so that the next forward pass gathers their new values."""
         self.discard_prefetched()
-        self._group.reshard()
+        if not self._group.is_sharded:
+            self._group.reshard()
 
     def prefetch(self) -> None:
         """Starts gathering, for a forward pass of the unit that is about to come."""

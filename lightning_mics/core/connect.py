@@ -19,6 +19,7 @@ from lightning_mics.core._torch import (
     reduce_unused_params,
     unit_param_groups,
 )
+from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
@@ -54,21 +55,15 @@ class _Unit:
         return self.groups[0] if len(self.groups) == 1 else None
 
 
-class _Recorder:
-    """Counts the collectives of one unit."""
+def _counting(unit: _Unit, index: int, hop: Hop, ledger: CommLedger, order: CollectiveOrder) -> OnCall:
+    """Returns what is told of the bytes of each of a unit's collectives."""
+    sizes, kind = ledger.sizes(unit.name, hop, hierarchical=unit.two_stages), int(hop is Hop.PARTITION_REDUCE)
 
-    def __init__(self, unit: _Unit, index: int, ledger: CommLedger, order: CollectiveOrder) -> None:
-        self._unit, self._index, self._ledger, self._order = unit, index, ledger, order
+    def count(message_bytes: int) -> None:
+        sizes[message_bytes] += 1
+        order.note(index, kind)
 
-    def gather(self, message_bytes: int) -> None:
-        """Notes a gather."""
-        self._ledger.record(self._unit.name, Hop.PARTITION_GATHER, message_bytes, hierarchical=self._unit.two_stages)
-        self._order.note(self._index, 0)
-
-    def reduce(self, message_bytes: int) -> None:
-        """Notes a reduce-scatter."""
-        self._ledger.record(self._unit.name, Hop.PARTITION_REDUCE, message_bytes, hierarchical=self._unit.two_stages)
-        self._order.note(self._index, 1)
+    return count
 
 
 def connect(
@@ -98,9 +93,13 @@ def connect(
     prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
     reduce_scatters = []
     for index, unit in enumerate(found):
-        recorder, stages = _Recorder(unit, index, ledger, order), mesh.stages(unit.two_stages)
-        on_gather = recorder.gather if prefetch is None else prefetch.noting(index, recorder.gather)
-        reduce_scatters.append(carrier.reduce_scatter(stages, recorder.reduce))
+        on_gather, on_reduce = (
+            _counting(unit, index, hop, ledger, order) for hop in (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
+        )
+        if prefetch is not None:
+            on_gather = prefetch.noting(index, on_gather)
+        stages = mesh.stages(unit.two_stages)
+        reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce))
         assert isinstance(unit.module, FSDPModule)
         unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather))
         unit.module.set_custom_reduce_scatter(reduce_scatters[-1])

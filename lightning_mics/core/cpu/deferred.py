@@ -21,6 +21,8 @@ class DeferredReduction(Reduction):
         reduce_scatter: The unit's collective.
     """
 
+    may_run_on = True
+
     def __init__(self, group: UnitParamGroup, reduce_scatter: RingReduceScatter) -> None:
         self._group, self._collective = group, reduce_scatter
         self._waiting: list[tuple[UnitParam, Tensor | None]] = []

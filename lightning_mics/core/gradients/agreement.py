@@ -1,14 +1,20 @@
-"""What the ranks tell each other at the end of a window, in one small message."""
+"""What the ranks tell each other at the end of a window, in one small message.
+
+The message is the host's own, and its answer decides what the host does next. So it travels between hosts, and none of
+them waits for its device: over groups that carry CPU tensors, if there are such, else on a stream of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from lightning_mics.core._torch import carries_cpu_tensors
 from lightning_mics.core.gradients.unit import Phase, UnitGradients
-from lightning_mics.core.mesh import MiCSMesh
+from lightning_mics.core.mesh import MiCSMesh, communication_device
 from lightning_mics.errors import SelfCheckError
 
 _SLOT = 8  # bytes: a fingerprint and its complement
@@ -37,40 +43,111 @@ class CollectiveOrder:
         return order + bytes(255 - byte for byte in order)
 
 
-def agree(
-    mesh: MiCSMesh, units: Sequence[UnitGradients], order: CollectiveOrder
-) -> tuple[Iterator[bool], Sequence[bool]]:
-    """Exchanges what was used, what is outdated, and the order of collectives. Collective over the world.
+class Channel(ABC):
+    """A way for hosts to exchange a message."""
 
-    Returns:
-        Parameter by parameter, whether any rank used it; unit by unit, whether any rank's hop two is outdated.
+    @abstractmethod
+    def maximum(self, message: bytearray) -> bytes:
+        """Returns the largest of each byte over all ranks; may change ``message``. Collective over the world."""
 
-    Raises:
-        SelfCheckError: On every rank, if ranks of a partition group ran their collectives in different order.
+
+class HostChannel(Channel):
+    """Groups that carry CPU tensors: first each partition, then each rank with those in its place in other replicas.
+
+    Together they are the world, in rings of ``p`` and ``r`` ranks and not of ``p * r``.
     """
-    used = [flag for unit in units for flag in unit.use.used]
-    outdated = [unit.phase is Phase.OUTDATED for unit in units]
-    slots = bytearray(_SLOT * mesh.layout.num_replicas)
-    mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
-    slots[mine : mine + _SLOT] = order.slot()
-    order.clear()
-    message = torch.tensor([*used, *outdated, *slots], dtype=torch.uint8).to(units[0].group.device)
-    dist.all_reduce(message, op=dist.ReduceOp.MAX)
-    answer = message.tolist()
-    flags, slots_of_all = answer[: len(used) + len(outdated)], answer[len(used) + len(outdated) :]
-    _check_order(mesh, slots_of_all)
-    return map(bool, flags[: len(used)]), list(map(bool, flags[len(used) :]))
+
+    def __init__(self, mesh: MiCSMesh) -> None:
+        self._groups = [group for group in (mesh.partition_group, mesh.replication_group) if group.size() > 1]
+
+    def maximum(self, message: bytearray) -> bytes:
+        """Reduces the message in place."""
+        flags = torch.frombuffer(message, dtype=torch.uint8)
+        for group in self._groups:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        return bytes(message)
 
 
-def _check_order(mesh: MiCSMesh, slots: Sequence[int]) -> None:
-    half = _SLOT // 2
-    for replica, group in enumerate(mesh.layout.partition_groups):
-        slot = slots[_SLOT * replica : _SLOT * (replica + 1)]
-        # Nothing came from ranks that the fake backend only pretends to have.
-        if any(slot) and any(high + low != 255 for high, low in zip(slot[:half], slot[half:], strict=True)):
-            raise SelfCheckError(
-                f"Ranks {list(group)} of one partition group ran the units of the model in different order, so "
-                "gathered parameters or gradients may belong to different units. Let every rank of a partition "
-                "take the same path through the model, put the modules of the branch into one unit (wrap=), or "
-                "use shard_size=1."
-            )
+class DeviceChannel(Channel):
+    """The world's group, where it carries only the device's tensors.
+
+    The stream waits for no other, and neither hop uses the group. So the host, which waits for the stream, waits for
+    other hosts to come to the end of their window, and not for the device to get there.
+    """
+
+    def __init__(self, mesh: MiCSMesh) -> None:
+        self._device = communication_device(mesh.device_mesh.device_type)
+        self._handle = torch.get_device_module(self._device.type)
+        self._stream = self._handle.Stream(priority=-1)
+
+    def maximum(self, message: bytearray) -> bytes:
+        """Reduces a copy of the message on the device."""
+        host = torch.frombuffer(message, dtype=torch.uint8).pin_memory()
+        with self._handle.stream(self._stream):
+            flags = host.to(self._device, non_blocking=True)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            host.copy_(flags, non_blocking=True)
+            arrival = self._stream.record_event()
+        arrival.synchronize()
+        return bytes(host.tolist())
+
+
+def channel_for(mesh: MiCSMesh) -> Channel:
+    """Returns the way between the hosts of a mesh."""
+    by_host = all(map(carries_cpu_tensors, (mesh.partition_group, mesh.replication_group)))
+    return HostChannel(mesh) if by_host else DeviceChannel(mesh)
+
+
+class Agreement:
+    """Exchanges what was used, what is outdated, and the order of collectives.
+
+    Args:
+        mesh: The groups.
+        units: The gradients of each FSDP unit, the same ones in the same order on all ranks.
+        order: This rank's order of partition collectives.
+    """
+
+    def __init__(self, mesh: MiCSMesh, units: Sequence[UnitGradients], order: CollectiveOrder) -> None:
+        self._layout, self._units, self._order = mesh.layout, units, order
+        self._mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
+        self._channel = channel_for(mesh)
+
+    def reach(self) -> tuple[list[int], list[UnitGradients]]:
+        """Asks all ranks. Collective over the world.
+
+        Returns:
+            Unit by unit, which parameters any rank used; the units whose hop two is outdated on any rank.
+
+        Raises:
+            SelfCheckError: On every rank, if ranks of a partition group ran their collectives in different order.
+        """
+        units = self._units
+        used = b"".join([unit.use.used.to_bytes(len(unit.group.params), "little") for unit in units])
+        slots = bytearray(_SLOT * self._layout.num_replicas)
+        slots[self._mine : self._mine + _SLOT] = self._order.slot()
+        self._order.clear()
+        outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
+        answer = self._channel.maximum(bytearray(used + outdated + slots))
+        self._check_order(answer[len(used) + len(outdated) :])
+        return self._split(answer), [unit for unit, again in zip(units, answer[len(used) :], strict=False) if again]
+
+    def _split(self, answer: bytes) -> list[int]:
+        found, start = [], 0
+        for unit in self._units:
+            end = start + len(unit.group.params)
+            found.append(int.from_bytes(answer[start:end], "little"))
+            start = end
+        return found
+
+    def _check_order(self, slots: bytes) -> None:
+        half = _SLOT // 2
+        for replica, group in enumerate(self._layout.partition_groups):
+            slot = slots[_SLOT * replica : _SLOT * (replica + 1)]
+            # Nothing came from ranks that the fake backend only pretends to have.
+            if any(slot) and any(high + low != 255 for high, low in zip(slot[:half], slot[half:], strict=True)):
+                raise SelfCheckError(
+                    f"Ranks {list(group)} of one partition group ran the units of the model in different order, so "
+                    "gathered parameters or gradients may belong to different units. Let every rank of a partition "
+                    "take the same path through the model, put the modules of the branch into one unit (wrap=), or "
+                    "use shard_size=1."
+                )

@@ -17,11 +17,17 @@ from lightning_mics.core.gradients.layout import FlatLayout
 
 
 class Reduction(ABC):
-    """One way to run hop one. A unit's reductions take turns: at most one of them holds anything at a time."""
+    """One way to run hop one. A unit's reductions take turns: at most one of them holds anything at a time.
+
+    Attributes:
+        may_run_on: Whether hop one may go on beside the backward pass, until :meth:`finish`.
+    """
+
+    may_run_on = False
 
     @property
     def is_running(self) -> bool:
-        """Whether hop one goes on beside the backward pass, until :meth:`finish`."""
+        """Whether hop one goes on beside the backward pass."""
         return False
 
     def applies(self, layout: FlatLayout, *, deferring: bool) -> bool:
@@ -57,12 +63,28 @@ class Reduction(ABC):
         """Forgets the window."""
 
 
+def _can_reduce_into(group: UnitParamGroup, layout: FlatLayout, sums: Tensor) -> bool:
+    # Frozen parameters that are left out may have gradients of a time before, which FSDP2 would reduce with the others.
+    return len(layout.params) == len(group.params) and group.can_reduce_into(sums.dtype)
+
+
 class PlainReduction(Reduction):
-    """FSDP2 adds the reduced gradient to ``.grad``."""
+    """FSDP2 adds the reduced gradient to ``.grad``: to the whole unit's at once, where these lie in one buffer.
+
+    Args:
+        group: The unit's parameters.
+    """
+
+    def __init__(self, group: UnitParamGroup) -> None:
+        self._group = group
 
     def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
         """Leaves everything to FSDP2."""
-        reduce_scatter()
+        sums = layout.common_buffer()
+        if sums is not None and sums.device == self._group.device and _can_reduce_into(self._group, layout, sums):
+            self._group.reduce_into(sums, reduce_scatter)
+        else:
+            reduce_scatter()
 
     def sums(self, layout: FlatLayout) -> Tensor:
         """Returns the gradients themselves, or a copy where they lie apart."""
@@ -96,6 +118,11 @@ class ExactReduction(Reduction):
     def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
         """Reduces into new gradients, and adds these to the sums, of which ``.grad`` becomes a rounded copy."""
         sums = self.sums(layout)
+        if sums is not None and _can_reduce_into(self._group, layout, sums):
+            self._group.reduce_into(sums, reduce_scatter)
+            with self._group.reduce_stream():
+                self.take(layout, sums)
+            return
         earlier = [] if sums is not None else [param.sharded.grad for param in layout.params]
         for param in layout.params:
             param.sharded.grad = None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, local_tensor
+from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, local_gradients, local_tensor
 from lightning_mics.core.gradients.layout import FlatLayout
 from lightning_mics.core.gradients.reductions import ExactReduction, PlainReduction, Reduction
 
@@ -46,51 +46,68 @@ class _Flight:
     source: Reduction
 
 
+class ParamSet:
+    """Some of a unit's parameters, as a number with a byte for each: what is done with them needs no loop."""
+
+    @staticmethod
+    def of(flags: Sequence[bool]) -> int:
+        """Returns the set of those whose flag is true."""
+        return int.from_bytes(bytes(flags), "little")
+
+    @staticmethod
+    def only(index: int) -> int:
+        """Returns the set of one parameter."""
+        return 1 << 8 * index
+
+    @staticmethod
+    def indices(params: int) -> list[int]:
+        """Returns which parameters are in a set."""
+        return [index for index in range((params.bit_length() + 7) // 8) if params >> 8 * index & 1]
+
+
 class UnitUse:
-    """Which parameters of a unit a window wanted, used, and gave their first gradient.
+    """Which parameters of a unit a window wanted, used, and gave their first gradient, as a :class:`ParamSet` each.
 
     Attributes:
-        used: By parameter, whether this rank's microsteps used it.
-        wanted: By parameter, whether it wanted a gradient in any microstep; the same in all replicas.
+        used: Those that this rank's microsteps used.
+        wanted: Those that wanted a gradient in any microstep; the same in all replicas.
+        wanted_now: Those that wanted one in the last.
+        last: What the last microstep brought.
     """
 
-    def __init__(self, num_params: int) -> None:
-        self._num_params = num_params
-        self._last: GradState | None = None
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Starts a new window."""
-        self._last = None
-        self.used = [False] * self._num_params
-        self.wanted = [False] * self._num_params
-        self._is_born = [False] * self._num_params
+        self.used = self.wanted = self.wanted_now = self._born = 0
+        self.last: GradState | None = None
+
+    @property
+    def unclaimed(self) -> int:
+        """Parameters whose gradient is one of this window's, and not of this rank's making."""
+        return self._born & ~self.used
 
     def want(self, wanted: Sequence[bool]) -> None:
         """Notes what a microstep wants of a unit that never ran on this rank; on others it may have."""
-        self.wanted = [before or wants for before, wants in zip(self.wanted, wanted, strict=True)]
+        self.wanted |= ParamSet.of(wanted)
 
     def note(self, state: GradState) -> None:
-        """Notes what a microstep brings; costs nothing where it brings the same as the one before."""
-        if state == self._last:
-            return
-        self._last = state
-        for index, (wants, is_new, is_missing) in enumerate(zip(*state, strict=True)):
-            if not wants:
-                continue
-            self.wanted[index] = True
-            if is_new:
-                self.note_zeros(index)
-            if not is_missing:
-                self.used[index] = True
+        """Notes what a microstep brings; a second one that brings the same changes nothing."""
+        self.last = state
+        wanted, is_new, is_missing = map(ParamSet.of, state)
+        self.wanted_now = wanted
+        self.wanted |= wanted
+        self._note_born(wanted & is_new)
+        self.used |= wanted & ~is_missing
 
     def note_zeros(self, index: int) -> None:
         """Notes that a parameter gets its first gradient, which may turn out to be nobody's."""
-        self._is_born[index], self.used[index] = True, False
+        self._note_born(ParamSet.only(index))
 
-    def is_to_clear(self, index: int, used_anywhere: bool) -> bool:
-        """Returns whether a gradient of this window is no rank's, as if the parameter had not been there."""
-        return self._is_born[index] and not used_anywhere
+    def _note_born(self, params: int) -> None:
+        self._born |= params
+        self.used &= ~params
 
 
 class UnitGradients:
@@ -119,13 +136,13 @@ class UnitGradients:
         self.name = name
         self.group = group
         self.phase = Phase.OPEN
-        self.use = UnitUse(len(group.params))
+        self.use = UnitUse()
         self.num_reductions = self.num_relaunches = 0
         self._dtype = reduce_dtype
         exact = [] if reduce_dtype is None else [ExactReduction(group, reduce_dtype)]
-        self._reductions: list[Reduction] = [*exact, *reductions, PlainReduction()]
+        self._reductions: list[Reduction] = [*exact, *reductions, PlainReduction(group)]
         self._flight: _Flight | None = None
-        self._layouts: dict[tuple[bool, ...], FlatLayout] = {}
+        self._layouts: dict[int, FlatLayout] = {}
 
     # The parameters.
 
@@ -137,16 +154,24 @@ class UnitGradients:
     @property
     def participants(self) -> FlatLayout:
         """Parameters that wanted gradients at any time in the window, the same ones in all replicas."""
-        pairs = zip(self.group.params, self.use.wanted, strict=True)
-        return self._layout(tuple(wanted or param.sharded.requires_grad for param, wanted in pairs))
+        return self._layout(self.use.wanted | ParamSet.of(self.group.wanted()))
 
-    def _layout(self, chosen: tuple[bool, ...]) -> FlatLayout:
+    def holds_gradient_of(self, ids: set[int]) -> bool:
+        """Returns whether one of the sharded parameters with some ``id`` has a gradient."""
+        shards = (param.sharded for param in self.group.params)
+        return any(shard.grad is not None for shard in shards if id(shard) in ids)
+
+    def _layout(self, chosen: int) -> FlatLayout:
         if chosen not in self._layouts:
-            pairs = zip(self.group.params, chosen, strict=True)
-            self._layouts[chosen] = FlatLayout([param for param, is_chosen in pairs if is_chosen])
+            self._layouts[chosen] = FlatLayout([self.group.params[index] for index in ParamSet.indices(chosen)])
         return self._layouts[chosen]
 
     # Hop one.
+
+    @property
+    def may_run_on(self) -> bool:
+        """Whether hop one of this unit ever runs beside the pass."""
+        return any(reduction.may_run_on for reduction in self._reductions)
 
     @property
     def is_reducing(self) -> bool:
@@ -166,17 +191,20 @@ class UnitGradients:
             reduce_scatter()
             return
         state = self.group.grad_state()
-        self.use.note(state)
-        layout = self._layout(state.wanted)
+        if state != self.use.last:
+            self.use.note(state)
+        layout = self._layout(self.use.wanted_now)
         if not layout.params:
             reduce_scatter()
             return
-        if not self.group.reduces_unused:  # otherwise FSDP2 does
+        if True in state.is_missing and not self.group.reduces_unused:  # otherwise FSDP2 does
             for param in layout.params:
                 param.fill_unsharded_grad()
         self.num_reductions += 1
-        reduction = next(way for way in self._reductions if way.applies(layout, deferring=deferring))
-        reduction.run(layout, reduce_scatter)
+        for way in self._reductions:
+            if way.applies(layout, deferring=deferring):
+                way.run(layout, reduce_scatter)
+                return
 
     def finish_reduction(self) -> None:
         """Ends a hop one that runs beside the pass."""
@@ -228,6 +256,8 @@ class UnitGradients:
 
     def _fill_missing(self, layout: FlatLayout) -> None:
         """Gives zeros to parameters that other ranks may have used."""
+        if local_gradients(layout.params) is not None:
+            return
         for index, param in enumerate(self.group.params):
             if param.sharded.grad is None and param in layout.params:
                 param.set_local_grad(torch.zeros_like(local_tensor(param.sharded)))
@@ -235,11 +265,10 @@ class UnitGradients:
 
     # The end of the window.
 
-    def clear_unused(self, used_anywhere: Sequence[bool]) -> None:
+    def clear_unused(self, used_anywhere: int) -> None:
         """Takes the gradient from parameters that no rank used, as on one process."""
-        for index, (param, used) in enumerate(zip(self.group.params, used_anywhere, strict=True)):
-            if self.use.is_to_clear(index, used):
-                param.sharded.grad = None
+        for index in ParamSet.indices(self.use.unclaimed & ~used_anywhere):
+            self.group.params[index].sharded.grad = None
 
     def close(self) -> None:
         """Ends the window. The current stream has waited for the reduce stream."""

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from lightning_mics.core._torch import queue_backward_callback
-from lightning_mics.core.gradients.agreement import CollectiveOrder, agree
+from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
@@ -93,6 +93,7 @@ class AccumulationWindow:
         deferring: Whether backward passes leave out hop two.
         pending: Whether there are gradients that replicas did not exchange.
         order: See above.
+        has_replicas: Whether there is a second hop at all.
     """
 
     def __init__(
@@ -108,22 +109,20 @@ class AccumulationWindow:
         self.units = units
         self.deferring = self.pending = False
         self.order = order
+        self.has_replicas = mesh.layout.num_replicas > 1
         self._mesh, self._ledger = mesh, ledger
+        self._agreement = Agreement(mesh, units, order)
         self._overlap = overlap and self.has_replicas
+        self._may_run_on = any(unit.may_run_on for unit in units)
         self._observers = list(observers)
         self._queue = LaunchQueue(units)
         self._pass = _BackwardPass(self)
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
 
-    @property
-    def has_replicas(self) -> bool:
-        """Whether there is a second hop at all."""
-        return self._mesh.layout.num_replicas > 1
-
     # Within a backward pass.
 
-    def _reduce(self, unit: UnitGradients, reduce_scatter: Callable[[], None]) -> None:
+    def _reduce(self, unit: UnitGradients, reduce_scatter: Callable[[], None], *unused: object) -> None:
         """Runs hop one of a unit, and hop two of those that can begin, where FSDP2 would reduce the gradients."""
         self.begin_backward()
         if not unit.group.reduces_gradients:
@@ -135,8 +134,8 @@ class AccumulationWindow:
         unit.reduce(reduce_scatter, deferring=self.deferring)
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
-        launches_next = self.has_replicas and not self.deferring
-        if not unit.is_reducing or (launches_next and not self._mesh.layout.spans_nodes):
+        may_run_on = self._may_run_on and unit.is_reducing
+        if not may_run_on or (self.has_replicas and not self.deferring and not self._mesh.layout.spans_nodes):
             self._finish_reduction()
 
     def _finish_reduction(self) -> None:
@@ -144,7 +143,8 @@ class AccumulationWindow:
         unit, self._pass.reducing = self._pass.reducing, None
         if unit is None:
             return
-        unit.finish_reduction()
+        if self._may_run_on:
+            unit.finish_reduction()
         if self._overlap and not self.deferring:
             for ready in self._queue.ready(unit):
                 self._launch(ready)
@@ -188,25 +188,24 @@ class AccumulationWindow:
         if self.has_replicas:
             for unit in self._queue.rest():
                 self._launch(unit)
-        used, again = agree(self._mesh, self.units, self.order)
+        used, outdated = self._agreement.reach()
         for unit in self.units:
             unit.wait()
         if self.has_replicas:
-            self._launch_again(again)
+            self._launch_again(outdated)
         self._hand_back()
-        for unit in self.units:
-            unit.clear_unused([next(used) for _ in unit.group.params])
+        for unit, used_anywhere in zip(self.units, used, strict=True):
+            unit.clear_unused(used_anywhere)
         self.pending = False
         self._observers = [observer for observer in self._observers if not observer.after_window(self)]
         self._close()
 
-    def _launch_again(self, again: Sequence[bool]) -> None:
+    def _launch_again(self, outdated: Sequence[UnitGradients]) -> None:
         """Runs hop two once more for units that got another microstep after it, on any rank."""
-        for unit, is_outdated in zip(self.units, again, strict=True):
-            if is_outdated:
-                self._launch(unit)
-                unit.wait()
-                unit.num_relaunches += 1
+        for unit in outdated:
+            self._launch(unit)
+            unit.wait()
+            unit.num_relaunches += 1
 
     def _close(self) -> None:
         for unit in self.units:
@@ -247,10 +246,10 @@ class AccumulationWindow:
         Raises:
             UnsyncedGradientsError: If one of them has a gradient that replicas did not exchange.
         """
-        owned = [param for unit in self.units for param in unit.group.params if id(param.sharded) in params]
-        if not owned:
+        units = [unit for unit in self.units if unit.group.owns_any(params)]
+        if not units:
             return
-        if self.pending and self.has_replicas and any(param.sharded.grad is not None for param in owned):
+        if self.pending and self.has_replicas and any(unit.holds_gradient_of(params) for unit in units):
             raise UnsyncedGradientsError(
                 "optimizer.step() was called in the middle of an accumulation window: every microstep since the last "
                 "step ran inside defer_replication_sync(). Run the last microstep outside of it, or call "

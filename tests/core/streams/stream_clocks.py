@@ -180,19 +180,21 @@ class HostWait:
     Attributes:
         kind: What waits, such as ``"item"``.
         frames: The line that waits, and the innermost one of the package where this is another one.
+        streams: Names of the streams whose work is waited for.
     """
 
     kind: str
     frames: tuple[tuple[CodeType, int], ...]
+    streams: tuple[str, ...]
 
     @classmethod
-    def here(cls, kind: str) -> HostWait:
+    def here(cls, kind: str, streams: tuple[str, ...]) -> HostWait:
         """Returns a wait by what runs at the moment."""
         frame = inner = _outside(sys._getframe(1))
         while frame is not None and not _in_package(frame):
             frame = _outside(frame.f_back)
         found = [inner] if frame is None or frame is inner else [inner, frame]
-        return cls(kind, tuple((one.f_code, one.f_lineno) for one in found if one is not None))
+        return cls(kind, tuple((one.f_code, one.f_lineno) for one in found if one is not None), streams)
 
     @property
     def where(self) -> str:
@@ -247,9 +249,10 @@ class Timeline:
             clock: What for; by default the current stream.
             is_asked_for: Whether it is there to wait, as ``synchronize()`` is, and not to read a value.
         """
-        if self.is_watched:
-            self.host_waits.append(HostWait.here(kind))
         clock = self.current.clock if clock is None else clock
+        if self.is_watched:
+            streams = tuple(stream.name for stream in self.streams if stream.id in clock)
+            self.host_waits.append(HostWait.here(kind, streams))
         merge(self.host_stream.clock, clock)
         if is_asked_for or self.settings.host_waits:
             merge(self.host, clock)

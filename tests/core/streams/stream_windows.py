@@ -191,8 +191,10 @@ class Window:
     on_side_stream: bool = False
     peers_used_all: bool = False
 
-    def run(self, configuration: Configuration, settings: Settings | None = None) -> StreamChecker:
-        """Runs it; returns the checker with what it found."""
+    def run(
+        self, configuration: Configuration, settings: Settings | None = None, *, has_gloo: bool = False
+    ) -> StreamChecker:
+        """Runs it, with groups that carry CPU tensors or without; returns the checker with what it found."""
         num_replicas = configuration.world_size // configuration.settings.get("shard_size", 2)
 
         def say_used(message: Tensor) -> None:
@@ -200,7 +202,7 @@ class Window:
 
         peers = say_used if self.peers_used_all else None
         world = (configuration.world_size, configuration.rank)
-        has_gloo = bool(configuration.settings.get("cpu_offload"))
+        has_gloo = has_gloo or bool(configuration.settings.get("cpu_offload"))
         with pretended_device(*world, settings, peers, has_gloo) as checker:
             run = Run(configuration, self.settings)
             stream = Stream(checker.timeline, "side") if self.on_side_stream else None

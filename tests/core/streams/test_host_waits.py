@@ -7,11 +7,13 @@ from stream_checker import StreamChecker
 from stream_windows import CONFIGURATIONS, WINDOWS
 
 # Who may wait, and why; what is not in here fails, and so does what nobody needs any more.
-_EVERY_WINDOW = {
-    "core/gradients/agreement.py (agree)": "TODAY: what was used is sent to the device, and the answer is read",
+_WITHOUT_GLOO = {
+    "core/gradients/agreement.py (maximum)": "hosts wait for one another's message, on a stream of its own",
 }
-_SOME_WINDOWS = {
+_SELF_CHECK = {
     "core/replicas.py (differing)": "the self-check, once, in the first window",
+}
+_SELF_CHECK_WITHOUT_GLOO = {
     "core/replicas.py (raise_together)": "the self-check: objects travel by the device if NCCL is alone",
 }
 
@@ -23,16 +25,26 @@ def where(checker: StreamChecker) -> set[str]:
 @pytest.mark.parametrize("configuration", ["flat", "hierarchical", "bf16 parameters", "p=1"])
 @pytest.mark.parametrize("window", ["accumulation", "clipped", "replaced everywhere", "unused on this rank only"])
 def test_the_host_does_not_wait_in_a_window(window: str, configuration: str) -> None:
-    checker = WINDOWS[window].run(CONFIGURATIONS[configuration])
-    assert where(checker) == set(_EVERY_WINDOW), "\n".join(map(str, checker.host_waits))
+    checker = WINDOWS[window].run(CONFIGURATIONS[configuration], has_gloo=True)
+    assert not checker.host_waits, "\n".join(map(str, checker.host_waits))
+    assert not checker.races
+
+
+@pytest.mark.parametrize("window", ["accumulation", "clipped", "unused on this rank only"])
+def test_without_gloo_it_waits_for_no_computation(window: str) -> None:
+    checker = WINDOWS[window].run(CONFIGURATIONS["flat"])
+    assert where(checker) == set(_WITHOUT_GLOO), "\n".join(map(str, checker.host_waits))
+    streams = {name for wait in checker.host_waits for name in wait.streams}
+    assert not streams & {"compute", "gather", "copy-in", "reduce"}
 
 
 def test_what_waits_on_purpose_is_listed() -> None:
-    checker = WINDOWS["self-check"].run(CONFIGURATIONS["flat"])
-    assert where(checker) == {*_EVERY_WINDOW, *_SOME_WINDOWS}
+    assert where(WINDOWS["self-check"].run(CONFIGURATIONS["flat"], has_gloo=True)) == set(_SELF_CHECK)
+    without = where(WINDOWS["self-check"].run(CONFIGURATIONS["flat"]))
+    assert without == {*_WITHOUT_GLOO, *_SELF_CHECK, *_SELF_CHECK_WITHOUT_GLOO}
 
 
 @pytest.mark.parametrize("window", ["clipped, norm read"])
 def test_what_a_user_reads_is_counted(window: str) -> None:
-    waits = where(WINDOWS[window].run(CONFIGURATIONS["flat"])) - set(_EVERY_WINDOW)
+    waits = where(WINDOWS[window].run(CONFIGURATIONS["flat"], has_gloo=True))
     assert waits == {"stream_windows.py (_clip_and_read)"}
