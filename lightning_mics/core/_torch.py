@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.autograd import Variable, profiler
 from torch.distributed import distributed_c10d as _c10d
 from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
 from torch.distributed.fsdp import FSDPModule
@@ -178,6 +178,34 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
     """Loads entries of a state dictionary into a module, and not into those inside it."""
     module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def labelled(text: str) -> Callable[[_Method], _Method]:
+    """Makes a method show in traces of ``torch.profiler``, with its object's ``name``; free while none is taken."""
+
+    def wrap(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def shown(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            if not profiler._is_profiler_enabled:
+                return method(owner, *args, **kwargs)
+            with profiler.record_function(f"mics::{text} ({owner.name})"):
+                return method(owner, *args, **kwargs)
+
+        return cast("_Method", shown)
+
+    return wrap
+
+
+def begin_label(text: str) -> AbstractContextManager[Any] | None:
+    """Begins what a trace of ``torch.profiler`` shows, until its ``__exit__``; ``None`` while no trace is taken."""
+    if not profiler._is_profiler_enabled:
+        return None
+    label: AbstractContextManager[Any] = profiler.record_function(f"mics::{text}")
+    label.__enter__()
+    return label
 
 
 class UnitParam:

@@ -105,10 +105,13 @@ class Agreement:
         mesh: The groups.
         units: The gradients of each FSDP unit, the same ones in the same order on all ranks.
         order: This rank's order of partition collectives.
+
+    Attributes:
+        order: See above.
     """
 
     def __init__(self, mesh: MiCSMesh, units: Sequence[UnitGradients], order: CollectiveOrder) -> None:
-        self._layout, self._units, self._order = mesh.layout, units, order
+        self._layout, self._units, self.order = mesh.layout, units, order
         self._mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
         self._channel = channel_for(mesh)
 
@@ -124,8 +127,8 @@ class Agreement:
         units = self._units
         used = b"".join([unit.use.used.to_bytes(len(unit.group.params), "little") for unit in units])
         slots = bytearray(_SLOT * self._layout.num_replicas)
-        slots[self._mine : self._mine + _SLOT] = self._order.slot()
-        self._order.clear()
+        slots[self._mine : self._mine + _SLOT] = self.order.slot()
+        self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
         answer = self._channel.maximum(bytearray(used + outdated + slots))
         self._check_order(answer[len(used) + len(outdated) :])

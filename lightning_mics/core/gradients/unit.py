@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, local_gradients, local_tensor
+from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, labelled, local_gradients, local_tensor
 from lightning_mics.core.gradients.layout import FlatLayout
 from lightning_mics.core.gradients.reductions import ExactReduction, PlainReduction, Reduction
 
@@ -178,6 +178,7 @@ class UnitGradients:
         """Whether hop one runs beside the pass."""
         return any(reduction.is_running for reduction in self._reductions)
 
+    @labelled("hop one")
     def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
         """Runs hop one, FSDP2's step, for this unit.
 
@@ -213,6 +214,7 @@ class UnitGradients:
 
     # Hop two.
 
+    @labelled("hop two")
     def launch(self, replication_group: dist.ProcessGroup) -> int:
         """Starts hop two, an all-reduce that averages; returns the bytes of its message."""
         layout = self.participants
@@ -227,6 +229,7 @@ class UnitGradients:
         self.phase = Phase.REPLICATING
         return buffer.nbytes
 
+    @labelled("end of hop two")
     def wait(self) -> None:
         """Waits for hop two and puts the result into the gradients."""
         flight, self._flight = self._flight, None

@@ -26,11 +26,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from lightning_mics.core._torch import queue_backward_callback
+from lightning_mics.core._torch import begin_label, queue_backward_callback
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.mesh import MiCSMesh
@@ -92,8 +93,6 @@ class AccumulationWindow:
     Attributes:
         deferring: Whether backward passes leave out hop two.
         pending: Whether there are gradients that replicas did not exchange.
-        order: See above.
-        has_replicas: Whether there is a second hop at all.
     """
 
     def __init__(
@@ -108,8 +107,6 @@ class AccumulationWindow:
     ) -> None:
         self.units = units
         self.deferring = self.pending = False
-        self.order = order
-        self.has_replicas = mesh.layout.num_replicas > 1
         self._mesh, self._ledger = mesh, ledger
         self._agreement = Agreement(mesh, units, order)
         self._overlap = overlap and self.has_replicas
@@ -119,6 +116,16 @@ class AccumulationWindow:
         self._pass = _BackwardPass(self)
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether there is a second hop at all."""
+        return self._mesh.layout.num_replicas > 1
+
+    @property
+    def order(self) -> CollectiveOrder:
+        """This rank's order of partition collectives."""
+        return self._agreement.order
 
     # Within a backward pass.
 
@@ -208,6 +215,7 @@ class AccumulationWindow:
             unit.num_relaunches += 1
 
     def _close(self) -> None:
+        self._pass.number = 0
         for unit in self.units:
             unit.close()
         self._queue.clear()
@@ -271,12 +279,15 @@ class _BackwardPass:
 
     Attributes:
         reducing: The unit whose hop one was started last.
+        number: How many the window has begun.
     """
 
     def __init__(self, window: AccumulationWindow) -> None:
         self.reducing: UnitGradients | None = None
+        self.number = 0
         self._window = weakref.ref(window)
         self._callback: weakref.ref[Callable[[], None]] | None = None
+        self._label: AbstractContextManager[Any] | None = None
 
     @property
     def is_running(self) -> bool:
@@ -290,10 +301,12 @@ class _BackwardPass:
 
     def forget(self) -> None:
         """Forgets the pass."""
-        self._callback = self.reducing = None
+        self._callback = self.reducing = self._label = None
 
     def begin(self) -> None:
         """Asks autograd to tell of the end of the pass that is running."""
+        self.number += 1
+        self._label = begin_label(f"backward of microstep {self.number}")
         window = self._window()
         assert window is not None
         stream = window.units[0].group.current_stream()
@@ -303,6 +316,9 @@ class _BackwardPass:
             ended = self._window()
             if ended is not None:
                 ended._end_of_backward()
+            label, self._label = self._label, None
+            if label is not None:
+                label.__exit__(None, None, None)
 
         def lost(reference: object) -> None:
             failed = self._window()
