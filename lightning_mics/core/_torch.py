@@ -467,6 +467,12 @@ class UnitParamGroup:
         if not self._group.is_sharded:
             self._group.reshard()
 
+    def free(self) -> None:
+        """Frees gathered parameters and whole gradients that a failed pass left; waits for nothing."""
+        self._group._to_sharded()
+        for param in self.params:
+            param.drop_unsharded_grad()
+
     def prefetch(self) -> None:
         """Starts gathering, for a forward pass of the unit that is about to come."""
         self._gathered_of = self._shard_states()

@@ -11,8 +11,9 @@ What FSDP2 alone does not do:
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lightning_mics.core._torch import ForwardHooks, RootState, current_backward_id, outside_graphs
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.errors import MiCSError
 
 _Kind = Literal["forward", "method"]
 
@@ -32,10 +34,19 @@ class _Call:
     Attributes:
         kind: Whether it is ``forward``, or a registered method.
         tells: Whether it tells of its end, however that comes. Calls inside of one that does belong to its pass.
+        thread: The one that runs it.
+        has_output: Whether it came to its end without an exception.
     """
 
     kind: _Kind
     tells: bool
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+    has_output: bool = False
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the current thread runs it, or nobody any more."""
+        return self.thread is threading.current_thread() or not self.thread.is_alive()
 
 
 class RootPasses:
@@ -64,10 +75,9 @@ class RootPasses:
         return ForwardHooks(functools.partial(self._enter, kind), functools.partial(self._leave, kind))
 
     def _enter(self, kind: _Kind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refuse_other_threads()
         self._drop_unheard(kind)
-        if not self._running and self._state.has_failed:
-            self._state.reset()
-            self._window.abandon()
+        self._recover()
         is_inner = _tells(self._running)
         self._running.append(_Call(kind, tells=kind == "forward"))
         if is_inner:
@@ -75,6 +85,20 @@ class RootPasses:
         if self._prefetch is not None:
             self._prefetch.forward_begins()
         return self._fsdp.before(module, args, kwargs)
+
+    def _refuse_other_threads(self) -> None:
+        if not all(call.is_mine for call in self._running):
+            caller, other = threading.current_thread().name, self._running[-1].thread.name
+            raise MiCSError(
+                f"{caller} called the model while {other} runs a forward pass of it. Passes of one model gather into "
+                "the same memory: let threads take turns, with a lock around each."
+            )
+
+    def _recover(self) -> None:
+        """Starts afresh after a pass that failed, and frees what that left."""
+        if not self._running and self._state.has_failed:
+            self._state.reset()
+            self._window.abandon()
 
     def _drop_unheard(self, kind: _Kind) -> None:
         """Drops a call that an interrupt, or an exception in a method that does not tell, has ended.
@@ -86,7 +110,9 @@ class RootPasses:
             self._running = self._running[:-1]
 
     def _leave(self, kind: _Kind, module: nn.Module, args: Any, output: Any) -> Any:
-        outer = self._running[:-1] if self._is_innermost(kind) else self._running
+        outer = self._running
+        if self._is_innermost(kind):
+            self._running[-1].has_output, outer = True, self._running[:-1]
         if kind == "method":
             self._running = outer
         if _tells(outer):
@@ -99,9 +125,11 @@ class RootPasses:
         return output
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Ends a call of ``forward``, also one that raised."""
-        if self._is_innermost("forward"):
-            self._running = self._running[:-1]
+        """Ends a call of ``forward``, also one that raised; its memory is wanted by who catches the error."""
+        if self._is_innermost("forward") and self._running[-1].is_mine:
+            *self._running, call = self._running
+            if not call.has_output:
+                self._recover()
 
     def telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a method that tells of its end; it is to be registered as a forward method afterwards."""
@@ -116,6 +144,7 @@ class RootPasses:
             except BaseException:
                 if call in self._running:
                     self._running = self._running[: self._running.index(call)]
+                    self._recover()
                 raise
 
         return told

@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mics.core.gradients.window import AccumulationWindow
@@ -46,12 +45,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
-    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    params = _ids(optimizer)
     for window in list(_WINDOWS):
         window.prepare_step(params)
 
 
+def _ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
 def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    if isinstance(optimizer, torch.optim.LBFGS) and any(isinstance(param, DTensor) for param in params):
+    if isinstance(optimizer, torch.optim.LBFGS) and any(window.owns(_ids(optimizer)) for window in list(_WINDOWS)):
         raise MiCSError("LBFGS needs the whole gradient as one vector, which no rank has. Use another optimizer.")

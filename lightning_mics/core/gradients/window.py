@@ -246,6 +246,11 @@ class AccumulationWindow:
             unit.group.wait_offloaded()
         self._hand_back(stream)
 
+    def free(self) -> None:
+        """Frees what a failed pass left gathered or unreduced: who catches its error may want the memory at once."""
+        for unit in self.units:
+            unit.group.free()
+
     # Around an optimizer step.
 
     def prepare_step(self, params: set[int]) -> None:
@@ -264,6 +269,10 @@ class AccumulationWindow:
                 "lightning_mics.sync_gradients(model) before the step."
             )
         self.reshard()
+
+    def owns(self, params: set[int]) -> bool:
+        """Returns whether any of some parameters (by ``id``) is the model's."""
+        return any(id(param.sharded) in params for unit in self.units for param in unit.group.params)
 
     def reshard(self) -> None:
         """Frees parameters that a forward pass without a backward pass left gathered, and that a step makes stale."""
@@ -324,6 +333,7 @@ class _BackwardPass:
             failed = self._window()
             if failed is not None and self._callback is reference:
                 failed.keep_what_was_reduced(stream)
+                failed.free()
 
         self._callback = weakref.ref(end, lost)
         queue_backward_callback(end)

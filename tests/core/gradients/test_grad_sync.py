@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from models import Regressor, build, microbatch, regression_loss
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import (
@@ -679,6 +681,19 @@ def step_by_lbfgs() -> None:
     model = mics_shard(build("uneven"), MiCSConfig(shard_size=2))
     regression_loss(model, microbatch("uneven", 0, 2)).backward()
     torch.optim.LBFGS(model.parameters()).step(lambda: torch.zeros(()))
+
+
+def step_others_by_lbfgs() -> float:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plain, other = nn.Linear(2, 1), fully_shard(nn.Linear(2, 1), mesh=mesh)
+    mics_shard(build("uneven"), MiCSConfig(shard_size=2, node_size=2))
+    for model in (plain, other):
+        torch.optim.LBFGS(model.parameters()).step(lambda: torch.zeros(()))
+    return 0.0
+
+
+def test_lbfgs_on_the_parameters_of_other_models_is_none_of_ours(pool: WorkerPool) -> None:
+    assert pool.run(step_others_by_lbfgs, world_size=2) == [0.0] * 2
 
 
 def test_lbfgs_is_refused(pool: WorkerPool) -> None:
