@@ -229,7 +229,8 @@ class _Launch:
         self.looks_at_shapes = self.name in _READ_NOTHING
         self._func, self._placement = func, placement
         self._kinds = {placement.of(tensor) for tensor in (*self.reads, *self.writes) if is_real(tensor)}
-        self._asked = kwargs.get("device")
+        is_cast = self.name == "_to_copy" and not placement.is_moving
+        self._asked = None if is_cast and not is_device(kwargs.get("device")) else kwargs.get("device")
         self.is_on_device = Kind.DEVICE in self._kinds or is_device(self._asked)
 
     @property

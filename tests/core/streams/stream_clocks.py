@@ -13,12 +13,13 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
 
+import accelerate
+import lightning
 import torch
 
 import lightning_mics
@@ -28,6 +29,8 @@ _PACKAGE = str(Path(lightning_mics.__file__).parent)
 _FSDP2 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_fully_shard")
 _OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
 _CLIPPING = str(Path(torch.__file__).parent / "nn" / "utils" / "clip_grad.py")
+# Who answers for a wait, with what it calls.
+_OWNERS = (_PACKAGE, *(str(Path(module.__file__ or "").parent) for module in (accelerate, lightning)))
 # Calls of the dispatch mode and of contexts come through these.
 _DYNAMO = str(Path(torch.__file__).parent / "_dynamo")
 _BETWEEN = (contextlib.__file__, *(str(Path(torch.__file__).parent / name) for name in ("_compile.py", "_ops.py")))
@@ -179,7 +182,7 @@ class HostWait:
 
     Attributes:
         kind: What waits, such as ``"item"``.
-        frames: The line that waits, and the innermost one of the package where this is another one.
+        frames: The line that waits, and the innermost one of the package or of a front-end where this is another one.
         streams: Names of the streams whose work is waited for.
     """
 
@@ -191,14 +194,14 @@ class HostWait:
     def here(cls, kind: str, streams: tuple[str, ...]) -> HostWait:
         """Returns a wait by what runs at the moment."""
         frame = inner = _outside(sys._getframe(1))
-        while frame is not None and not _in_package(frame):
+        while frame is not None and not frame.f_code.co_filename.startswith(_OWNERS):
             frame = _outside(frame.f_back)
         found = [inner] if frame is None or frame is inner else [inner, frame]
         return cls(kind, tuple((one.f_code, one.f_lineno) for one in found if one is not None), streams)
 
     @property
     def where(self) -> str:
-        """The function, the package's own if there is one: ``"core/gradients/agreement.py (agree)"``."""
+        """The function, the package's or a front-end's if there is one: ``"core/gradients/agreement.py (agree)"``."""
         code, _ = self.frames[-1]
         return f"{_short(code)} ({code.co_name})"
 
@@ -314,6 +317,10 @@ class Stream:
         """Returns whether all is over; nobody can rely on it."""
         return False
 
+    def is_capturing(self) -> bool:
+        """Returns that no graph is captured."""
+        return False
+
 
 class Event:
     """A mark in a stream; stands for ``torch.cuda.Event``."""
@@ -340,79 +347,3 @@ class Event:
     def query(self) -> bool:
         """Returns whether it is over; nobody can rely on it."""
         return False
-
-
-class StandInDevice:
-    """Stands for the module ``torch.cuda``.
-
-    Args:
-        timeline: Where its streams run.
-    """
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
-
-    def Stream(self, *args: Any, **kwargs: Any) -> Stream:
-        """Makes a stream, of any priority."""
-        return Stream(self._timeline)
-
-    def Event(self, *args: Any, **kwargs: Any) -> Event:
-        """Makes an event."""
-        return Event(self._timeline)
-
-    def current_stream(self, device: object = None) -> Stream:
-        """Returns the current stream."""
-        return self._timeline.current
-
-    def default_stream(self, device: object = None) -> Stream:
-        """Returns the stream on which computation starts."""
-        return self._timeline.compute
-
-    @property
-    def stream(self) -> Callable[[Stream | None], contextlib.AbstractContextManager[None]]:
-        """Makes a stream the current one in a context."""
-        return self._timeline.use
-
-    def current_device(self) -> int:
-        """Returns the device's index."""
-        return 0
-
-    def device_count(self) -> int:
-        """Returns that there is one."""
-        return 1
-
-    def set_device(self, device: object) -> None:
-        """Does nothing: there is one."""
-
-    def is_available(self) -> bool:
-        """Returns that it is there."""
-        return True
-
-    def is_initialized(self) -> bool:
-        """Returns that it is ready."""
-        return True
-
-    def _lazy_init(self) -> None:
-        """Does nothing: it is ready."""
-
-    def get_rng_state(self, device: object = None) -> torch.Tensor:
-        """Returns what an activation checkpoint keeps."""
-        return torch.zeros(16, dtype=torch.uint8)
-
-    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
-        """Does nothing: nobody looks at the values."""
-
-    def _sleep(self, cycles: int) -> None:
-        """Does nothing: the clocks do not know how long anything takes."""
-
-    def device(self, index: object) -> contextlib.AbstractContextManager[None]:
-        """Changes nothing: there is one."""
-        return contextlib.nullcontext()
-
-    def synchronize(self, device: object = None) -> None:
-        """Makes the host wait for everything."""
-        clock: Clock = {}
-        for stream in self._timeline.streams:
-            merge(clock, stream.clock)
-        if self._timeline.waits.runs("synchronize"):
-            self._timeline.wait_on_host("synchronize", clock, is_asked_for=True)

@@ -41,9 +41,14 @@ def is_real(tensor: Tensor) -> bool:
 
 
 class Placement:
-    """Which storages are the device's, and which are pinned; all others are ordinary host memory."""
+    """Which storages are the device's, and which are pinned; all others are ordinary host memory.
+
+    Attributes:
+        is_moving: Whether a tensor is moved. Autograd's casts name a device, too, but the real one, which is the CPU.
+    """
 
     def __init__(self) -> None:
+        self.is_moving = False
         self._kinds: dict[int, tuple[Kind, object]] = {}
 
     def of(self, tensor: Tensor) -> Kind:
@@ -91,6 +96,12 @@ class Placement:
             stack.enter_context(mock.patch.object(Tensor, name, value))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _on_host_first(getattr(torch, name))))
+        begin = torch.autocast.__init__
+
+        def autocast(context: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+            begin(context, "cpu" if is_device(device_type) else device_type, *args, **kwargs)
+
+        stack.enter_context(mock.patch.object(torch.autocast, "__init__", autocast))
         by_device = torch._C._group_tensors_by_device_and_dtype
 
         def by_pretended_device(lists: Any, with_indices: bool = False) -> Any:
@@ -110,13 +121,14 @@ class Placement:
             return _original_to(tensor, *args, **kwargs)
         if tensor.device.type == device.type:
             return _original_to(tensor, dtype=dtype or tensor.dtype, copy=copy)
-        return torch.ops.aten._to_copy.default(
-            tensor,
-            dtype=dtype or tensor.dtype,
-            device=device,
-            non_blocking=non_blocking,
-            memory_format=memory_format if copy else None,
-        )
+        with mock.patch.object(self, "is_moving", True):
+            return torch.ops.aten._to_copy.default(
+                tensor,
+                dtype=dtype or tensor.dtype,
+                device=device,
+                non_blocking=non_blocking,
+                memory_format=memory_format if copy else None,
+            )
 
 
 _original_to = Tensor.to

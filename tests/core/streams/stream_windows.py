@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from stream_checker import StreamChecker
 from stream_clocks import Settings, Stream
 from stream_world import pretended_device
@@ -112,15 +113,26 @@ class Run:
         mics_shard(self.model, MiCSConfig(**{**defaults, **configuration.settings, **settings}), device_type="cuda")
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), foreach=True)
         self._dtype = configuration.dtype
+        self.other: Run | None = None
+
+    @property
+    def discriminator(self) -> Run:
+        """The second model of a window that has two."""
+        assert self.other is not None
+        return self.other
 
     @property
     def blocks(self) -> list[Any]:
         """The units but for the root."""
         return list(self.model.blocks)
 
+    def inputs(self) -> Tensor:
+        """Returns a batch."""
+        return torch.randn(4, _WIDTH, dtype=self._dtype, device="cuda")
+
     def loss(self, **kwargs: Any) -> Tensor:
         """Runs a forward pass."""
-        return self.model(torch.randn(4, _WIDTH, dtype=self._dtype, device="cuda"), **kwargs).square().mean()
+        return self.model(self.inputs(), **kwargs).square().mean()
 
     def microstep(self, *, defer: bool = True, **kwargs: Any) -> None:
         """Runs a forward and a backward pass."""
@@ -184,12 +196,14 @@ class Window:
         settings: More arguments of the model's config.
         on_side_stream: Whether another stream than the default one is current.
         peers_used_all: Whether other ranks used every unit, and want all of them reduced again.
+        has_two_models: Whether there is a second model.
     """
 
     body: Callable[[Run], object]
     settings: dict[str, Any] = field(default_factory=dict)
     on_side_stream: bool = False
     peers_used_all: bool = False
+    has_two_models: bool = False
 
     def run(
         self, configuration: Configuration, settings: Settings | None = None, *, has_gloo: bool = False
@@ -205,6 +219,7 @@ class Window:
         has_gloo = has_gloo or bool(configuration.settings.get("cpu_offload"))
         with pretended_device(*world, settings, peers, has_gloo) as checker:
             run = Run(configuration, self.settings)
+            run.other = Run(configuration, self.settings) if self.has_two_models else None
             stream = Stream(checker.timeline, "side") if self.on_side_stream else None
             with checker, checker.timeline.use(stream):
                 self.body(run)
@@ -374,6 +389,69 @@ def _asynchronous_gathers(run: Run) -> None:
     _repeat()(run)
 
 
+def _adversaries(run: Run) -> None:
+    for _ in range(2):
+        with torch.no_grad():
+            made = run.model(run.inputs())
+        for index in range(2):
+            with defer_replication_sync(run.discriminator.model, enabled=index == 0):
+                run.discriminator.model(made).square().mean().backward()
+        run.discriminator.step()
+        run.discriminator.model.requires_grad_(False)
+        for index in range(2):
+            with defer_replication_sync(run.model, enabled=index == 0):
+                run.discriminator.model(run.model(run.inputs())).square().mean().backward()
+        run.step()
+        run.discriminator.model.requires_grad_(True)
+
+
+def _through_both(run: Run) -> None:
+    both = nn.ModuleList([run.model, run.discriminator.model])
+    for _ in range(2):
+        for index in range(2):
+            with defer_replication_sync(both, enabled=index == 0):
+                run.discriminator.model(run.model(run.inputs())).square().mean().backward()
+        clip_grad_norm_(both, 0.01)
+        run.step()
+        run.discriminator.step()
+
+
+def _interleaved(run: Run) -> None:
+    for _ in range(2):
+        run.microstep()
+        run.discriminator.microstep()
+        scale(run)
+        run.microstep(defer=False)
+        replace(run.discriminator)
+        run.step()
+        run.discriminator.microstep(defer=False)
+        run.discriminator.step()
+
+
+def _failed_beside(run: Run) -> None:
+    for _ in range(2):
+        run.microstep()
+        run.discriminator.failing_backward()
+        run.microstep(defer=False)
+        scale(run.discriminator)
+        run.step()
+        run.discriminator.window(2)
+
+
+def send_objects(run: Run) -> None:
+    """Lets ranks tell each other of gradients, as objects and as tensors."""
+    values, gathered = [{"step": 1}], [None] * dist.get_world_size()
+    dist.broadcast_object_list(values, src=0)
+    dist.all_gather_object(gathered, [param.grad is None for param in run.model.parameters()])
+    for param in list(_grads(run))[:2]:
+        grad = param.grad.to_local()
+        copy = grad.clone()
+        work = dist.broadcast(copy, src=0, async_op=True)
+        dist.all_reduce(grad, op=dist.ReduceOp.MAX)
+        work.wait()
+        grad.mul_(0.5).add_(copy)
+
+
 def _adam(**kwargs: Any) -> Callable[[Run], object]:
     def body(run: Run) -> None:
         run.optimizer = torch.optim.AdamW(run.model.parameters(), **kwargs)
@@ -421,6 +499,12 @@ WINDOWS = {
     "activation checkpointing": Window(_repeat(), {"activation_checkpointing": True}),
     "not resharded after forward": Window(_repeat(), {"reshard_after_forward": False}),
     "another current stream": Window(_repeat(), on_side_stream=True),
+    "adversaries": Window(_adversaries, has_two_models=True),
+    "one loss of two models": Window(_through_both, has_two_models=True),
+    "two models by turns": Window(_interleaved, has_two_models=True),
+    "two models, one fails": Window(_failed_beside, has_two_models=True),
+    "objects between microsteps": Window(_repeat(between=send_objects)),
+    "objects before sync": Window(_repeat(by_hand=True, before_sync=send_objects)),
     "single-tensor Adam": Window(_adam(foreach=False)),
     "fused Adam": Window(_adam(fused=True)),
     "self-check": Window(_repeat(), {"verify": True}),

@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from stream_checker import StreamChecker
-from stream_clocks import Settings, StandInDevice
+from stream_clocks import Settings
 from stream_collectives import Collectives, Peers, own_objects, same_objects
+from stream_device import StandInDevice
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -96,8 +97,9 @@ def _replace_device(stack: ExitStack, checker: StreamChecker) -> None:
     for name in dir(StandInDevice):
         if not name.startswith("__"):
             _patch(stack, torch.cuda, name, getattr(device, name))
-    for name in ("current_stream", "synchronize"):
+    for name in ("current_stream", "synchronize", "is_available"):
         _patch(stack, torch.accelerator, name, getattr(device, name))
+    _patch(stack, torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     lazy_init = _fsdp_param_group.FSDPCommContext.lazy_init
 
     def named_streams(context: Any, device: torch.device) -> None:

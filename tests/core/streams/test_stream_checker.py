@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from stream_checker import StreamChecker
-from stream_clocks import Settings, StandInDevice, Stream
+from stream_clocks import Settings, Stream
+from stream_device import StandInDevice
 from stream_plain import PLAIN, Plain
 from stream_world import pretended_device
 
