@@ -91,10 +91,16 @@ def _waiter() -> str:
     """Returns who waits: the line, and the one in the package that called its function."""
     frame = _outside(sys._getframe(1))
     caller = _caller(frame)
-    while caller is not None and frame is not None and Path(frame.f_code.co_filename).name in _HELPERS:
+    while caller is not None and frame is not None and _is_helper(frame):
         frame, caller = caller, _caller(caller)
+    while caller is not None and _is_helper(caller):
+        caller = _caller(caller)
     waiters = [found for found in (frame, caller) if found is not None]
     return " < ".join(f"{_short(found.f_code)}:{found.f_lineno} ({found.f_code.co_name})" for found in waiters)
+
+
+def _is_helper(frame: FrameType) -> bool:
+    return Path(frame.f_code.co_filename).name in _HELPERS
 
 
 def _caller(frame: FrameType | None) -> FrameType | None:

@@ -39,6 +39,7 @@ class Training:
         clips: Whether gradients are clipped.
         settings: More settings of MiCS.
         options: More arguments of the front-end.
+        has_gloo: Whether groups have a way for host memory, too, and not NCCL alone.
     """
 
     fit: Callable[[Training, StreamChecker], object]
@@ -46,11 +47,12 @@ class Training:
     clips: bool = True
     settings: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    has_gloo: bool = True
 
     def run(self, settings: Settings | None = None) -> StreamChecker:
         """Takes some steps; returns the checker with what it found."""
         torch.manual_seed(0)
-        with pretended_device(_WORLD, _RANK, settings) as checker:
+        with pretended_device(_WORLD, _RANK, settings, has_gloo=self.has_gloo) as checker:
             self.fit(self, checker)
             return checker
 
@@ -190,9 +192,8 @@ def fit_by_fabric(training: Training, checker: StreamChecker) -> None:
 
 def fit_by_accelerate(training: Training, checker: StreamChecker) -> None:
     """Trains by Accelerate."""
-    with mock.patch.dict(
-        os.environ, {"RANK": str(_RANK), "WORLD_SIZE": str(_WORLD), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    ):
+    variables = {"RANK": str(_RANK), "WORLD_SIZE": str(_WORLD), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    with mock.patch.dict(os.environ, variables):
         try:
             accelerator = MiCSAccelerator(
                 mics_plugin=MiCSPlugin(**training.mics),
@@ -212,10 +213,9 @@ def _loop_of_accelerate(
     training: Training, checker: StreamChecker, accelerator: MiCSAccelerator, model: Any, optimizer: Any, loader: Any
 ) -> None:
     for (rows,) in loader:
-        with checker:
-            with accelerator.accumulate(model):
-                accelerator.backward(loss_of(model, rows))
-                if accelerator.sync_gradients and training.clips:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.01)
-                optimizer.step()
-                optimizer.zero_grad()
+        with checker, accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, rows))
+            if accelerator.sync_gradients and training.clips:
+                accelerator.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()

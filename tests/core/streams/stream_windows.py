@@ -422,9 +422,10 @@ def _interleaved(run: Run) -> None:
         run.discriminator.microstep()
         scale(run)
         run.microstep(defer=False)
+        run.discriminator.microstep()
         replace(run.discriminator)
         run.step()
-        run.discriminator.microstep(defer=False)
+        sync_gradients(run.discriminator.model)
         run.discriminator.step()
 
 

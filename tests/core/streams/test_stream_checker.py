@@ -63,6 +63,13 @@ def reduce_what_is_written(program: Program, waits: bool) -> None:
     program.tensor + 1
 
 
+def write_what_is_broadcast(program: Program, waits: bool) -> None:
+    work = dist.broadcast(program.tensor, src=dist.get_rank(), async_op=True)
+    if waits:
+        work.wait()
+    program.tensor.zero_()
+
+
 def read_on_host(program: Program, waits: bool) -> None:
     if waits:
         program.tensor.sum().item()
@@ -93,6 +100,7 @@ def write_on_host_what_is_copied(program: Program, waits: bool) -> None:
         (write_what_is_read, {"WAR"}),
         (free_what_is_read, {"FREED"}),
         (reduce_what_is_written, {"RAW"}),
+        (write_what_is_broadcast, {"WAR"}),
         (read_on_host, {"RAW"}),
         (read_copy_on_host, {"RAW"}),
         (write_on_host_what_is_copied, {"WAR"}),
@@ -168,6 +176,28 @@ def test_operators_on_both_host_and_device_are_refused() -> None:
             on_device.add_(on_host)
         with pytest.raises(RuntimeError, match="device type cpu"):
             dist.all_reduce(on_host)
+
+
+@pytest.mark.parametrize("way", ["gathered", "broadcast"])
+def test_objects_travel_as_tensors_of_the_device(way: str) -> None:
+    def run(settings: Settings) -> StreamChecker:
+        with pretended_device(settings=settings) as checker, checker:
+            values = [{"step": 1}]
+            if way == "broadcast":
+                dist.broadcast_object_list(values, src=0)
+            else:
+                values = [None] * 4
+                dist.all_gather_object(values, {"step": 1})
+            assert values[0] == {"step": 1}
+        return checker
+
+    whole = run(Settings(sync_on_current=False))
+    assert whole.host_waits
+    assert not whole.races
+    sites = frozenset(site for site in whole.timeline.waits.sites if "Work.wait" in site)
+    assert sites
+    if way == "gathered":  # who broadcasts reads nothing afterwards
+        assert run(Settings(sync_on_current=False, left_out=sites)).races
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from stream_clocks import Settings
 from stream_memory import Race
 from stream_windows import CONFIGURATIONS, WINDOWS
@@ -25,6 +26,19 @@ _RUNS = [
 _NEEDED_ON_CPUS = "(abandon) <"
 
 
+# Further paths need waits as well: window, configuration, and what the waits left out have in their sites.
+_PATHS = [
+    ("two models by turns", "flat", "(launch)"),
+    ("one loss of two models", "flat", "(_hand_back)"),
+    ("adversaries", "hierarchical", "(wait)"),
+    ("two models, one fails", "flat", "(_hand_back)"),
+    ("objects between microsteps", "flat", "(_hand_back)"),
+    ("objects before sync", "hierarchical", "(launch)"),
+    ("clipped", "offload", "(wait)"),
+    ("failed first backward pass, scaled", "offload", "(keep_what_was_reduced)"),
+]
+
+
 def places(races: list[Race]) -> set[tuple[str, str, str]]:
     return {race.places for race in races}
 
@@ -46,3 +60,12 @@ def test_each_wait_left_out_is_found() -> None:
     missed = [site for site in sorted(sites) if not is_found(site)]
     assert not [site for site in missed if _NEEDED_ON_CPUS not in site]
     assert len(missed) <= 1
+
+
+@pytest.mark.parametrize(("window", "configuration", "part"), _PATHS)
+def test_waits_left_out_are_found_on_further_paths(window: str, configuration: str, part: str) -> None:
+    whole = WINDOWS[window].run(CONFIGURATIONS[configuration])
+    assert not whole.races
+    sites = frozenset(site for site in whole.timeline.waits.of_package if part in site)
+    assert sites
+    assert WINDOWS[window].run(CONFIGURATIONS[configuration], Settings(left_out=sites)).races
