@@ -22,12 +22,11 @@ from lightning_mics.checkpoint.state import (
     empty_like,
     is_extra_state,
     model_state,
-    plain_name,
     set_optimizer_state,
     shard_like,
     trained_parameters,
 )
-from lightning_mics.core._torch import load_own_entries, local_tensor
+from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import ranks
+from lightning_mics.core._torch import plain_name
 from lightning_mics.errors import CheckpointError
 
 
@@ -64,11 +65,6 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.P
             "optimizer after the model was sharded."
         )
     return {names[param]: param for param in params}
-
-
-def plain_name(name: str) -> str:
-    """Removes what ``torch.compile`` and checkpoint wrappers add to names."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = False) -> dict[str, Any]:

@@ -17,14 +17,47 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable, profiler
 from torch.distributed import distributed_c10d as _c10d
-from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map_only as tree_map_only
+
+from lightning_mics.core._needs import gone, require
+
+try:
+    from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+    from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+    from torch.distributed.tensor import DTensor
+    from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map_only as tree_map_only
+except ImportError as error:
+    raise gone(error) from error
+
+require(torch, "_amp_foreach_non_finite_check_and_unscale_")
+require(torch._C, "_current_graph_task_id")
+require(_c10d, "_process_group_name", "_coalescing_manager", "_get_default_store", "_abort_process_group")
+require(profiler, "_is_profiler_enabled")
+require(nn.modules.batchnorm, "_BatchNorm")
+require(nn.Module, "_compiled_call_impl", "_load_from_state_dict")
+require(DTensor, "_local_tensor")
+require(FSDPModule, "_get_fsdp_state", "_set_unshard_async_op", "reshard")
+require(
+    _fsdp_param.FSDPParam,
+    *("sharded_param", "_unsharded_param", "unsharded_accumulated_grad", "to_sharded_dtensor"),
+    *("sharded_size", "padded_sharded_param_size", "_param_fqn", "_module_info"),
+)
+require(
+    _fsdp_param_group.FSDPParamGroup,
+    *("fsdp_params", "mesh_info", "device", "device_handle", "comm_ctx", "reduce_grads"),
+    *("wait_for_unshard", "post_backward", "reshard", "_prefetch_unshard", "_all_gather_result", "_post_reduce_event"),
+)
+require(
+    _fsdp_state.FSDPState,
+    *("_pre_forward", "_post_forward", "_pre_backward", "_pre_forward_hook_handle", "_post_forward_hook_handle"),
+    *("_is_root", "_state_ctx", "_comm_ctx", "_modules"),
+)
+require(_fsdp_state.FSDPStateContext, "all_states", "iter_forward_root", "post_backward_final_callback_queued")
+require(_fsdp_param_group.FSDPCommContext, "reduce_scatter_stream")
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,6 +86,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     """Returns the module inside of what ``torch.compile(module)`` gives; any other as it is."""
     inner = module._modules.get("_orig_mod")
     return module if inner is None else inner
+
+
+def plain_name(name: str) -> str:
+    """Removes what ``torch.compile`` and checkpoint wrappers add to names of parameters and modules inside."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_mics.config import Wrap
-from lightning_mics.core._torch import BatchNorm, uncompiled
+from lightning_mics.core._torch import BatchNorm, plain_name, uncompiled
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean
 
@@ -95,8 +95,8 @@ def backward_order(model: nn.Module, units: Iterable[Unit]) -> list[Unit]:
 
 
 def unit_names(model: nn.Module, units: Iterable[Unit]) -> list[str]:
-    """Returns the names of units; the root's is ``"(root)"``."""
-    names = {module: name or "(root)" for name, module in model.named_modules()}
+    """Returns the names of units, without what ``torch.compile`` adds; the root's is ``"(root)"``."""
+    names = {module: plain_name(name) or "(root)" for name, module in model.named_modules()}
     return [" + ".join(names[module] for module in unit) for unit in units]
 
 

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_mics.core._needs import require_in_source
 from lightning_mics.core._torch import forget_dtensor_meshes, unit_param_groups
+
+# Imported late, where something is traced.
+require_in_source("torch.testing._internal.distributed.fake_pg", "FakeStore")
+require_in_source("torch._subclasses.fake_tensor", "FakeTensorMode", "FakeTensor", "FakeCopyMode")
+require_in_source("torch.distributed._tools.mem_tracker", "MemTracker", "_update_snap", "_mod_tracker")
+require_in_source(
+    "torch.distributed._tools.fsdp2_mem_tracker",
+    *("FSDPMemTracker", "_instrument_fsdp_module", "_deregister_module_and_optimizer_hooks"),
+    *("_fsdp_state_pre_forward", "_fsdp_state_post_forward"),
+    *("_fsdp_param_group_pre_backward", "_fsdp_param_group_post_backward"),
+)
 
 _Tracker: Any = object  # becomes PyTorch's, which is imported late
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from models import Block, Regressor, SharedBlock, TiedBlocks, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfigError
-from lightning_mics.core.units import Unit, backward_order, plan_units
+from lightning_mics.core.units import Unit, backward_order, plan_units, unit_names
 
 
 def names_of(model: nn.Module, units: list[Unit]) -> list[tuple[str, ...]]:
@@ -214,3 +215,26 @@ def test_one_module_with_two_dtypes_is_refused() -> None:
 def test_modules_without_parameters_are_no_units() -> None:
     model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Dropout()), nn.Linear(2, 2))
     assert plan(model, [nn.Linear, nn.ReLU]) == [("1",)]
+
+
+def named_units(model: nn.Module, wrap: object) -> list[str]:
+    return unit_names(model, plan_units(model, wrap))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", ["auto", "Block", Block, lambda module: isinstance(module, Block)], ids=str)
+def test_compiled_modules_are_the_units_that_plain_ones_are(wrap: object) -> None:
+    whole, wrapped, outer = Regressor(), Regressor(), Regressor()
+    whole.compile()
+    wrapped.blocks = nn.ModuleList(map(torch.compile, wrapped.blocks))
+    regional = compile_regions(Regressor())
+    for model in (whole, wrapped, torch.compile(outer), regional):
+        assert named_units(model, wrap) == ["blocks.0", "blocks.1"]
+    for model in (wrapped, regional):  # hooks of the compiled module are outside of its graph
+        assert [unit[0] for unit in plan_units(model)] == list(model.blocks)
+
+
+def test_a_module_that_is_compiled_and_also_called_plainly_is_a_unit_inside() -> None:
+    model = Regressor()
+    plain = list(model.blocks)
+    model.again, model.blocks = nn.ModuleList(plain), nn.ModuleList(map(torch.compile, plain))
+    assert [unit[0] for unit in plan_units(model, "Block")] == plain
