@@ -8,8 +8,10 @@ message is copied. The reduce-scatter is the same in reverse.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ OnCall = Callable[[int], None]
 
 
 class _StagedWork(dist.Work):
-    """Handle of an asynchronous two-stage collective: its second stage starts when the handle is waited on.
+    """Handle of a two-stage collective where there are no streams: its second stage runs when it is waited on.
 
     All ranks of a partition wait on their handles in the same order, so the second stages pair up. FSDP2 only waits on
     handles that are a ``dist.Work``.
@@ -48,6 +50,42 @@ class _StagedWork(dist.Work):
 
     def is_completed(self) -> bool:
         return self._first is None
+
+
+class _StreamWork(dist.Work):
+    """Handle of what runs on a stream, with the tensors that must live until it is waited on."""
+
+    def __init__(self, stream: Any, handle: Any, *tensors: Tensor) -> None:
+        super().__init__()
+        self._event, self._handle, self._tensors = stream.record_event(), handle, tensors
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._handle.current_stream().wait_event(self._event)
+        self._tensors = ()
+        return True
+
+    def is_completed(self) -> bool:
+        return bool(self._event.query())
+
+
+class StageStream:
+    """The stream on which an asynchronous collective runs all of its stages, one for all units of a model.
+
+    The second stage so starts as soon as the first one is done, and not when somebody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    def run(self, collective: Callable[[Tensor, Tensor], None], output: Tensor, source: Tensor) -> dist.Work:
+        """Runs ``collective(output, source)`` behind what the current stream was given so far; returns its handle."""
+        handle = torch.get_device_module(output.device.type)
+        if self._stream is None:
+            self._stream = handle.Stream(priority=-1)
+        self._stream.wait_stream(handle.current_stream())
+        with handle.stream(self._stream):
+            collective(output, source)
+        return _StreamWork(self._stream, handle, output, source)
 
 
 class Allocating:
@@ -108,40 +146,55 @@ class HierarchicalAllGather(Allocating, AllGather):
         intra_group: This rank's peers of the partition on its own node, ``k`` ranks in order.
         inter_group: This rank's peers of the partition with the same place on other nodes, ``g`` ranks in order.
         on_call: Told the bytes of each gathered message.
+        stream: Where asynchronous gathers run.
     """
 
     def __init__(
-        self, intra_group: dist.ProcessGroup, inter_group: dist.ProcessGroup, on_call: OnCall | None = None
+        self,
+        intra_group: dist.ProcessGroup,
+        inter_group: dist.ProcessGroup,
+        on_call: OnCall | None = None,
+        stream: StageStream | None = None,
     ) -> None:
         self._intra, self._inter, self._on_call = intra_group, inter_group, on_call
+        self._stream = stream or StageStream()
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         """Gathers ``input_tensor`` (shape ``[n]``) of all ranks into ``output_tensor`` (shape ``[g * k * n]``).
 
-        ``input_tensor`` may be this rank's own place in ``output_tensor``. With ``async_op`` the stage inside nodes
-        runs when the returned handle is waited on.
+        ``input_tensor`` may be this rank's own place in ``output_tensor``. Without streams, and with ``async_op``, the
+        stage inside nodes runs when the returned handle is waited on.
         """
         if self._on_call is not None:
             self._on_call(output_tensor.nbytes)
+        if not async_op:
+            self._gather(output_tensor, input_tensor)
+            return None
+        if output_tensor.device.type != "cpu":
+            return self._stream.run(self._gather, output_tensor, input_tensor)
+        across, work = self._across_nodes(input_tensor, async_op=True)
+        return _StagedWork(work, functools.partial(self._inside_nodes, output_tensor, across))
+
+    def _gather(self, output: Tensor, source: Tensor) -> None:
+        across, _ = self._across_nodes(source, async_op=False)
+        self._inside_nodes(output, across)
+
+    def _across_nodes(self, source: Tensor, *, async_op: bool) -> tuple[Tensor, Any]:
+        """Returns this rank's place of each node, of shape ``[g * n]``."""
+        across = source.new_empty(self._inter.size() * source.numel())
+        return across, all_gather_single(across, source, group=self._inter, async_op=async_op)
+
+    def _inside_nodes(self, output: Tensor, across: Tensor) -> None:
         num_nodes, local_size = self._inter.size(), self._intra.size()
-        blocks = output_tensor.view(num_nodes, local_size, -1)
-        across = input_tensor.new_empty(num_nodes * input_tensor.numel())
-
-        def inside_nodes() -> None:
-            mine = blocks[:, self._intra.rank()]
-            mine.copy_(across.view(num_nodes, -1))
-            if local_size > 1:
-                with batched(self._intra, output_tensor.device):
-                    for block, part in zip(blocks, mine, strict=True):
-                        all_gather_single(block.view(-1), part, group=self._intra)
-
-        first = all_gather_single(across, input_tensor, group=self._inter, async_op=async_op)
-        if async_op:
-            return _StagedWork(first, inside_nodes)
-        inside_nodes()
-        return None
+        blocks = output.view(num_nodes, local_size, -1)
+        mine = blocks[:, self._intra.rank()]
+        mine.copy_(across.view(num_nodes, -1))
+        if local_size > 1:
+            with batched(self._intra, output.device):
+                for block, part in zip(blocks, mine, strict=True):
+                    all_gather_single(block.view(-1), part, group=self._intra)
 
 
 class HierarchicalReduceScatter(Allocating, ReduceScatter):

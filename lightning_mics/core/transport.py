@@ -15,6 +15,7 @@ from lightning_mics.core.collectives import (
     HierarchicalAllGather,
     HierarchicalReduceScatter,
     OnCall,
+    StageStream,
 )
 from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.deferred import DeferredReduction
@@ -51,12 +52,15 @@ class Transport(ABC):
 class DeviceTransport(Transport):
     """The backend's own collectives; FSDP2 overlaps them on an accelerator's streams."""
 
+    def __init__(self) -> None:
+        self._stream = StageStream()
+
     def all_gather(self, stages: Stages, on_call: OnCall | None = None) -> AllGather:
         """Returns a gather."""
         if len(stages) == 1:
             return FlatAllGather(on_call)
         inter, intra = stages
-        return HierarchicalAllGather(intra, inter, on_call)
+        return HierarchicalAllGather(intra, inter, on_call, self._stream)
 
     def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None) -> ReduceScatter:
         """Returns a reduce-scatter."""
