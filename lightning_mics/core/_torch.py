@@ -22,7 +22,7 @@ from lightning_mics.core._needs import gone, require
 
 try:
     from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
@@ -496,6 +496,15 @@ class UnitParamGroup:
             event, param.grad_offload_event = param.grad_offload_event, None
             if event is not None:
                 event.synchronize()
+
+    def wait_until_read(self) -> None:
+        """Makes the host wait until shards in its memory were copied to the device, so that they may change."""
+        context = self._group.comm_ctx
+        copying = getattr(context, "all_gather_copy_in_stream", None)  # there since the first forward pass
+        if copying is None or not self.has_streams or not isinstance(self._group.offload_policy, CPUOffloadPolicy):
+            return
+        for stream in (copying, context.device_handle.current_stream()):  # asynchronous gathers copy on the latter
+            stream.synchronize()
 
     # Gathered parameters.
 

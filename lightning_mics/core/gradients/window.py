@@ -278,6 +278,7 @@ class AccumulationWindow:
         """Frees parameters that a forward pass without a backward pass left gathered, and that a step makes stale."""
         for unit in self.units:
             unit.group.reshard()
+        self.units[0].group.wait_until_read()
 
 
 class _BackwardPass:

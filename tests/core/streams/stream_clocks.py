@@ -113,7 +113,7 @@ def _caller(frame: FrameType | None) -> FrameType | None:
 
 def _outside(frame: FrameType | None) -> FrameType | None:
     """Returns the innermost frame that is neither the checker's nor of what calls it."""
-    while frame is not None and _is_between(frame.f_code):
+    while frame is not None and _is_between(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
@@ -134,23 +134,21 @@ def _is_torch(name: str) -> bool:
 
 
 @functools.cache
-def _is_between(code: CodeType) -> bool:
-    name = code.co_filename
+def _is_between(name: str) -> bool:
     is_users = "windows" in Path(name).name or Path(name).name.startswith("test_")
     return name in _BETWEEN or name.startswith(_DYNAMO) or (name.startswith(_TOOL) and not is_users)
 
 
 @functools.cache
-def _is_interesting(code: CodeType) -> bool:
-    name = code.co_filename
+def _is_interesting(name: str) -> bool:
     is_window = name.startswith(_TOOL) and "windows" in Path(name).name
     return is_window or name.startswith((_PACKAGE, _FSDP2, _OPTIMIZERS, _CLIPPING))
 
 
 @functools.cache
-def _is_test(code: CodeType) -> bool:
-    """Returns whether code is a test's: what called it is of no interest."""
-    path = Path(code.co_filename)
+def _is_test(name: str) -> bool:
+    """Returns whether code is a test's, by its file: what called it is of no interest."""
+    path = Path(name)
     return str(path.parent) == _TOOL and path.name.startswith("test_")
 
 
@@ -167,8 +165,8 @@ class Place:
         """Returns the place that runs at the moment."""
         frames: list[tuple[CodeType, int]] = []
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and len(frames) < depth and not _is_test(frame.f_code):
-            if _is_interesting(frame.f_code):
+        while frame is not None and len(frames) < depth and not _is_test(frame.f_code.co_filename):
+            if _is_interesting(frame.f_code.co_filename):
                 frames.append((frame.f_code, frame.f_lineno))
             frame = frame.f_back
         return cls(tuple(frames))

@@ -6,6 +6,7 @@ To add one, write a function of a :class:`Run` and list it in ``WINDOWS``.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -361,6 +362,15 @@ def _no_backward(run: Run) -> None:
         run.loss()
 
 
+def _evaluated_before_step(run: Run, *, is_async: bool = False) -> None:
+    run.model._set_unshard_async_op(is_async)
+    for _ in range(2):
+        run.microstep(defer=False)
+        with torch.no_grad():
+            run.loss()
+        run.step()
+
+
 def _zeroed_in_between(run: Run) -> None:
     for _ in range(2):
         run.microstep()
@@ -492,6 +502,8 @@ WINDOWS = {
     "failed first backward pass, scaled": Window(_failed_first_backward),
     "failed backward pass, forward, scaled": Window(_failed_backward_then_forward),
     "no backward pass": Window(_no_backward),
+    "evaluated before a step": Window(_evaluated_before_step),
+    "evaluated before a step, asynchronous gathers": Window(functools.partial(_evaluated_before_step, is_async=True)),
     "zeroed gradients": Window(_repeat(3, set_to_none=False)),
     "zeroed in the window": Window(_zeroed_in_between),
     "frozen and thawed": Window(_frozen_and_thawed),

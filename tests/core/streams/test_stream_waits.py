@@ -20,6 +20,8 @@ _RUNS = [
     ("asynchronous gathers", "hierarchical"),
     ("no backward pass", "flat"),
     ("failed first backward pass, scaled", "offload"),
+    ("evaluated before a step", "offload"),
+    ("evaluated before a step, asynchronous gathers", "offload"),
 ]
 
 # On a device a pass that failed has waited for hop two already; where there are no streams it has not.

@@ -18,13 +18,17 @@ _ORDER = [
     *("flat", "bf16 parameters", "hierarchical", "offload", "mixed bf16"),
     *("bf16 parameters, hierarchical", "p=1", "bf16 parameters, offload"),
 ]
-_NEEDED = [("failed first backward pass, scaled", "offload")]
+_NEEDED = [
+    ("failed first backward pass, scaled", "offload"),
+    ("evaluated before a step", "offload"),
+    ("evaluated before a step, asynchronous gathers", "offload"),
+]
 _SAMPLE = list(dict.fromkeys([*zip(WINDOWS, itertools.cycle(_ORDER), strict=False), *_NEEDED]))
 
 
 def check(window: str, configuration: str, settings: Settings) -> None:
     checker = WINDOWS[window].run(CONFIGURATIONS[configuration], settings)
-    assert checker.num_operators > 1000
+    assert checker.num_operators > 500
     assert not checker.races, "\n".join(map(str, checker.races))
 
 
