@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,6 +101,11 @@ class RootPasses:
             self._state.reset()
             self._window.abandon()
 
+    def _free(self) -> None:
+        """Recovers while the error of the pass is on its way up, which a lost connection to a peer must not hide."""
+        with suppress(RuntimeError):  # the next pass tries again
+            self._recover()
+
     def _drop_unheard(self, kind: _Kind) -> None:
         """Drops a call that an interrupt, or an exception in a method that does not tell, has ended.
 
@@ -129,7 +135,7 @@ class RootPasses:
         if self._is_innermost("forward") and self._running[-1].is_mine:
             *self._running, call = self._running
             if not call.has_output:
-                self._recover()
+                self._free()
 
     def telling(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a method that tells of its end; it is to be registered as a forward method afterwards."""
@@ -144,7 +150,7 @@ class RootPasses:
             except BaseException:
                 if call in self._running:
                     self._running = self._running[: self._running.index(call)]
-                    self._recover()
+                    self._free()
                 raise
 
         return told
