@@ -370,6 +370,11 @@ class UnitParamGroup:
         return self._group.reduce_grads
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the unit runs no backward pass at the moment, for which its parameters would be gathered."""
+        return self._group.is_sharded and self._group.unshard_in_backward
+
+    @property
     def reduces_unused(self) -> bool:
         """Whether FSDP2 reduces zeros for parameters that a microstep did not use (torch >= 2.13)."""
         return getattr(self._group, "reduce_scatter_unused_params", False)

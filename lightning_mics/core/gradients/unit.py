@@ -182,7 +182,9 @@ class UnitGradients:
     def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
         """Runs hop one, FSDP2's step, for this unit.
 
-        All trainable parameters take part, with zeros where this rank did not use one: so do those of its peers.
+        All trainable parameters take part, with zeros where this rank did not use one: so do those of its peers. A unit
+        without a backward pass in this microstep takes no part. No peer had one either: it would have gathered the
+        unit's parameters for it, which is a collective of the partition.
         """
         if self.phase is not Phase.OPEN:
             self.wait()
@@ -192,6 +194,9 @@ class UnitGradients:
             reduce_scatter()
             return
         state = self.group.grad_state()
+        if False not in state.is_missing and self.group.is_idle:
+            self.use.want(state.wanted)
+            return
         if state != self.use.last:
             self.use.note(state)
         layout = self._layout(self.use.wanted_now)
