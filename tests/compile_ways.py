@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from lightning_mics import Hop, MiCSConfig, Traffic, communication_ledger, defer_replication_sync, mics_shard
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
+from lightning_mics.checkpoint import load_checkpoint, save_checkpoint
 from lightning_mics.core._torch import plain_name
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.lightning.trainer import MiCSStrategy
-from lightning_mics.testing import full_state_dict
+from lightning_mics.testing import full_state_dict, weight_differences
 from lightning_mics.transformers import MiCSTrainer
 
 STEPS, ACCUMULATE, ROWS = 4, 2, 2
@@ -221,6 +222,7 @@ def by_huggingface(backend: str | None, folder: Path) -> Seen:
 LOOPS = {
     function.__name__: function
     for function in (
+        eager,
         blocks_then_shard,
         shard_then_blocks,
         wrap_then_shard,
@@ -233,7 +235,7 @@ LOOPS = {
     )
 }
 WAYS: dict[str, Callable[..., Seen]] = {
-    **{name: partial(in_a_loop, function) for name, function in LOOPS.items()},
+    **{name: partial(in_a_loop, function) for name, function in LOOPS.items() if function is not eager},
     "accelerate_regional": lambda backend, folder: by_accelerate(backend, regional=True),
     "accelerate_whole": lambda backend, folder: by_accelerate(backend, regional=False),
     "fabric": lambda backend, folder: by_fabric(backend),
@@ -259,3 +261,12 @@ def seen_of(way: str | None, reference: str, backend: str, folder: Path) -> Seen
     torch._dynamo.utils.counters.clear()
     folder = folder / str(dist.get_rank())
     return REFERENCES[reference](folder) if way is None else WAYS[way](backend, folder)
+
+
+def through_a_checkpoint(compiles: str, loads: str, folder: Path) -> dict[str, float]:
+    """Returns how far weights differ that one way's model saved and another way's model of other values loaded."""
+    saved = LOOPS[compiles](build("uneven"), "eager")
+    loaded = LOOPS[loads](build("uneven", seed=1), "eager")
+    save_checkpoint(folder, saved)
+    load_checkpoint(folder, loaded)
+    return weight_differences(*({plain_name(n): v for n, v in full_state_dict(m).items()} for m in (loaded, saved)))

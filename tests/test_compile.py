@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from compile_ways import WAYS, Seen, reference_of, seen_of
+from compile_ways import WAYS, Seen, reference_of, seen_of, through_a_checkpoint
 
 from lightning_mics.testing import WorkerPool, relative_difference, weight_differences
 
@@ -62,3 +62,14 @@ def test_every_way_trains_like_eager_by_inductor(
 ) -> None:
     found = pool.run(seen_of, way, reference_of(way), "inductor", tmp_path, world_size=4, timeout=400)
     record_property("figures", check(found, eager(reference_of(way))))
+
+
+@pytest.mark.parametrize(
+    ("compiles", "loads"),
+    [("wrap_then_shard", "eager"), ("eager", "wrap_whole_then_shard"), ("regions_then_shard", "shard_then_wrap_whole")],
+)
+def test_checkpoints_have_the_names_of_plain_models(
+    pool: WorkerPool, tmp_path: Path, compiles: str, loads: str
+) -> None:
+    for differences in pool.run(through_a_checkpoint, compiles, loads, tmp_path / "saved", world_size=4):
+        assert set(differences.values()) == {0.0}
