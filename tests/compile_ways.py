@@ -257,6 +257,7 @@ def reference_of(way: str) -> str:
 def seen_of(way: str | None, reference: str, backend: str, folder: Path) -> Seen:
     """Trains on this rank, compiled in a way or not at all."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own, which would outlive the test
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")  # one for all tests of a session
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     folder = folder / str(dist.get_rank())
