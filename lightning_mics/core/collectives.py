@@ -2,13 +2,13 @@
 
 Ranks are node-major, so a message over ``p = g * k`` ranks is ``g`` contiguous node blocks of ``k`` shards. The
 hierarchical gather first runs across nodes (each rank fetches the shards of its peers with the same place in other
-nodes; ``k`` such exchanges in parallel), then inside the node, gathering each node block in place. Only ``1/k`` of the
-message is copied. The reduce-scatter is the same in reverse.
+nodes; ``k`` such exchanges in parallel), then inside the node, gathering each node block in place: its own block
+meanwhile, the others when they are there. Only ``1/k`` of the message is copied. The reduce-scatter is the same in
+reverse, one stage after the other.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -174,27 +174,41 @@ class HierarchicalAllGather(Allocating, AllGather):
             return None
         if output_tensor.device.type != "cpu":
             return self._stream.run(self._gather, output_tensor, input_tensor)
-        across, work = self._across_nodes(input_tensor, async_op=True)
-        return _StagedWork(work, functools.partial(self._inside_nodes, output_tensor, across))
+        across, work = self._across_nodes(input_tensor)
+
+        def inside_nodes() -> None:
+            self._inside_own_node(output_tensor, input_tensor)
+            self._inside_other_nodes(output_tensor, across)
+
+        return _StagedWork(work, inside_nodes)
 
     def _gather(self, output: Tensor, source: Tensor) -> None:
-        across, _ = self._across_nodes(source, async_op=False)
-        self._inside_nodes(output, across)
+        across, work = self._across_nodes(source)
+        self._inside_own_node(output, source)
+        work.wait()
+        self._inside_other_nodes(output, across)
 
-    def _across_nodes(self, source: Tensor, *, async_op: bool) -> tuple[Tensor, Any]:
-        """Returns this rank's place of each node, of shape ``[g * n]``."""
+    def _across_nodes(self, source: Tensor) -> tuple[Tensor, dist.Work]:
+        """Returns this rank's place of each node, of shape ``[g * n]``, and the handle of what brings it."""
         across = source.new_empty(self._inter.size() * source.numel())
-        return across, all_gather_single(across, source, group=self._inter, async_op=async_op)
+        return across, all_gather_single(across, source, group=self._inter, async_op=True)
 
-    def _inside_nodes(self, output: Tensor, across: Tensor) -> None:
+    def _inside_own_node(self, output: Tensor, source: Tensor) -> None:
+        """Gathers the block for which nothing has to come from other nodes, while that is under way."""
+        if self._intra.size() > 1:
+            block = output.view(self._inter.size(), -1)[self._inter.rank()]
+            all_gather_single(block, source, group=self._intra)
+
+    def _inside_other_nodes(self, output: Tensor, across: Tensor) -> None:
         num_nodes, local_size = self._inter.size(), self._intra.size()
         blocks = output.view(num_nodes, local_size, -1)
         mine = blocks[:, self._intra.rank()]
         mine.copy_(across.view(num_nodes, -1))
         if local_size > 1:
             with batched(self._intra, output.device):
-                for block, part in zip(blocks, mine, strict=True):
-                    all_gather_single(block.view(-1), part, group=self._intra)
+                for node, (block, part) in enumerate(zip(blocks, mine, strict=True)):
+                    if node != self._inter.rank():
+                        all_gather_single(block.view(-1), part, group=self._intra)
 
 
 class HierarchicalReduceScatter(Allocating, ReduceScatter):

@@ -19,7 +19,7 @@ from lightning_mics.testing import WorkerPool
 # Nodes of a partition and ranks on each.
 SHAPES = [(2, 2), (4, 2), (2, 4)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64]
-NUMELS = [1, 7, 1024]
+NUMELS = [1, 7, 2**16 + 1]  # the last in chunks, on rings
 TRANSPORTS = {"backend": DeviceTransport(), "rings": RingTransport(overlaps=True)}
 
 
@@ -91,7 +91,7 @@ def reduce_all_ways(local_size: int, transport: Transport) -> list[str]:
         if async_op:
             assert isinstance(work, dist.Work)
             work.wait()
-        tolerance = 1e-5 if dtype is torch.float32 else 0.05
+        tolerance = 1e-5 if dtype is torch.float32 else 0.1
         if not torch.allclose(output, expected, rtol=tolerance, atol=tolerance) or not torch.equal(message, kept):
             wrong.append(f"{dtype}, {numel} elements, {op}, async {async_op}")
         assert seen == [message.nbytes]

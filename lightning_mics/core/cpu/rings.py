@@ -25,50 +25,61 @@ _GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
 _PATIENCE_SECONDS = 2.0
 
 
-def ring_all_gather(pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup) -> None:
+def _nothing(piece: int) -> None:
+    pass
+
+
+def ring_all_gather(
+    pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup, arrived: Callable[[int], None] = _nothing
+) -> None:
     """Fills in what the other ranks of a group contribute.
 
     Args:
         pieces: Contiguous tensors for each rank of the group, of equal sizes; this rank's own hold their values.
         group: Who takes part.
+        arrived: Called for each piece, this rank's own first, while the next one is under way.
     """
     size, rank = group.size(), group.rank()
     following, preceding = (rank + 1) % size, (rank - 1) % size
-    arriving = [pieces[(rank - step) % size] for step in range(1, size)]
+    arriving = [(rank - step) % size for step in range(1, size)]
     # A fast neighbour's messages find their places waiting.
-    receives = [[group.recv([part], preceding, _GATHER_TAG) for part in parts] for parts in arriving]
+    receives = [[group.recv([part], preceding, _GATHER_TAG) for part in pieces[piece]] for piece in arriving]
     sends = [group.send([part], following, _GATHER_TAG) for part in pieces[rank] if size > 1]
-    for step, parts in enumerate(arriving):
-        for part, receive in zip(parts, receives[step], strict=True):
+    arrived(rank)
+    for step, piece in enumerate(arriving):
+        for part, receive in zip(pieces[piece], receives[step], strict=True):
             receive.wait()
             if step + 2 < size:
                 sends.append(group.send([part], following, _GATHER_TAG))
+        arrived(piece)
     for send in sends:
         send.wait()
 
 
-def ring_reduce_scatter(output: Tensor, parts: Sequence[Tensor], group: dist.ProcessGroup, op: object) -> None:
+def ring_reduce_scatter(output: Tensor, part_of: Callable[[int], Tensor], group: dist.ProcessGroup, op: object) -> None:
     """Sums (or averages) the parts that all ranks of a group hold for this one.
 
     Args:
         output: Where the result goes; contiguous.
-        parts: What this rank contributes to each rank of the group, in the shape of ``output``; left as they are.
+        part_of: Returns what this rank contributes to a rank of the group, in the shape of ``output``; left as it is.
+            Called once for each, in the order in which parts are sent, the later ones while another is under way.
         group: Who takes part.
         op: ``SUM`` or ``AVG``.
     """
     size, rank = group.size(), group.rank()
     following, preceding = (rank + 1) % size, (rank - 1) % size
     if size == 1:
-        output.copy_(parts[0])
+        output.copy_(part_of(0))
         return
     spare = [torch.empty_like(output) for _ in range(min(2, size - 2))]
-    outgoing = parts[preceding].contiguous()
+    outgoing = part_of(preceding).contiguous()
     for step in range(size - 1):
         incoming = output if step == size - 2 else spare[step % 2]
         receive = group.recv([incoming], preceding, _REDUCE_TAG)
         send = group.send([outgoing], following, _REDUCE_TAG)
+        part = part_of((rank - 2 - step) % size)
         receive.wait()
-        incoming += parts[(rank - 2 - step) % size]
+        incoming += part
         send.wait()
         outgoing = incoming
     if op == dist.ReduceOp.AVG:

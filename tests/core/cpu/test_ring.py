@@ -66,7 +66,7 @@ def reductions() -> list[str]:
         mine = contributions[rank]
         parts = list(mine.t().contiguous().t() if is_strided else mine)
         output = torch.full((numel,), torch.nan, dtype=dtype)
-        ring_reduce_scatter(output, parts, world(), op)
+        ring_reduce_scatter(output, parts.__getitem__, world(), op)
         expected = torch.stack(contributions)[:, rank].sum(dim=0)
         if op == dist.ReduceOp.AVG:
             expected = expected / size
@@ -85,7 +85,7 @@ def rounded_average() -> float:
     size, rank = world().size(), world().rank()
     contributions = [values(size * 512, torch.bfloat16, sender).view(size, 512) for sender in range(size)]
     output = torch.empty(512, dtype=torch.bfloat16)
-    ring_reduce_scatter(output, list(contributions[rank]), world(), dist.ReduceOp.AVG)
+    ring_reduce_scatter(output, contributions[rank].__getitem__, world(), dist.ReduceOp.AVG)
     return (output.float() - torch.stack(contributions)[:, rank].float().mean(dim=0)).abs().max().item()
 
 
@@ -181,7 +181,7 @@ def crossing_groups() -> list[float]:
         group = (world(), pair)[step % 2]
         parts = list(torch.full((group.size(), 64), float(rank + step)))
         output = torch.empty(64)
-        reduce = functools.partial(ring_reduce_scatter, output, parts, group, dist.ReduceOp.SUM)
+        reduce = functools.partial(ring_reduce_scatter, output, parts.__getitem__, group, dist.ReduceOp.SUM)
         works.append(thread.run(reduce, async_op=step % 5 != 4))
         outputs.append(output)
     for work in works:

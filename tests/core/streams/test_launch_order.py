@@ -10,7 +10,9 @@ import torch.distributed as dist
 from stream_checker import StreamChecker
 from stream_windows import CONFIGURATIONS, Run
 from stream_world import pretended_device
+from torch import Tensor
 
+from lightning_mics.core import collectives
 from lightning_mics.core.runtime import runtime_of
 
 # The group, the collective, and the stream that was current.
@@ -48,6 +50,21 @@ def test_the_stage_inside_nodes_does_not_wait_to_be_waited_for() -> None:
     assert len(streams) == 1 and "compute" not in streams
     # Across nodes, then one gather for each of the two nodes, before anything else.
     assert [group for group, _, _ in gathers] == ["across", "inside", "inside"] * (len(gathers) // 3)
+
+
+def test_the_own_node_is_gathered_while_others_are_under_way() -> None:
+    order: list[str] = []
+    original = collectives.all_gather_single
+
+    def noted(output: Tensor, source: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+        order.append("across" if async_op else "inside")
+        work = original(output, source, group=group, async_op=async_op)
+        return mock.Mock(wait=lambda: order.append("wait") or work.wait()) if async_op else work
+
+    with mock.patch.object(collectives, "all_gather_single", noted):
+        launches("hierarchical", lambda run: run.microstep(defer=False))
+    assert len(order) > 10
+    assert order == ["across", "inside", "wait", "inside"] * (len(order) // 4)
 
 
 def test_hop_two_of_a_unit_runs_beside_the_backward_pass_of_the_next_ones() -> None:
