@@ -371,8 +371,13 @@ class UnitParamGroup:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the unit runs no backward pass at the moment, for which its parameters would be gathered."""
-        return self._group.is_sharded and self._group.unshard_in_backward
+        """Whether the unit's parameters are not gathered for a backward pass, nor were ahead of one.
+
+        All ranks of the partition give one answer, as gathers are theirs together. Whether the unit runs a backward
+        pass is not theirs together: a rank may not have used the parameters that need one.
+        """
+        group = self._group
+        return group.is_sharded and group._all_gather_result is None and group.unshard_in_backward
 
     @property
     def reduces_unused(self) -> bool:

@@ -183,8 +183,8 @@ class UnitGradients:
         """Runs hop one, FSDP2's step, for this unit.
 
         All trainable parameters take part, with zeros where this rank did not use one: so do those of its peers. A unit
-        without a backward pass in this microstep takes no part. No peer had one either: it would have gathered the
-        unit's parameters for it, which is a collective of the partition.
+        that was not gathered for this microstep's backward pass takes no part. It was not on any peer either: a gather
+        is a collective of the partition.
         """
         if self.phase is not Phase.OPEN:
             self.wait()

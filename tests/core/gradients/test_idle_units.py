@@ -72,3 +72,49 @@ def run(dtype: str | None) -> list[tuple[int, int]]:
 def test_idle_units_send_nothing_in_their_partition(pool: WorkerPool, dtype: str | None) -> None:
     first, second = [(2, 1), (0, 1), (0, 1), (2, 1)], [(1, 1), (2, 1), (0, 1), (2, 1)]
     assert pool.run(run, dtype, world_size=4) == [first, first, second, second]
+
+
+class Shifted(nn.Module):
+    """A frozen layer with one trainable parameter, which only some rows take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6).requires_grad_(False)
+        self.shift = nn.Parameter(torch.ones(6))
+
+    def forward(self, inputs: Tensor, is_shifted: bool) -> Tensor:
+        hidden = self.layer(inputs)
+        return hidden + self.shift if is_shifted else hidden
+
+
+class Adapted(nn.Module):
+    """A unit whose output wants a gradient only where its parameter was used, before one that always does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Shifted(), nn.Sequential(nn.Linear(6, 6))
+        self.offset = nn.Parameter(torch.zeros(6))
+
+    def forward(self, inputs: Tensor, is_shifted: bool) -> Tensor:
+        return self.second(self.first(inputs, is_shifted) + self.offset).square().sum()
+
+
+def train_adapted() -> None:
+    """Trains beside one process; in each window after the first another rank alone runs the first unit backward."""
+    torch.manual_seed(0)
+    whole = Adapted()
+    model = mics_shard(copy.deepcopy(whole), MiCSConfig(shard_size=2, node_size=2, wrap=["Shifted", "Sequential"]))
+    for window in range(3):
+        shifted = [window == 0 or window % 2 == rank for rank in range(2)]
+        model(inputs(dist.get_rank(), window), shifted[dist.get_rank()]).backward()
+        for rank in range(2):
+            (whole(inputs(rank, window), shifted[rank]) / 2).backward()
+        for one, other in zip(whole.parameters(), model.parameters(), strict=True):
+            if one.requires_grad:
+                torch.testing.assert_close(other.grad.full_tensor(), one.grad)
+        for trained in (whole, model):
+            trained.zero_grad()
+
+
+def test_a_rank_without_a_backward_pass_of_a_unit_reduces_with_those_that_have_one(pool: WorkerPool) -> None:
+    pool.run(train_adapted, world_size=2)
