@@ -102,6 +102,12 @@ def test_lost_connections_are_told_from_other_errors(error: Exception, is_of_pee
     assert bool(failures._tells_of_a_peer(wrapped)) is is_of_peer
 
 
+def test_an_error_that_causes_itself_is_followed_once() -> None:
+    error = ValueError("raise error from error")
+    error.__cause__ = error
+    assert not failures._tells_of_a_peer(error)
+
+
 def test_torchrun_reads_the_earliest_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 

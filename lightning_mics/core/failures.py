@@ -8,18 +8,20 @@ the others itself, it is this rank that ends last.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from lightning_mics.core._torch import default_store
 
 _GRACE = 3.0  # seconds that a rank has for ending by itself
-_LAST = 10  # seconds that it has for everything after its error
+_LAST = 10  # seconds that it has for destroying its groups, and for its destructors
 _POLL = 1.0
 _KEY = "mics/first_error"
 # How backends tell that a peer is gone; most have no class of errors for that.
@@ -45,12 +47,12 @@ class _Failure:
 
     Attributes:
         rank: The rank.
-        line: The error without its traceback.
+        error: The error without its traceback.
         report: The error with its traceback.
     """
 
     rank: int
-    line: str
+    error: str
     report: str
 
 
@@ -101,9 +103,9 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
         tell(kind, error, trace)
         return
     _State.failed = True
-    _limit_the_rest()
     report = "".join(traceback.format_exception(kind, error, trace))
-    mine = _Failure(_rank(), traceback.format_exception_only(error)[-1].strip(), report)
+    told = "".join(traceback.format_exception_only(error)).strip()
+    mine = _Failure(_rank(), told, report)
     follows = _tells_of_a_peer(error)
     first = _first_failure(mine, patience=2.0 if follows else 0.0)
     if first == mine:
@@ -111,9 +113,9 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
         _end_children(0.0)
         tell(kind, error, trace)
         return
-    line = f"rank {mine.rank} ended after rank {first.rank} had failed: {first.line}"
+    line = _whom_it_follows(first)
     _write_error_file(line, earlier=-1)
-    if not follows and mine.line != first.line:  # an error of its own
+    if not follows and mine.error != first.error:  # an error of its own
         tell(kind, error, trace)
     _say(line)
     if _State.children:
@@ -121,11 +123,28 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
         _say(first.report)
 
 
-def _limit_the_rest() -> None:
-    """Has the kernel end this process if what comes after the error, such as destructors of communicators, waits."""
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "alarm"):
+def _whom_it_follows(first: _Failure) -> str:
+    return f"rank {_rank()} ended after rank {first.rank} had failed: {first.error.splitlines()[0]}"
+
+
+@contextmanager
+def limited_after_error() -> Iterator[None]:
+    """Has the kernel end this process if it failed and what is done inside, such as destroying groups, waits."""
+    _set_alarm(_LAST)
+    yield
+    _set_alarm(0)
+
+
+@atexit.register
+def _limit_destructors() -> None:
+    """Limits those of communicators, too. Registered first, so that what users do at exit has all its time."""
+    _set_alarm(_LAST)
+
+
+def _set_alarm(seconds: int) -> None:
+    if _State.failed and hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_LAST)
+        signal.alarm(seconds)
 
 
 def _tells_of_a_peer(error: BaseException) -> bool:
@@ -137,7 +156,9 @@ def _tells_of_a_peer(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:  # "raise error from error" makes a circle
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
@@ -167,6 +188,17 @@ def _look() -> _Failure | None:
     return None
 
 
+def _store_answers() -> bool:
+    """Returns whether the store's server is there: where its rank has ended, a look prints pages of C++ frames."""
+    with suppress(Exception):  # no server, or no group
+        inner: Any = default_store()
+        while isinstance(inner, dist.PrefixStore):
+            inner = inner.underlying_store
+        socket.create_connection((inner.host, inner.port), timeout=_POLL).close()
+        return True
+    return False
+
+
 def _write_error_file(message: str, *, earlier: int) -> None:
     """Tells torchrun, and with it ``accelerate launch``, which error to print.
 
@@ -186,18 +218,18 @@ def _write_error_file(message: str, *, earlier: int) -> None:
 def _follow() -> None:
     """Ends this process some seconds after another rank has failed, also from within a collective that hangs."""
     while not _State.ending.wait(_POLL):
-        first = _look()
+        first = _look() if _store_answers() else None
         if first is None or first.rank == _rank():
             continue
         if _State.ending.wait(_GRACE) or _State.failed:
             return
-        line = f"rank {_rank()} ended after rank {first.rank} had failed: {first.line}"
+        line = _whom_it_follows(first)
         _write_error_file(line, earlier=-1)
         _say(line)
         if _State.children:
             _end_children(_GRACE)
             _say(first.report)
-        os._exit(1)
+        _exit()
 
 
 def _follow_children() -> None:
@@ -211,7 +243,7 @@ def _follow_children() -> None:
         _end_children(0.0)
         codes = ", ".join(f"{child.pid}: {child.returncode}" for child in failed)
         _say(f"rank {_rank()} ended, because ranks that it had started did (process and exit code {codes})")
-        os._exit(1)
+        _exit()
 
 
 def _end_children(patience: float) -> None:
@@ -226,6 +258,14 @@ def _end_children(patience: float) -> None:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _exit() -> None:
+    """Ends this process from a thread, with what it has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def _say(text: str) -> None:
