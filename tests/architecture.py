@@ -353,7 +353,7 @@ def private_names(package: Package) -> list[Finding]:
     }
     found = []
     for module in package.modules.values():
-        if module.name in PRIVATE_HOMES:
+        if module.name.startswith(PRIVATE_HOMES):
             continue
         seen = {(item.line, item.target) for item in module.imports if _private_of_torch(item.target)}
         for node in module.nodes:

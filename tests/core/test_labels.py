@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
-from lightning_mics.core import _torch
 
 
 class Net(nn.Module):
@@ -58,7 +58,7 @@ def test_a_trace_names_hops_units_and_microsteps(model: nn.Module) -> None:
 
 def test_without_a_trace_nothing_is_made(model: nn.Module) -> None:
     window(model)
-    real = _torch.profiler.record_function
-    with mock.patch.object(_torch.profiler, "record_function", side_effect=real) as made:
+    real = profiler.record_function
+    with mock.patch.object(profiler, "record_function", side_effect=real) as made:
         window(model)
     assert not [call for call in made.call_args_list if str(call.args[0]).startswith("mics::")]

@@ -1,45 +1,29 @@
-"""Every private or version-dependent name of PyTorch that the engine touches, in one place."""
+"""The units of FSDP2: their parameters, gradients, gathers and reductions, and the streams these run on."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import operator
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable, profiler
-from torch.distributed import distributed_c10d as _c10d
 
 from lightning_mics.core._needs import gone, require
 
 try:
-    from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
     from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
-    from torch.distributed.tensor import DTensor
-    from torch.utils._pytree import tree_leaves as tree_leaves
-    from torch.utils._pytree import tree_map_only as tree_map_only
 except ImportError as error:
     raise gone(error) from error
 
-require(torch, "_amp_foreach_non_finite_check_and_unscale_")
-require(torch._C, "_current_graph_task_id")
-require(_c10d, "_process_group_name", "_coalescing_manager", "_get_default_store", "_abort_process_group")
-require(profiler, "_is_profiler_enabled")
-require(nn.modules.batchnorm, "_BatchNorm")
-require(nn.Module, "_compiled_call_impl", "_load_from_state_dict")
-require(DTensor, "_local_tensor")
 require(FSDPModule, "_get_fsdp_state", "_set_unshard_async_op", "reshard")
 require(
     _fsdp_param.FSDPParam,
@@ -51,199 +35,10 @@ require(
     *("fsdp_params", "mesh_info", "device", "device_handle", "comm_ctx", "reduce_grads"),
     *("wait_for_unshard", "post_backward", "reshard", "_prefetch_unshard", "_all_gather_result", "_post_reduce_event"),
 )
-require(
-    _fsdp_state.FSDPState,
-    *("_pre_forward", "_post_forward", "_pre_backward", "_pre_forward_hook_handle", "_post_forward_hook_handle"),
-    *("_is_root", "_state_ctx", "_comm_ctx", "_modules"),
-)
-require(_fsdp_state.FSDPStateContext, "all_states", "iter_forward_root", "post_backward_final_callback_queued")
 require(_fsdp_param_group.FSDPCommContext, "reduce_scatter_stream")
-
-# torch 2.13 renamed the single-tensor collectives and deprecated the old names.
-all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
-
-# Divides gradients by the scale of the loss, in place, and notes whether any is not finite.
-unscale_and_check: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_unscale_
-
-_group_name = _c10d._process_group_name
-
-# Where a module notes what assigning to it adds.
-MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 # Where FSDP2 warns from, for filters of warnings.
 FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
-
-
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a hook from being compiled together with its module, as FSDP2 keeps its own."""
-    return torch.compiler.disable(function)
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Returns the module inside of what ``torch.compile(module)`` gives; any other as it is."""
-    inner = module._modules.get("_orig_mod")
-    return module if inner is None else inner
-
-
-def plain_name(name: str) -> str:
-    """Removes what ``torch.compile`` and checkpoint wrappers add to names of parameters and modules inside."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Returns whether a module is compiled, in place or as what ``torch.compile(module)`` gives."""
-    return uncompiled(module) is not module or module._compiled_call_impl is not None
-
-
-def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
-    """Returns a context that launches the collectives inside it at once, where the backend can (gloo cannot)."""
-    if device.type != "cuda" or not getattr(group._get_backend(device), "supports_coalescing", False):
-        return nullcontext()
-    return dist._coalescing_manager(group=group, device=device)
-
-
-def is_gloo(group: dist.ProcessGroup) -> bool:
-    """Returns whether CPU tensors of ``group`` travel by gloo."""
-    if not dist.is_gloo_available() or not carries_cpu_tensors(group):
-        return False
-    return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
-
-
-def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
-    """Returns whether CPU tensors can travel in a group."""
-    return torch.device("cpu") in group._device_types
-
-
-def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """Returns how long collectives of a group on a device may wait; ``None`` where its backend does not tell."""
-    options = getattr(group._get_backend(device), "options", None)
-    return getattr(options, "_timeout", None)
-
-
-def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
-    """Makes a group by its members alone.
-
-    PyTorch's own name for such a group counts the groups that a rank is in, which members need not agree on.
-
-    Args:
-        ranks: Its members, of which this rank is one.
-        name: The same on all members, and of no other group of this world, also of none that was destroyed.
-        timeout: How long its collectives may wait; ``None`` for the backend's default.
-    """
-    _c10d._process_group_name = lambda *args, **kwargs: _c10d.GroupName(name)
-    try:
-        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
-    finally:
-        _c10d._process_group_name = _group_name
-
-
-def default_store() -> dist.Store | None:
-    """Returns the world's store if that is a server that all ranks reach, and ``None`` else.
-
-    Nobody may keep it: the server lives as long as a reference, and a new world must not meet its keys.
-    """
-    if not dist.is_initialized():
-        return None
-    store = _c10d._get_default_store()
-    inner: Any = store
-    while isinstance(inner, dist.PrefixStore):
-        inner = inner.underlying_store
-    return store if isinstance(inner, dist.TCPStore) else None
-
-
-def abort_groups() -> None:
-    """Ends all process groups without waiting for what is in flight, where the backend can."""
-    _c10d._abort_process_group()
-
-
-def wait_for_gloo_threads(patience: float = 2.0) -> None:
-    """Waits until gloo's threads have let go of their tensors, a moment after a collective is done.
-
-    A thread that does so while Python ends aborts the process, and the threads of a group that a mesh still holds live
-    on. Three looks in a row must find them asleep, as one that waits for Python's lock sleeps as well.
-
-    Args:
-        patience: Seconds after which it gives up, as collectives whose peers are gone never end.
-    """
-    end, quiet = time.monotonic() + patience, 0
-    while quiet < 3 and time.monotonic() < end:
-        time.sleep(0.005)  # gives Python's lock to whoever wants it
-        quiet = quiet + 1 if _gloo_threads_sleep() else 0
-
-
-def _gloo_threads_sleep() -> bool:
-    for thread in Path("/proc/self/task").glob("*"):  # empty where there is no such folder
-        try:
-            _, _, facts = (thread / "stat").read_text().partition("(")
-        except OSError:  # it has ended
-            continue
-        name, _, state = facts.rpartition(")")
-        if name.startswith("pt_gloo") and state.split()[0] == "R":
-            return False
-    return True
-
-
-def is_premul_sum(op: object) -> bool:
-    """Returns whether ``op`` scales its input before summing (a custom gradient divide factor on NCCL)."""
-    return not isinstance(op, dist.ReduceOp.RedOpType) and op == dist.ReduceOp.PREMUL_SUM
-
-
-def current_backward_id() -> int:
-    """Returns a number that names the backward pass in progress."""
-    return torch._C._current_graph_task_id()
-
-
-def forget_dtensor_meshes() -> None:
-    """Drops DTensor's cached shardings, whose meshes name process groups that may have been destroyed since."""
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
-
-
-def queue_backward_callback(callback: Callable[[], None]) -> None:
-    """Runs ``callback`` after the backward pass that is in progress, behind callbacks queued before it."""
-    Variable._execution_engine.queue_callback(callback)
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """Returns this rank's shard of a DTensor, or a plain tensor itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
-    """Loads entries of a state dictionary into a module, and not into those inside it."""
-    module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def labelled(text: str) -> Callable[[_Method], _Method]:
-    """Makes a method show in traces of ``torch.profiler``, with its object's ``name``; free while none is taken."""
-
-    def wrap(method: _Method) -> _Method:
-        @functools.wraps(method)
-        def shown(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if not profiler._is_profiler_enabled:
-                return method(owner, *args, **kwargs)
-            with profiler.record_function(f"mics::{text} ({owner.name})"):
-                return method(owner, *args, **kwargs)
-
-        return cast("_Method", shown)
-
-    return wrap
-
-
-def begin_label(text: str) -> AbstractContextManager[Any] | None:
-    """Begins what a trace of ``torch.profiler`` shows, until its ``__exit__``; ``None`` while no trace is taken."""
-    if not profiler._is_profiler_enabled:
-        return None
-    label: AbstractContextManager[Any] = profiler.record_function(f"mics::{text}")
-    label.__enter__()
-    return label
 
 
 class UnitParam:
@@ -304,13 +99,21 @@ class UnitParam:
 
 # What runs for every parameter of every microstep has no loop of Python in it.
 _wants_grad = operator.attrgetter("sharded_param.requires_grad")
+
 _unsharded_wants_grad = operator.attrgetter("_unsharded_param.requires_grad")
+
 _sharded_grad = operator.attrgetter("sharded_param.grad")
+
 _unsharded_grad = operator.attrgetter("_unsharded_param.grad")
+
 _is_none = functools.partial(operator.is_, None)
+
 _reduced_hooks = operator.attrgetter("sharded_param._post_accumulate_grad_hooks")
+
 _sharded_param = operator.attrgetter("sharded_param")
+
 _local_grad_of = operator.attrgetter("_fsdp_param.sharded_param.grad._local_tensor")
+
 # Averages of these FSDP2 leaves to the collective; others it divides before and after it.
 _AVERAGED = (torch.float32, torch.bfloat16)
 
@@ -587,97 +390,6 @@ def gather_asynchronously(root: nn.Module) -> None:
     """Makes the gathers of all units asynchronous, so that those started ahead run beside the computation."""
     assert isinstance(root, FSDPModule)
     root._set_unshard_async_op(True)
-
-
-class ForwardHooks(NamedTuple):
-    """What runs before and after a forward pass of an FSDP module."""
-
-    before: Callable[..., Any]
-    after: Callable[..., Any]
-
-
-class RootState:
-    """The state that FSDP2 keeps for a root module, and its hooks around the root's passes.
-
-    Attributes:
-        hooks: FSDP2's own hooks around the forward pass.
-        pre_backward: FSDP2's own hook on gradients of the root's outputs.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        assert isinstance(root, FSDPModule)
-        self._root: Any = root
-        self._state: Any = root._get_fsdp_state()
-        self.hooks = ForwardHooks(self._state._pre_forward, self._state._post_forward)
-        self.pre_backward: Callable[[Tensor], Tensor] = self._state._pre_backward
-
-    def replace_hooks(
-        self, forward: ForwardHooks, method: ForwardHooks, pre_backward: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Puts others in the place of FSDP2's hooks: around ``forward``, around registered methods, and in backward."""
-        state, root = self._state, self._root
-        state._pre_forward_hook_handle.remove()
-        state._post_forward_hook_handle.remove()
-        before, after = map(outside_graphs, forward)
-        state._pre_forward_hook_handle = root.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        state._post_forward_hook_handle = root.register_forward_hook(after, prepend=False)
-        # Methods of ``register_fsdp_forward_method`` look these up.
-        state._pre_forward, state._post_forward, state._pre_backward = map(outside_graphs, (*method, pre_backward))
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether an exception ended a pass: outside of passes nothing of theirs is left."""
-        context = self._state._state_ctx
-        is_left = context.iter_forward_root is not None or context.post_backward_final_callback_queued
-        return bool(self._state._is_root and is_left and current_backward_id() == -1)
-
-    def reset(self) -> None:
-        """Lets FSDP2 start afresh after a pass that failed; sharded gradients of the passes before it stay."""
-        shards = [param.sharded_param for group in _groups_under(self._state) for param in group.fsdp_params]
-        gradients = [shard.grad for shard in shards]
-        reset: Callable[[], None] | None = getattr(self._root, "reset_iter_state", None)
-        if reset is None:  # torch < 2.13
-            _reset_iter_state(self._state)
-        else:
-            reset()
-        for shard, gradient in zip(shards, gradients, strict=True):
-            shard.grad = gradient  # torch 2.15 drops it
-
-    def reshard(self) -> None:
-        """Frees the root's own parameters."""
-        self._root.reshard()
-
-
-def _groups_under(root: Any) -> list[Any]:
-    """Returns the parameter groups of all units under the state of a root that has run."""
-    leaders = [state._modules[0] for state in root._state_ctx.all_states]
-    return [unit._group for module in leaders for unit in unit_param_groups(module)]
-
-
-def _reset_iter_state(root: Any) -> None:
-    """Waits for what a failed pass left under way, and forgets it, as ``reset_iter_state`` does in torch 2.13."""
-    streams, shared, stream = root._comm_ctx, root._state_ctx, root._device_handle.current_stream()
-    groups = _groups_under(root)
-    pending = [streams.all_gather_state, streams.reduce_scatter_state, *(group._all_reduce_state for group in groups)]
-    events = [state.event for state in pending if state is not None]
-    for group in groups:
-        events += [group._post_reduce_event, getattr(group._all_gather_result, "all_gather_event", None)]
-        if isinstance(work := getattr(group._all_gather_result, "all_gather_work", None), dist.Work):
-            work.wait()
-    for event in filter(None, events):
-        stream.wait_event(event)
-    streams.all_gather_state = streams.reduce_scatter_state = shared.iter_forward_root = None
-    shared.post_backward_final_callback_queued = False
-    streams.post_forward_order.clear()
-    for state in shared.all_states:
-        state._modules_to_run_forward.clear()
-        state._training_state = type(state._training_state).IDLE
-    for group in groups:
-        group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
-        group._reshard_after_forward_event = group._partial_reduce_output = None
-        group._post_forward_indices.clear()
-        group._training_state = type(group._training_state).IDLE
-        group._to_sharded()
 
 
 def reduce_unused_params(root: nn.Module) -> None:

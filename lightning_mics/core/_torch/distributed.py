@@ -1,0 +1,118 @@
+"""Process groups and their collectives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as _c10d
+
+from lightning_mics.core._needs import require
+
+require(_c10d, "_process_group_name", "_coalescing_manager", "_get_default_store", "_abort_process_group")
+
+# torch 2.13 renamed the single-tensor collectives and deprecated the old names.
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_group_name = _c10d._process_group_name
+
+
+def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context that launches the collectives inside it at once, where the backend can (gloo cannot)."""
+    if device.type != "cuda" or not getattr(group._get_backend(device), "supports_coalescing", False):
+        return nullcontext()
+    return dist._coalescing_manager(group=group, device=device)
+
+
+def is_gloo(group: dist.ProcessGroup) -> bool:
+    """Returns whether CPU tensors of ``group`` travel by gloo."""
+    if not dist.is_gloo_available() or not carries_cpu_tensors(group):
+        return False
+    return isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
+
+
+def carries_cpu_tensors(group: dist.ProcessGroup) -> bool:
+    """Returns whether CPU tensors can travel in a group."""
+    return torch.device("cpu") in group._device_types
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Returns how long collectives of a group on a device may wait; ``None`` where its backend does not tell."""
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Makes a group by its members alone.
+
+    PyTorch's own name for such a group counts the groups that a rank is in, which members need not agree on.
+
+    Args:
+        ranks: Its members, of which this rank is one.
+        name: The same on all members, and of no other group of this world, also of none that was destroyed.
+        timeout: How long its collectives may wait; ``None`` for the backend's default.
+    """
+    _c10d._process_group_name = lambda *args, **kwargs: _c10d.GroupName(name)
+    try:
+        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+    finally:
+        _c10d._process_group_name = _group_name
+
+
+def default_store() -> dist.Store | None:
+    """Returns the world's store if that is a server that all ranks reach, and ``None`` else.
+
+    Nobody may keep it: the server lives as long as a reference, and a new world must not meet its keys.
+    """
+    if not dist.is_initialized():
+        return None
+    store = _c10d._get_default_store()
+    inner: Any = store
+    while isinstance(inner, dist.PrefixStore):
+        inner = inner.underlying_store
+    return store if isinstance(inner, dist.TCPStore) else None
+
+
+def abort_groups() -> None:
+    """Ends all process groups without waiting for what is in flight, where the backend can."""
+    _c10d._abort_process_group()
+
+
+def wait_for_gloo_threads(patience: float = 2.0) -> None:
+    """Waits until gloo's threads have let go of their tensors, a moment after a collective is done.
+
+    A thread that does so while Python ends aborts the process, and the threads of a group that a mesh still holds live
+    on. Three looks in a row must find them asleep, as one that waits for Python's lock sleeps as well.
+
+    Args:
+        patience: Seconds after which it gives up, as collectives whose peers are gone never end.
+    """
+    end, quiet = time.monotonic() + patience, 0
+    while quiet < 3 and time.monotonic() < end:
+        time.sleep(0.005)  # gives Python's lock to whoever wants it
+        quiet = quiet + 1 if _gloo_threads_sleep() else 0
+
+
+def _gloo_threads_sleep() -> bool:
+    for thread in Path("/proc/self/task").glob("*"):  # empty where there is no such folder
+        try:
+            _, _, facts = (thread / "stat").read_text().partition("(")
+        except OSError:  # it has ended
+            continue
+        name, _, state = facts.rpartition(")")
+        if name.startswith("pt_gloo") and state.split()[0] == "R":
+            return False
+    return True
+
+
+def is_premul_sum(op: object) -> bool:
+    """Returns whether ``op`` scales its input before summing (a custom gradient divide factor on NCCL)."""
+    return not isinstance(op, dist.ReduceOp.RedOpType) and op == dist.ReduceOp.PREMUL_SUM
