@@ -181,11 +181,13 @@ class MiCSAccelerator(Accelerator):
                 sample=self._find_sample(loaders) if config.shard_size == "auto" else None,
             )
         self._layout = runtime_of(model).mesh.layout
-        if "_orig_mod" in vars(model):  # made by compile_regions, of a model that unwrap_model returns
-            attach(vars(model)["_orig_mod"], runtime_of(model))
         _prepare_generation(model)
-        if hasattr(model, "save_pretrained"):
-            self._gather_before_saving(model)
+        original = vars(model).get("_orig_mod")  # of what compile_regions made; unwrap_model may return it
+        if original is not None:
+            attach(original, runtime_of(model))
+        for part in (model, original):
+            if hasattr(part, "save_pretrained"):
+                self._gather_before_saving(part)
 
     def _find_sample(self, loaders: Sequence[Any]) -> Sample | None:
         """Takes a sample of the DataLoader that is prepared together with the model, or was before it."""

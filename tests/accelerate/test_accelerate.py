@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, ParallelismConfig
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, compile_regions
 from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerator
 from lightning_tools import make_trainer
 from models import VOCABULARY, build, loss_of, microbatch
@@ -376,18 +376,21 @@ def test_checkpoints_are_named_and_limited(pool: WorkerPool, tmp_path: Path) -> 
 
 def save_by_save_pretrained(folder: str) -> float:
     accelerator, model, *_ = set_up(2, seed=3)
-    accelerator.unwrap_model(model).save_pretrained(
-        folder, is_main_process=accelerator.is_main_process, save_function=accelerator.save
-    )
+    regional = accelerator.prepare(compile_regions(build("gpt2", seed=3), backend="eager"))
+    for name, whole in {"plain": model, "regions": regional}.items():
+        accelerator.unwrap_model(whole, keep_torch_compile=False).save_pretrained(
+            f"{folder}/{name}", is_main_process=accelerator.is_main_process, save_function=accelerator.save
+        )
     return loss_of("gpt2", model, microbatch("gpt2", 9, 4)).item()
 
 
 def test_save_pretrained_writes_whole_weights(pool: WorkerPool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    loss = pool.run(save_by_save_pretrained, str(tmp_path / "model"), world_size=4)[0]
-    model = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
-    assert loss_of("gpt2", model, microbatch("gpt2", 9, 4)).item() == loss
+    loss = pool.run(save_by_save_pretrained, str(tmp_path), world_size=4)[0]
+    for name in ("plain", "regions"):
+        model = GPT2LMHeadModel.from_pretrained(tmp_path / name)
+        assert loss_of("gpt2", model, microbatch("gpt2", 9, 4)).item() == loss
 
 
 # What is refused.
