@@ -20,6 +20,7 @@ from lightning_mics.core._torch import (
     unit_param_groups,
 )
 from lightning_mics.core.collectives import OnCall
+from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
@@ -91,18 +92,7 @@ def connect(
         mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
     )
     prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
-    reduce_scatters = []
-    for index, unit in enumerate(found):
-        on_gather, on_reduce = (
-            _counting(unit, index, hop, ledger, order) for hop in (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
-        )
-        if prefetch is not None:
-            on_gather = prefetch.noting(index, on_gather)
-        stages = mesh.stages(unit.two_stages)
-        reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce))
-        assert isinstance(unit.module, FSDPModule)
-        unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather))
-        unit.module.set_custom_reduce_scatter(reduce_scatters[-1])
+    reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order)
     reduce_unused_params(model)
     _ignore_view_warnings()
     window = AccumulationWindow(
@@ -119,6 +109,30 @@ def connect(
     runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
     attach(model, runtime)
     return runtime
+
+
+def _set_collectives(
+    found: Sequence[_Unit],
+    mesh: MiCSMesh,
+    carrier: transport.Transport,
+    prefetch: ForwardPrefetch | None,
+    ledger: CommLedger,
+    order: CollectiveOrder,
+) -> list[ReduceScatter]:
+    """Gives each unit its gather and its reduce-scatter; returns the latter."""
+    reduce_scatters = []
+    for index, unit in enumerate(found):
+        on_gather, on_reduce = (
+            _counting(unit, index, hop, ledger, order) for hop in (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
+        )
+        if prefetch is not None:
+            on_gather = prefetch.noting(index, on_gather)
+        stages = mesh.stages(unit.two_stages)
+        reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce))
+        assert isinstance(unit.module, FSDPModule)
+        unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather))
+        unit.module.set_custom_reduce_scatter(reduce_scatters[-1])
+    return reduce_scatters
 
 
 def _ignore_view_warnings() -> None:

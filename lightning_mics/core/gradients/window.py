@@ -54,10 +54,15 @@ class WindowObserver:
 
 
 class LaunchQueue:
-    """Releases units for hop two as they become ready, but never out of order."""
+    """Releases units for hop two as they become ready, but never out of order.
 
-    def __init__(self, units: Sequence[UnitGradients]) -> None:
-        self._units = units
+    Args:
+        units: The units in their order.
+        early: Whether they may be launched before all are ready.
+    """
+
+    def __init__(self, units: Sequence[UnitGradients], *, early: bool) -> None:
+        self._units, self._early = units, early
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +73,7 @@ class LaunchQueue:
     def ready(self, unit: UnitGradients) -> Iterator[UnitGradients]:
         """Yields the units that may be launched now that another one has what it needs."""
         self._ready.add(unit)
-        while self._next < len(self._units) and self._units[self._next] in self._ready:
+        while self._early and self._next < len(self._units) and self._units[self._next] in self._ready:
             self._next += 1
             yield self._units[self._next - 1]
 
@@ -109,10 +114,9 @@ class AccumulationWindow:
         self.deferring = self.pending = False
         self._mesh, self._ledger = mesh, ledger
         self._agreement = Agreement(mesh, units, order)
-        self._overlap = overlap and self.has_replicas
         self._may_run_on = any(unit.may_run_on for unit in units)
         self._observers = list(observers)
-        self._queue = LaunchQueue(units)
+        self._queue = LaunchQueue(units, early=overlap and self.has_replicas)
         self._pass = _BackwardPass(self)
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
@@ -152,7 +156,7 @@ class AccumulationWindow:
             return
         if self._may_run_on:
             unit.finish_reduction()
-        if self._overlap and not self.deferring:
+        if not self.deferring:
             for ready in self._queue.ready(unit):
                 self._launch(ready)
 
