@@ -278,9 +278,9 @@ class MiCSAccelerator(Accelerator):
 
         Collective over the world: call it on every rank.
         """
-        model = self.unwrap_model(model, keep_torch_compile=False)
-        weights = self.get_state_dict(model)
+        weights = self.get_state_dict(model)  # a model inside of a compiled one does not know that it is sharded
         if self.is_main_process:
+            model = self.unwrap_model(model, keep_torch_compile=False)
             write_weights(model, weights, Path(save_directory), max_shard_size, safe_serialization)
         self.wait_for_everyone()
 

@@ -374,21 +374,23 @@ def test_checkpoints_are_named_and_limited(pool: WorkerPool, tmp_path: Path) -> 
     assert pool.run(save_three, str(tmp_path), world_size=2) == [["checkpoint_1", "checkpoint_2"]] * 2
 
 
-def save_by_save_pretrained(folder: str) -> float:
+def save_for_others(folder: str) -> float:
     accelerator, model, *_ = set_up(2, seed=3)
     regional = accelerator.prepare(compile_regions(build("gpt2", seed=3), backend="eager"))
     for name, whole in {"plain": model, "regions": regional}.items():
         accelerator.unwrap_model(whole, keep_torch_compile=False).save_pretrained(
             f"{folder}/{name}", is_main_process=accelerator.is_main_process, save_function=accelerator.save
         )
+    compiled = accelerator.prepare(torch.compile(build("gpt2", seed=3), backend="eager"))
+    accelerator.save_model(compiled, f"{folder}/compiled")
     return loss_of("gpt2", model, microbatch("gpt2", 9, 4)).item()
 
 
-def test_save_pretrained_writes_whole_weights(pool: WorkerPool, tmp_path: Path) -> None:
+def test_whole_weights_are_saved_for_others_compiled_or_not(pool: WorkerPool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
-    loss = pool.run(save_by_save_pretrained, str(tmp_path), world_size=4)[0]
-    for name in ("plain", "regions"):
+    loss = pool.run(save_for_others, str(tmp_path), world_size=4)[0]
+    for name in ("plain", "regions", "compiled"):
         model = GPT2LMHeadModel.from_pretrained(tmp_path / name)
         assert loss_of("gpt2", model, microbatch("gpt2", 9, 4)).item() == loss
 
