@@ -105,6 +105,8 @@ class ExactReduction(Reduction):
         # Made, written and read on the reduce stream; the window drops it.
         self._sums: Tensor | None = None
         self._written: list[tuple[int, ...] | None] = []
+        # What was written: while it lives, no gradient that replaces it can lie in its place.
+        self._copies: list[Tensor] = []
         # Gradients of earlier microsteps may come from the compute stream's memory: they are read on the reduce stream,
         # and must not be freed before the compute stream has waited for that, as it has when the window is dropped.
         self._borrowed: list[Tensor] = []
@@ -147,9 +149,10 @@ class ExactReduction(Reduction):
         """Makes a buffer the window's sums, and ``.grad`` what it rounds to."""
         self._layout, self._sums = layout, sums
         layout.write_back(sums)
-        self._written = layout.grad_versions()
+        self._written, self._copies = layout.grad_versions(), layout.grads()
 
     def drop(self) -> None:
         """Forgets the sums."""
         self._layout = self._sums = None
+        self._copies = []
         self._borrowed.clear()

@@ -83,3 +83,23 @@ def edited_window(dtype: torch.dtype, edit: Edit, before_last: bool) -> Values:
 )
 def test_edits_are_kept(pool: WorkerPool, dtype: torch.dtype, edit: Edit, before_last: bool, expected: Values) -> None:
     assert pool.run(edited_window, dtype, edit, before_last, world_size=4) == [expected] * 4
+
+
+def replaced_twice() -> list[list[float] | None]:
+    """Returns gradients of windows whose first microstep's, of 1, was replaced twice and written, which makes 8."""
+    model = mics_shard(nn.Linear(64, 64, bias=False).bfloat16(), MiCSConfig(shard_size=2, reduce_dtype="float32"))
+    batch, found = torch.ones(1, 64, dtype=torch.bfloat16), []
+    for _ in range(20):
+        with defer_replication_sync(model):
+            model(batch).sum().backward()
+        model.weight.grad = model.weight.grad * 2
+        model.weight.grad = model.weight.grad * 2  # may get the memory of the first
+        model.weight.grad.to_local().mul_(2)
+        model(batch).sum().backward()
+        found.append(values(model.weight.grad))
+        model.zero_grad()
+    return found
+
+
+def test_a_gradient_in_the_place_of_an_earlier_one_is_another(pool: WorkerPool) -> None:
+    assert pool.run(replaced_twice) == [[[9.0]] * 20] * 2
