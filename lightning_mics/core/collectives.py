@@ -191,7 +191,9 @@ class HierarchicalAllGather(Allocating, AllGather):
     def _across_nodes(self, source: Tensor) -> tuple[Tensor, dist.Work]:
         """Returns this rank's place of each node, of shape ``[g * n]``, and the handle of what brings it."""
         across = source.new_empty(self._inter.size() * source.numel())
-        return across, all_gather_single(across, source, group=self._inter, async_op=True)
+        # Not the source itself, which may lie in the block that is written meanwhile.
+        mine = across.view(self._inter.size(), -1)[self._inter.rank()].copy_(source)
+        return across, all_gather_single(across, mine, group=self._inter, async_op=True)
 
     def _inside_own_node(self, output: Tensor, source: Tensor) -> None:
         """Gathers the block for which nothing has to come from other nodes, while that is under way."""

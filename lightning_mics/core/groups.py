@@ -12,7 +12,13 @@ import torch.distributed as dist
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core import failures
-from lightning_mics.core._torch import abort_groups, group_timeout, new_local_group, wait_for_gloo_threads
+from lightning_mics.core._torch import (
+    abort_groups,
+    carries_cpu_tensors,
+    group_timeout,
+    new_local_group,
+    wait_for_gloo_threads,
+)
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.topology import Group
 
@@ -83,6 +89,15 @@ class GroupMaker:
         if len(division) == 1:
             return self._world
         return new_local_group(ranks, f"{self._prefix}_{kind}_{ranks[0]}", self._timeout)
+
+    def make_unused(self, kind: str, used: Sequence[dist.ProcessGroup]) -> dist.ProcessGroup:
+        """Returns a group of all ranks that is none of those in use, if it carries the device's tensors alone.
+
+        A device runs the collectives of one communicator in the order of their launch, whatever their streams.
+        """
+        if self._world not in used or carries_cpu_tensors(self._world) or self._world.size() == 1:
+            return self._world
+        return new_local_group(range(self._world.size()), f"{self._prefix}_{kind}_0", self._timeout)
 
 
 def end_well() -> None:

@@ -57,6 +57,7 @@ class MiCSMesh:
         device_mesh: Two-dimensional mesh ``(replicate, shard)`` over the world, in node-major order.
         intra_group: Peers of the partition on this node; ``None`` where collectives are flat.
         inter_group: Peers of the partition with the same place on other nodes; ``None`` where collectives are flat.
+        host_group: The whole world, for messages of hosts; no hop uses it where these must travel by the device.
         timings: What was measured in them, by size of message in bytes.
     """
 
@@ -64,6 +65,7 @@ class MiCSMesh:
     device_mesh: DeviceMesh
     intra_group: dist.ProcessGroup | None
     inter_group: dist.ProcessGroup | None
+    host_group: dist.ProcessGroup
     timings: dict[int, StageTiming] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -195,7 +197,7 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     )
     intra = maker.make("inside", layout.intra_groups) if hierarchical else None
     inter = maker.make("across", layout.inter_groups) if hierarchical else None
-    mesh = MiCSMesh(layout, device_mesh, intra, inter)
+    mesh = MiCSMesh(layout, device_mesh, intra, inter, maker.make_unused("hosts", [partition, replication]))
     _MESHES[key] = (world, mesh)
     return mesh
 

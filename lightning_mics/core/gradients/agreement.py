@@ -57,8 +57,8 @@ class HostChannel(Channel):
     Together they are the world, in rings of ``p`` and ``r`` ranks and not of ``p * r``.
     """
 
-    def __init__(self, mesh: MiCSMesh) -> None:
-        self._groups = [group for group in (mesh.partition_group, mesh.replication_group) if group.size() > 1]
+    def __init__(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        self._groups = groups
 
     def maximum(self, message: bytearray) -> bytes:
         """Reduces the message in place."""
@@ -69,7 +69,7 @@ class HostChannel(Channel):
 
 
 class DeviceChannel(Channel):
-    """The world's group, where it carries only the device's tensors.
+    """A group of all ranks that carries only the device's tensors.
 
     The stream waits for no other, and neither hop uses the group. So the host, which waits for the stream, waits for
     other hosts to come to the end of their window, and not for the device to get there.
@@ -78,14 +78,14 @@ class DeviceChannel(Channel):
     def __init__(self, mesh: MiCSMesh) -> None:
         self._device = communication_device(mesh.device_mesh.device_type)
         self._handle = torch.get_device_module(self._device.type)
-        self._stream = self._handle.Stream(priority=-1)
+        self._stream, self._group = self._handle.Stream(priority=-1), mesh.host_group
 
     def maximum(self, message: bytearray) -> bytes:
         """Reduces a copy of the message on the device."""
         host = torch.frombuffer(message, dtype=torch.uint8).pin_memory()
         with self._handle.stream(self._stream):
             flags = host.to(self._device, non_blocking=True)
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
             host.copy_(flags, non_blocking=True)
             arrival = self._stream.record_event()
         arrival.synchronize()
@@ -94,8 +94,8 @@ class DeviceChannel(Channel):
 
 def channel_for(mesh: MiCSMesh) -> Channel:
     """Returns the way between the hosts of a mesh."""
-    by_host = all(map(carries_cpu_tensors, (mesh.partition_group, mesh.replication_group)))
-    return HostChannel(mesh) if by_host else DeviceChannel(mesh)
+    groups = [group for group in (mesh.partition_group, mesh.replication_group) if group.size() > 1]
+    return HostChannel(groups) if all(map(carries_cpu_tensors, groups)) else DeviceChannel(mesh)
 
 
 class Agreement:

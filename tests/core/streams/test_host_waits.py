@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 from stream_checker import StreamChecker
-from stream_windows import CONFIGURATIONS, WINDOWS
+from stream_windows import CONFIGURATIONS, WINDOWS, Run
+from stream_world import pretended_device
+
+from lightning_mics.core.runtime import runtime_of
 
 # Who may wait, and why; what is not in here fails, and so does what nobody needs any more.
 _WITHOUT_GLOO = {
@@ -30,12 +33,23 @@ def test_the_host_does_not_wait_in_a_window(window: str, configuration: str) -> 
     assert not checker.races
 
 
+@pytest.mark.parametrize("configuration", ["flat", "p=1"])
 @pytest.mark.parametrize("window", ["accumulation", "clipped", "unused on this rank only"])
-def test_without_gloo_it_waits_for_no_computation(window: str) -> None:
-    checker = WINDOWS[window].run(CONFIGURATIONS["flat"])
+def test_without_gloo_it_waits_for_no_computation(window: str, configuration: str) -> None:
+    checker = WINDOWS[window].run(CONFIGURATIONS[configuration])
     assert where(checker) == set(_WITHOUT_GLOO), "\n".join(map(str, checker.host_waits))
     streams = {name for wait in checker.host_waits for name in wait.streams}
     assert not streams & {"compute", "gather", "copy-in", "reduce"}
+
+
+@pytest.mark.parametrize("has_gloo", [False, True])
+def test_hosts_talk_over_no_group_of_a_hop(has_gloo: bool) -> None:
+    for configuration in (CONFIGURATIONS["flat"], CONFIGURATIONS["p=1"]):
+        with pretended_device(configuration.world_size, configuration.rank, has_gloo=has_gloo):
+            mesh = runtime_of(Run(configuration, {}).model).mesh
+            is_free = mesh.host_group not in (mesh.partition_group, mesh.replication_group)
+            assert mesh.host_group.size() == configuration.world_size
+            assert is_free or has_gloo
 
 
 def test_what_waits_on_purpose_is_listed() -> None:
