@@ -20,7 +20,7 @@ from lightning_mics.core import collectives
 from lightning_mics.core._torch import fsdp_collectives, held_gradients, local_tensor
 from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.rings import ThreadedWork
-from lightning_mics.core.gradients import window
+from lightning_mics.core.gradients.agreement import Agreement
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.metrics import CommLedger, Hop
 
@@ -143,7 +143,7 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (ThreadedWork, "wait", gather),
             (UnitGradients, "finish_reduction", reduce),
             (UnitGradients, "wait", replicate),
-            (window, "agree", replicate),
+            (Agreement, "reach", replicate),
             (fsdp_dist, "all_reduce", replicate),
         ):
             stack.enter_context(_timed(owner, name, functools.partial(clock.note, hop)))
