@@ -188,6 +188,12 @@ def test_a_worker_that_dies_between_runs_is_replaced(pool: WorkerPool) -> None:
     assert pool.run(rank_sum, world_size=2) == [(0, 1), (1, 1)]
 
 
+def test_stacks_are_shown_behind_what_changes_handlers_of_signals(pool: WorkerPool) -> None:
+    pool.run(signal.signal, signal.SIGUSR1, signal.SIG_DFL, world_size=1)
+    (hung,) = pool.attempt(sleep_forever, world_size=1, timeout=1)
+    assert "in sleep_forever" in hung.printed
+
+
 def test_a_hung_worker_shows_its_stack(pool: WorkerPool) -> None:
     (hung,) = pool.attempt(sleep_forever, world_size=1, timeout=1)
     assert (hung.kind, hung.message) == ("WorkerHung", "no answer after 1 s")

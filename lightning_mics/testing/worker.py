@@ -74,7 +74,6 @@ def serve(pipe: Connection, log: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         cast(TextIOWrapper, stream).reconfigure(line_buffering=True)  # a worker that hangs flushes no more
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, chain=True)  # write all stacks, then die as SIGUSR1 does by default
     os.environ["OMP_NUM_THREADS"] = "1"
     environ, folder = dict(os.environ), os.getcwd()
     tasks: SimpleQueue[bytes] = SimpleQueue()
@@ -172,6 +171,10 @@ def pretended_host(rank: int) -> dict[str, str]:
 
 def _restore(environ: Mapping[str, str]) -> None:
     """Undoes what tests leave behind in a process."""
+    # Write all stacks, then die as SIGUSR1 does by default. Who puts all handlers back, as Lightning's Trainer does,
+    # knows only those of Python.
+    faulthandler.unregister(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, chain=True)
     os.environ.clear()
     os.environ.update(environ)
     torch.set_num_threads(1)
