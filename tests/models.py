@@ -210,3 +210,21 @@ def microbatch(name: str, step: int, num_rows: int) -> Tensor:
     if name in LANGUAGE_MODELS:
         return torch.randint(0, VOCABULARY, (num_rows, SEQUENCE), generator=generator)
     return torch.randn(num_rows, 5, generator=generator)
+
+
+def nothing(model: nn.Module) -> None:
+    """Leaves the gradients alone."""
+
+
+def scale(model: nn.Module) -> None:
+    """Halves the gradients in place, as a loss scaler does."""
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad.mul_(0.5)
+
+
+def replace(model: nn.Module) -> None:
+    """Puts twice the gradients in their place."""
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad = param.grad * 2

@@ -113,11 +113,15 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
         _end_children(0.0)
         tell(kind, error, trace)
         return
-    line = _whom_it_follows(first)
-    _write_error_file(line, earlier=-1)
+    _write_error_file(_whom_it_follows(first), earlier=-1)
     if not follows and mine.error != first.error:  # an error of its own
         tell(kind, error, trace)
-    _say(line)
+    _end_behind(first)
+
+
+def _end_behind(first: _Failure) -> None:
+    """Says whom this rank follows; with ranks that it has started, ends last, and repeats the error."""
+    _say(_whom_it_follows(first))
     if _State.children:
         _end_children(_GRACE)
         _say(first.report)
@@ -223,12 +227,8 @@ def _follow() -> None:
             continue
         if _State.ending.wait(_GRACE) or _State.failed:
             return
-        line = _whom_it_follows(first)
-        _write_error_file(line, earlier=-1)
-        _say(line)
-        if _State.children:
-            _end_children(_GRACE)
-            _say(first.report)
+        _write_error_file(_whom_it_follows(first), earlier=-1)
+        _end_behind(first)
         _exit()
 
 

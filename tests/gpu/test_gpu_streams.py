@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gpu_tools import NEEDS_CARD, keep_busy, on_cards, synchronize
+from models import nothing, replace, scale
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard, sync_gradients
@@ -41,22 +42,6 @@ def build(dtype: torch.dtype) -> Net:
 def rows(microstep: int, rank: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(100 * microstep + rank)
     return torch.randn(8, WIDTH, generator=generator).to(worker_device(), dtype)
-
-
-def nothing(model: nn.Module) -> None:
-    pass
-
-
-def scale(model: nn.Module) -> None:
-    for param in model.parameters():
-        if param.grad is not None:
-            param.grad.mul_(0.5)
-
-
-def replace(model: nn.Module) -> None:
-    for param in model.parameters():
-        if param.grad is not None:
-            param.grad = param.grad * 2
 
 
 def always(microstep: int, rank: int) -> bool:

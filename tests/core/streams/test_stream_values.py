@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from models import nothing, replace, scale
 from stream_clocks import Settings
 from stream_world import pretended_device_of_many
 from torch import Tensor, nn
@@ -27,22 +28,6 @@ class Net(nn.Module):
     def forward(self, inputs: Tensor, uses_second: bool = True) -> Tensor:
         inputs = self.first(inputs)
         return self.third(self.second(inputs) if uses_second else inputs)
-
-
-def scale(model: nn.Module) -> None:
-    for param in model.parameters():
-        if param.grad is not None:
-            param.grad.mul_(0.5)
-
-
-def replace(model: nn.Module) -> None:
-    for param in model.parameters():
-        if param.grad is not None:
-            param.grad = param.grad * 2
-
-
-def nothing(model: nn.Module) -> None:
-    pass
 
 
 def everywhere(rank: int) -> bool:
