@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from script_tools import HEAVY
+from works import ROWS, checked_refusals
 
 from lightning_mics.testing import WorkerPool, get_pool
 
@@ -50,8 +51,19 @@ def real(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "real")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files with slow tests first: processes that share the suite then end together."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with checked_refusals(item):
+        yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps what was collected, campaigns included, and puts files with slow tests first.
+
+    Processes that share the suite then end together.
+    """
+    config.stash[ROWS] = list(items)
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
 

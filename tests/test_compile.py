@@ -8,11 +8,29 @@ from pathlib import Path
 
 import pytest
 from compile_ways import WAYS, Seen, reference_of, seen_of, through_a_checkpoint
+from works import works
 
 from lightning_mics.testing import WorkerPool, relative_difference, weight_differences
 
 BOUND = 1e-5
 # Compiled in the suite by inductor as well; the whole grid is a campaign.
+IN_WORDS = {
+    "blocks_then_shard": "block.compile() for each block, then mics_shard",
+    "shard_then_blocks": "mics_shard, then block.compile() for each block",
+    "wrap_then_shard": "torch.compile(block) in the place of each block, then mics_shard",
+    "shard_then_wrap": "mics_shard, then torch.compile(block) in the place of each block",
+    "regions_then_shard": "compile_regions(model) of Accelerate, then mics_shard",
+    "shard_then_regions": "mics_shard, then compile_regions(model) of Accelerate",
+    "whole_then_shard": "model.compile(), then mics_shard",
+    "wrap_whole_then_shard": "torch.compile(model), then mics_shard",
+    "shard_then_wrap_whole": "mics_shard, then torch.compile(model)",
+    "accelerate_regional": "TorchDynamoPlugin(use_regional_compilation=True) of Accelerate",
+    "accelerate_whole": "TorchDynamoPlugin() of Accelerate",
+    "fabric": "fabric.setup(torch.compile(model))",
+    "trainer_blocks": "block.compile() in configure_model, Lightning Trainer",
+    "trainer_in_place": "module.compile() before Trainer.fit",
+    "huggingface": "TrainingArguments(torch_compile=True)",
+}
 BY_INDUCTOR = ("blocks_then_shard", "accelerate_regional")
 # The root's graph is left where its first unit is called; mostly Dynamo does not count that as a break.
 WITH_A_GRAPH_BREAK = ("trainer_in_place",)
@@ -41,7 +59,9 @@ def check(found: list[Seen], expected: list[Seen]) -> str:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=works("Ways to compile", words)) for way, words in IN_WORDS.items()]
+)
 def test_every_way_trains_like_eager(
     pool: WorkerPool, eager: Callable[[str], list[Seen]], tmp_path: Path, way: str
 ) -> None:
@@ -49,6 +69,10 @@ def test_every_way_trains_like_eager(
     found = pool.run(seen_of, way, reference_of(way), backend, tmp_path, world_size=4, timeout=240)
     check(found, eager(reference_of(way)))
     assert found[0].breaks == (way in WITH_A_GRAPH_BREAK)
+
+
+def test_every_way_has_words() -> None:
+    assert IN_WORDS.keys() == WAYS.keys()
 
 
 @pytest.mark.campaign

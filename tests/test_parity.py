@@ -9,6 +9,7 @@ import parity
 import pytest
 import torch
 from parity import BOUND, Case, check, comparison, layouts, train_alone
+from works import works
 
 from lightning_mics.testing import WorkerPool
 
@@ -38,7 +39,20 @@ def test_every_layout_trains_like_one_process(pool: WorkerPool, world: int, accu
     check(pool, cases())
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert", "llama", "frozen", "tied", "shared", "twice"])
+KINDS = {
+    "gpt2": "GPT-2 of transformers",
+    "bert": "BERT of transformers",
+    "llama": "Llama of transformers",
+    "frozen": "Frozen parameters",
+    "tied": "Weights tied over units",
+    "shared": "A block that is used in two places",
+    "twice": "A block that runs twice",
+}
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(kind, marks=works("Model kinds", name)) for kind, name in KINDS.items()]
+)
 def test_every_kind_of_model_trains_like_one_process(pool: WorkerPool, model: str) -> None:
     cases = [Case(model, 4, shard, 2, 4) for shard in (1, 2, 4)]
     check(pool, [*cases, Case(model, 4, 2, 2, 1, optimizer="adamw"), Case(model, 4, 4, 2, 4, optimizer="adamw")])
@@ -48,6 +62,7 @@ def test_eight_ranks_train_a_tied_model_like_one_process(pool: WorkerPool) -> No
     check(pool, [Case("gpt2", 8, 4, 2, 4), Case("gpt2", 8, 4, 2, 4, settings=(("hierarchical", False),))])
 
 
+@works("Model kinds", "Parameters that some microsteps, ranks or replicas do not use")
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_sometimes_unused_parameters_train_like_in_one_process(pool: WorkerPool, accumulate: int) -> None:
     cases = [Case("routed", 4, 4 // num, 2, accumulate, routes=routes) for num, routes in ROUTES.items()]
@@ -58,6 +73,7 @@ def test_gradients_are_clipped_by_the_norm_of_one_process(pool: WorkerPool) -> N
     check(pool, [Case("frozen", 4, shard, 2, 2, clip=0.05) for shard in (1, 2, 4)])
 
 
+@works("Training loops", "An incomplete last window, closed by hand")
 def test_an_incomplete_window_is_closed_by_hand(pool: WorkerPool) -> None:
     check(pool, [Case("uneven", 4, shard, 2, 4, incomplete=True) for shard in (2, 4)])
 

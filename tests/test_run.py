@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from script_tools import LAUNCH, run_python
+from works import works
 
 from lightning_mics.accelerate.launch_file import LaunchSettings, write_launch_file
 
@@ -42,6 +43,7 @@ def run(folder: Path, *script: str, **options: Any) -> tuple[str, list[dict[str,
     return done.stdout + done.stderr, calls
 
 
+@works("Scripts", "A script of Accelerate under the runner")
 def test_an_accelerate_script(tmp_path: Path) -> None:
     from transformers import BertForSequenceClassification
 

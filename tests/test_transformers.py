@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
+from works import works
 
 from lightning_mics import Hop
 from lightning_mics.accelerate import MiCSPlugin
@@ -162,6 +163,7 @@ def test_a_checkpoint_is_resumed_on_another_shard_size(pool: WorkerPool, tmp_pat
         assert relative_difference(loss, whole[1]) <= 1e-4
 
 
+@works("Savers", "MiCSTrainer.save_model, read by from_pretrained")
 def test_a_saved_model_opens_with_from_pretrained(pool: WorkerPool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
+from works import works
 
 from lightning_mics import Hop, MiCSConfig, MiCSStrategy
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
@@ -171,6 +172,7 @@ def reduced_bytes(with_lora: bool) -> tuple[int, int]:
     return ledger.total(Hop.PARTITION_REDUCE).message_bytes, trainable
 
 
+@works("Model kinds", "LoRA adapters of PEFT")
 def test_with_lora_only_adapters_travel(pool: WorkerPool) -> None:
     for reduced, trainable in pool.run(reduced_bytes, True, world_size=4):
         assert trainable <= reduced < 2 * trainable  # uneven shards are padded
@@ -322,6 +324,7 @@ def test_state_is_loaded_bitwise_on_other_shapes(pool: WorkerPool, tmp_path: Pat
             assert (counter, step) == (17, 6)
 
 
+@works("Savers", "save_pretrained of transformers, after accelerator.prepare")
 def test_a_saved_model_opens_with_from_pretrained(pool: WorkerPool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 

@@ -30,6 +30,7 @@ from lightning_tools import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from works import works
 
 from lightning_mics import Hop, MiCSConfigError, MiCSMonitor, MiCSStrategy
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, relative_difference
@@ -129,6 +130,7 @@ def change_accumulation() -> None:
     assert trainer.strategy.ledger.total(Hop.REPLICATION_REDUCE, unit).calls == 4 + 1
 
 
+@works("Training loops", "GradientAccumulationScheduler")
 def test_accumulation_changed_by_the_scheduler_callback(pool: WorkerPool) -> None:
     pool.run(change_accumulation, world_size=4)
 
@@ -166,6 +168,7 @@ def evaluate() -> None:
     assert_parity(net_state(ours), alone.state_dict())
 
 
+@works("Training loops", "Validate, test and predict before and between fits")
 def test_validate_test_predict_and_then_fit(pool: WorkerPool) -> None:
     pool.run(evaluate, world_size=4)
 
@@ -232,6 +235,7 @@ def play() -> None:
     assert_parity(full_state_dict(ours), alone.state_dict())
 
 
+@works("Training loops", "Manual optimization with two optimizers, Lightning")
 def test_manual_optimisation_with_two_optimizers(pool: WorkerPool) -> None:
     pool.run(play, world_size=4)
 
@@ -317,6 +321,7 @@ class RememberFirstStep(Callback):
             self.skipped = same
 
 
+@works("Training loops", "Loss scaling (16-mixed): an overflow on one rank skips the step on all")
 def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool) -> None:
     results = pool.run(overflow, world_size=4)
     assert len({scale for scale, _, _ in results}) == 1
@@ -349,6 +354,7 @@ def fit_from_meta() -> tuple[float, float]:
     return ours.losses[0], ours.losses[-1]
 
 
+@works("Model kinds", "Built on the meta device in configure_model")
 def test_configure_model_on_the_meta_device(pool: WorkerPool) -> None:
     for first, last in pool.run(fit_from_meta, world_size=4):
         assert last < first

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
+from works import works
 
 from lightning_mics import MiCSStrategy, consolidate
 from lightning_mics.checkpoint import optimizer_state
@@ -186,6 +187,7 @@ def keep_best(folder: str) -> list[str]:
     return sorted(Path(path).name for path in checkpoint.best_k_models)
 
 
+@works("Savers", "ModelCheckpoint")
 def test_model_checkpoint_keeps_the_best_and_leaves_nothing_else(pool: WorkerPool, tmp_path: Path) -> None:
     best = pool.run(keep_best, str(tmp_path), world_size=4)[0]
     assert len(best) == 2
@@ -216,6 +218,7 @@ def full_file_for_transformers(path: str) -> Tensor:
         return module(torch.arange(5)[None])
 
 
+@works("Savers", "mics consolidate, read by from_pretrained")
 def test_from_pretrained_reads_what_consolidate_writes(pool: WorkerPool, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
