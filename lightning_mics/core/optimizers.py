@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -35,8 +37,12 @@ class ShardedParams:
             MiCSConfigError: If it has taken steps on the parameters as they were.
         """
         for group in optimizer.param_groups:
-            if optimizer.state and any(param in self._shards for param in group["params"]):
-                _refuse_used(optimizer)
+            for param in group["params"]:
+                if param in self._shards and param in optimizer.state:
+                    states = optimizer.state.pop(param)
+                    if not _is_initial(param, states):
+                        _refuse_used(optimizer)
+                    optimizer.state[self._shards[param]] = _shard_states(optimizer, param, self._shards[param], states)
             group["params"] = [self._shards.get(param, param) for param in group["params"]]
 
 
@@ -65,8 +71,9 @@ def check_unused(optimizer: Optimizer, model: nn.Module) -> None:
         MiCSConfigError: If it has taken steps on the model's parameters.
     """
     params = set(model.parameters())
-    if optimizer.state and any(param in params for group in optimizer.param_groups for param in group["params"]):
-        _refuse_used(optimizer)
+    for param, states in optimizer.state.items():
+        if param in params and not _is_initial(param, states):
+            _refuse_used(optimizer)
 
 
 def check_rebinding(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -89,3 +96,57 @@ def _refuse_used(optimizer: Optimizer) -> None:
         f"{type(optimizer).__name__} has taken steps already, and its states belong to the whole model. Shard the "
         "model first, then create the optimizer and load its checkpoint."
     )
+
+
+_COUNTS = ("step", "steps", "num_steps", "t", "k", "iteration")
+
+
+def _is_initial(param: Tensor, states: Mapping[str, Any]) -> bool:
+    """Returns whether states look as a constructor leaves them: counts of zero, and tensors that no gradient made.
+
+    Adagrad and others fill them when they are made: with one value, or with the parameter's.
+    """
+    counts = [value for name, value in states.items() if name in _COUNTS]
+    rest = [value for name, value in states.items() if name not in _COUNTS and isinstance(value, Tensor)]
+    return not any(map(_is_positive, counts)) and all(_is_constant(value) or _copies(value, param) for value in rest)
+
+
+def _is_positive(count: Any) -> bool:
+    return not (isinstance(count, Tensor) and count.is_meta) and bool(count)
+
+
+def _is_constant(value: Tensor) -> bool:
+    return value.is_meta or value.numel() == 0 or bool((value == value.flatten()[0]).all())
+
+
+def _copies(value: Tensor, param: Tensor) -> bool:
+    return value.shape == param.shape and torch.equal(value, param.detach())
+
+
+def _shard_states(optimizer: Optimizer, param: Tensor, shard: Tensor, states: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns initial states of a parameter as states of its shard."""
+    if any(isinstance(value, Tensor) and value.is_meta for value in states.values()):
+        return _states_of_new(optimizer, shard)
+    return {name: _shard_state(shard, value) for name, value in states.items()}
+
+
+@torch.no_grad()
+def _shard_state(shard: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.shape != shard.shape or value.dim() == 0:
+        return value
+    if _is_constant(value):
+        return torch.full_like(shard, value.flatten()[0].item(), dtype=value.dtype) if value.numel() else value
+    return shard.detach().clone()  # a copy of the parameter
+
+
+def _states_of_new(optimizer: Optimizer, shard: Tensor) -> dict[str, Any]:
+    """Returns the states that a new optimizer of the kind makes of a shard: on the meta device there were no values."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    try:
+        return dict(type(optimizer)([shard], **settings).state[shard])
+    except Exception as error:
+        raise MiCSConfigError(
+            f"{type(optimizer).__name__} was created over parameters on the meta device, and its states have no "
+            "values. Shard the model first, then create the optimizer."
+        ) from error

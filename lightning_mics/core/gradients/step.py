@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step_on_whole, steps_on_whole
 from lightning_mics.errors import MiCSError
 
 _WINDOWS: weakref.WeakSet[AccumulationWindow] = weakref.WeakSet()
@@ -25,23 +27,50 @@ def guard_steps(window: AccumulationWindow) -> None:
 def _install() -> None:
     # One hook for all, and for good: PyTorch goes through its hooks while windows may be collected.
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """With a closure, the backward pass runs inside the step, so the guard's question is asked after it."""
+    if stands_in(optimizer):  # a step that calls that of its base class
+        return None
     _refuse_lbfgs(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if steps_on_whole(optimizer):
+        result = None if closure is None else closure()
+        _prepare(optimizer)
+        return _stepping(step_on_whole(optimizer), args, kwargs, None if closure is None else lambda: result)
     if closure is None:
         _prepare(optimizer)
-        return None
+        stand_in = stand_in_for(optimizer)
+        if stand_in is None:
+            return None
+        stand_in.take_gradients()
+        return (stand_in.optimizer, *args[1:]), kwargs
+    stand_in = stand_in_for(optimizer)
 
     @functools.wraps(closure)
     def checked_closure() -> Any:
         result = closure()
         _prepare(optimizer)
+        if stand_in is not None:
+            stand_in.take_gradients()
         return result
 
-    return args[:1], {**kwargs, "closure": checked_closure}
+    return _stepping(stand_in, args, kwargs, checked_closure)
+
+
+def _stepping(
+    stand_in: StandIn | None, args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a step that a stand-in takes, or the optimizer itself, with a closure."""
+    stepping = args[0] if stand_in is None else stand_in.optimizer
+    return (stepping, *args[2:]), kwargs if closure is None else {**kwargs, "closure": closure}
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if args[0] is not optimizer and stands_in(args[0]):
+        StandIn.of(args[0]).hand_back()
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
