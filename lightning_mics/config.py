@@ -215,7 +215,8 @@ class MiCSConfig:
         """Returns a copy with the gather dtype that a precision asks for; an explicit ``param_dtype`` wins.
 
         With a mixed precision, parameters stay float32 in their shards and are gathered in 16 bits, half the bytes. The
-        ``"-true"`` precisions change the module itself. Gradients are reduced in ``reduce_dtype`` either way.
+        ``"-true"`` precisions change the module itself. Gradients are reduced in ``reduce_dtype`` either way, and with
+        ``"64-true"`` in float64 in the place of the default.
 
         Args:
             precision: Lightning's name, for example ``"bf16-mixed"``.
@@ -224,6 +225,8 @@ class MiCSConfig:
             MiCSConfigError: If the precision is not supported.
         """
         found = supported_precision(precision)
+        if as_dtype(found.reduce_dtype) != torch.float32 == self.reduce_dtype:
+            return self.replace(reduce_dtype=found.reduce_dtype)
         if not found.is_mixed or self.param_dtype is not None:
             return self
         # Autocast looks after inputs of the root; casting a whole batch would round its targets, too.

@@ -25,6 +25,7 @@ class Precision:
         accelerate: Accelerate's ``mixed_precision``; ``None`` where it has no such mode.
         param_dtype: Dtype in which parameters are gathered and computed with.
         state_dtype: Dtype of the parameters' shards where it is not the model's own.
+        reduce_dtype: Dtype of gradient reduction where nothing else is asked for.
         aliases: Other names.
     """
 
@@ -32,6 +33,7 @@ class Precision:
     accelerate: str | None
     param_dtype: str
     state_dtype: str | None = None
+    reduce_dtype: str = "float32"
     aliases: tuple[str, ...] = ()
 
     @property
@@ -47,6 +49,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("bf16-mixed", "bf16", "bfloat16", aliases=("bf16",)),
         Precision("bf16-true", None, "bfloat16", "bfloat16"),
         Precision("16-mixed", "fp16", "float16", aliases=("fp16",)),
+        Precision("64-true", None, "float64", "float64", "float64", aliases=("64",)),
     )
 }
 # Accelerate's names, as its launch files and arguments take them.

@@ -7,9 +7,9 @@ sizes and checksums.
 
 from __future__ import annotations
 
-from lightning_mics.checkpoint.consolidate import consolidate
+from lightning_mics.checkpoint.consolidate import consolidate, read_weights
 from lightning_mics.checkpoint.files import recover, remove
-from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into
+from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
 from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state
 
@@ -19,8 +19,11 @@ __all__ = [
     "huggingface_metadata",
     "load_checkpoint",
     "load_into",
+    "load_raw",
+    "load_rest",
     "model_state",
     "optimizer_state",
+    "read_weights",
     "recover",
     "remove",
     "save_checkpoint",

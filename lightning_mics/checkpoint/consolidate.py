@@ -55,7 +55,10 @@ def consolidate(
     if source.parent.is_dir():
         files.recover(source)
     kind = files.find_kind(source)
-    content = _read_full(source) if kind == "full" else _read_sharded(source, ending, progress)
+    everything = ending in _FILE_ENDINGS
+    content = (
+        _read_full(source) if kind == "full" else _read_sharded(source, everything, _meta_for(everything), progress)
+    )
     _weights(content)
     temporary = files.temporary_name(destination)
     try:
@@ -107,12 +110,28 @@ def _write(content: dict[str, Any], target: Path, ending: str) -> None:
         _write_huggingface(content, target)
 
 
+def read_weights(source: str | os.PathLike[str], *, weights_only: bool | None = None) -> dict[str, Any]:
+    """Reads a sharded checkpoint, but for its optimizers, as if it were one full Lightning file; alone.
+
+    Args:
+        source: The checkpoint.
+        weights_only: As in ``torch.load``, for the part that is not tensors.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or holds objects that ``weights_only`` forbids.
+    """
+    files.find_kind(Path(source))
+    return _read_sharded(Path(source), False, lambda path: read_file(path / files.META, weights_only), None)
+
+
 def _read_full(source: Path) -> dict[str, Any]:
     files.check_content(source, "full")
     return read_file(source, weights_only=False)
 
 
-def _read_sharded(source: Path, ending: str, progress: Progress | None) -> dict[str, Any]:
+def _read_sharded(
+    source: Path, everything: bool, read_meta: Callable[[Path], dict[str, Any]], progress: Progress | None
+) -> dict[str, Any]:
     total, done = 2 * files.total_bytes(source), 0
 
     def advance(num_bytes: int) -> None:
@@ -122,10 +141,9 @@ def _read_sharded(source: Path, ending: str, progress: Progress | None) -> dict[
             progress(done, total)
 
     files.check_content(source, "sharded", progress=advance)  # before anything is unpickled
-    metadata, meta = files.read_metadata(source), _read_meta(source, ending)
-    wants_all = ending in _FILE_ENDINGS
+    metadata, meta = files.read_metadata(source), read_meta(source)
     wanted = [
-        name for name in metadata.state_dict_metadata if wants_all or not _is_optimizer(_top(metadata, name), metadata)
+        name for name in metadata.state_dict_metadata if everything or not _is_optimizer(_top(metadata, name), metadata)
     ]
     total = done + sum(_nbytes(metadata, name) for name in wanted)
     nested: dict[str, Any] = {}
@@ -141,11 +159,15 @@ def _read_sharded(source: Path, ending: str, progress: Progress | None) -> dict[
     return {**meta, **_as_lightning(_lists(nested))}
 
 
-def _read_meta(source: Path, ending: str) -> dict[str, Any]:
-    """Reads what lies beside the tensors; only a file with everything needs the classes of the training script."""
-    if ending in _FILE_ENDINGS or not (source / files.MANIFEST).is_file():
-        return read_file(source / files.META, weights_only=False)
-    return {"mics": files.manifest_model(source)}
+def _meta_for(everything: bool) -> Callable[[Path], dict[str, Any]]:
+    """Returns what reads the part beside the tensors; only for everything it needs the classes of the script."""
+
+    def read_meta(source: Path) -> dict[str, Any]:
+        if everything or not (source / files.MANIFEST).is_file():
+            return read_file(source / files.META, weights_only=False)
+        return {"mics": files.manifest_model(source)}
+
+    return read_meta
 
 
 def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:

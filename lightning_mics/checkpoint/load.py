@@ -335,6 +335,94 @@ def _load_full(
     return ranks.on_each_rank(fill)
 
 
+def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None) -> dict[str, Any]:
+    """Loads what a checkpoint holds beside the tensors of models and optimizers. Collective over the world.
+
+    Args:
+        path: A sharded checkpoint, or a full file, of which everything is loaded.
+        weights_only: As in ``torch.load``.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint is missing or damaged.
+    """
+    path = Path(path)
+
+    def read_rest() -> dict[str, Any]:
+        return read_file(path / files.META if files.find_kind(path) == "sharded" else path, weights_only)
+
+    return ranks.on_each_rank(read_rest)
+
+
+def load_raw(
+    path: str | os.PathLike[str],
+    target: nn.Module | Optimizer,
+    *,
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> None:
+    """Loads a file that holds nothing but one ``state_dict``, of whole tensors. Collective over the world.
+
+    Args:
+        path: What ``torch.save(model.state_dict(), path)`` wrote.
+        target: A sharded or plain model, or an optimizer over its parameters; filled in place.
+        strict: Whether names of parameters must match; see :func:`load_into`.
+        weights_only: As in ``torch.load``.
+
+    Raises:
+        CheckpointError: On every rank, if the file is missing, damaged or does not fit.
+    """
+    path = Path(path)
+
+    def fill() -> None:
+        if files.find_kind(path) == "sharded":
+            raise CheckpointError(f"{path} is a folder of shards, not a single state. Load it as a checkpoint.")
+        state = _read_raw(path, weights_only)
+        if isinstance(target, Optimizer):
+            _fill_by_position(path, target, state)
+        else:
+            _check_flat(path, state)
+            fill_weights(path, target, state, strict)
+
+    ranks.on_each_rank(fill)
+
+
+def _read_raw(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Reads a file of ``torch.save``, also of a PyTorch older than 1.6, as public weights are."""
+    if files.is_archive(path):
+        return read_file(path, weights_only)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or not a PyTorch file ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict.")
+    return content
+
+
+def _check_flat(path: Path, state: dict[str, Any]) -> None:
+    inner = [key for key, value in state.items() if isinstance(value, dict) and not is_extra_state(key, value)]
+    if inner:
+        raise CheckpointError(
+            f"{path} holds a checkpoint with entries such as {inner[0]!r}, not a single state_dict. Load it with "
+            f"fabric.load(path, {{{inner[0]!r}: model}})."
+        )
+
+
+def _fill_by_position(path: Path, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if saved.keys() != {"state", "param_groups"}:
+        raise CheckpointError(f"{path} holds no state_dict of an optimizer, only {', '.join(map(str, saved))}.")
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) != len(params):
+        raise CheckpointError(
+            f"{path} has the states of {len(numbers)} parameter(s), {type(optimizer).__name__} trains {len(params)}. "
+            "Create the optimizer as it was saved."
+        )
+    param_of = dict(zip(numbers, params, strict=True))
+    states = {number: _shard_state(state, param_of[number]) for number, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": states})
+
+
 @torch.no_grad()
 def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
     """Copies whole tensors into a sharded or plain model; communicates nothing.
@@ -376,7 +464,7 @@ def _fill_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any
 
 def _shard_state(value: Any, param: Tensor) -> Any:
     if isinstance(value, Tensor):
-        return shard_like(value, param)
+        return shard_like(value, param).clone()  # it may lie in a mapped file, which somebody may overwrite
     if isinstance(value, dict):
         return {key: _shard_state(entry, param) for key, entry in value.items()}
     return value

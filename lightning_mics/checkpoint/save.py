@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
-from lightning_mics.checkpoint.state import huggingface_metadata, is_extra_state, model_state, optimizer_state
+from lightning_mics.checkpoint.state import (
+    huggingface_metadata,
+    is_extra_state,
+    model_state,
+    optimizer_state,
+    without_shards,
+)
 from lightning_mics.errors import CheckpointError
 
 
@@ -63,13 +69,13 @@ def save_sharded(
     Args:
         path: The folder.
         state: Nested dictionaries of tensors; DTensors are written by shard. Of everything else rank 0's counts.
-        meta: The rest; rank 0's counts.
+        meta: The rest; rank 0's counts, with shards in it made whole.
         add_files: Writes more files into the folder that it is given, on every rank, before ``state`` is written.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
-    path = Path(path)
+    path, meta = Path(path), without_shards(meta)
     temporary = _begin(path, folder=True)
     try:
         if add_files is not None:
@@ -90,12 +96,12 @@ def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
 
     Args:
         path: The file.
-        checkpoint: What to write; rank 0's counts.
+        checkpoint: What to write; rank 0's counts, with shards in it made whole.
 
     Raises:
         CheckpointError: On every rank, if writing failed; the previous checkpoint is untouched.
     """
-    path = Path(path)
+    path, checkpoint = Path(path), without_shards(checkpoint)
     temporary = _begin(path, folder=False)
 
     def write() -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import ranks
-from lightning_mics.core._torch import plain_name
+from lightning_mics.core._torch import plain_name, tree_leaves, tree_map_only
 from lightning_mics.errors import CheckpointError
 
 
@@ -94,13 +94,34 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
 
 def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        full = value.full_tensor()
-        return full.cpu() if ranks.rank() == 0 else None
+        return _gathered(value)
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
         return {key: _whole(entry) for key, entry in value.items()}
     return value
+
+
+def _gathered(shard: DTensor) -> Tensor | None:
+    full = shard.full_tensor()
+    return full.detach().cpu() if ranks.rank() == 0 else None
+
+
+def without_shards(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is to be written by rank 0 alone, with whole tensors in the place of shards. Collective.
+
+    Raises:
+        CheckpointError: On every rank, if there are shards on some ranks only.
+    """
+    counts = ranks.together(lambda: sum(isinstance(leaf, DTensor) for leaf in tree_leaves(content)))
+    if len(set(counts)) > 1:
+        few = counts.index(min(counts))
+        raise CheckpointError(
+            f"rank {few} was given {counts[few]} shard(s) beside the model, and other ranks {max(counts)}. All ranks "
+            "must save the same entries: gathering a shard takes all of them"
+        )
+    whole: dict[str, Any] = tree_map_only(DTensor, _gathered, content) if counts[0] else content
+    return whole
 
 
 def shard_like(value: Tensor, param: Tensor) -> Tensor:

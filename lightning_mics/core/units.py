@@ -166,31 +166,40 @@ def _huggingface_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of each outermost ``ModuleList`` or ``Sequential`` whose class it repeats."""
+    """Members of each outermost ``ModuleList`` or ``Sequential`` whose class it repeats.
+
+    What may be either blocks or stages of a model, members of a ``ModuleDict`` and a ``Sequential`` beside other
+    modules, is a block where it has no blocks in it.
+    """
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         children = [child for child in _children(module) if _has_parameters(child)]
         blocks = _repeated(children) if isinstance(module, nn.ModuleList | nn.Sequential) else []
         found.extend(blocks)
-        if not _is_atomic(module):
-            for child in children:
-                if child not in blocks:
-                    visit(child)
+        if _is_atomic(module):
+            return
+        known = len(found)
+        for child in children:
+            if child not in blocks:
+                visit(child)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and not blocks and len(found) == known:
+            found.extend(_repeated(children, have_no_blocks=True))
 
     visit(uncompiled(model))
     return list(dict.fromkeys(found))
 
 
-def _repeated(children: Sequence[nn.Module]) -> list[nn.Module]:
+def _repeated(children: Sequence[nn.Module], *, have_no_blocks: bool = False) -> list[nn.Module]:
     """Returns the children of a class of which there are several, unless they are layers without modules in them."""
     counts = Counter(type(child) for child in children)
-    is_mixed = len(counts) > 1  # stages that differ, each a container, rather have blocks of their own
+    # Stages that differ, each a container, rather have blocks of their own.
+    are_stages = len(counts) > 1 and not have_no_blocks
     composite = [child for child in children if any(child.children())]
     blocks = [
         child
         for child in composite
-        if counts[type(child)] > 1 and _has_forward(child) and not (is_mixed and isinstance(child, _CONTAINERS))
+        if counts[type(child)] > 1 and _has_forward(child) and not (are_stages and isinstance(child, _CONTAINERS))
     ]
     largest = max((_numel(child) for child in composite if child not in blocks), default=0)
     # Beside heads, say, a larger module would stay whole: only where there are no blocks are modules split by size.

@@ -17,6 +17,7 @@ from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
@@ -27,6 +28,7 @@ from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
+from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.metrics import CommLedger
 from lightning_mics.topology import GroupLayout
@@ -135,6 +137,7 @@ class MiCSStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        check_launch(self.cluster_environment, self.num_nodes, self.num_processes, self.config.node_size)
         common.plan_layout(self.config, self.num_nodes, self.num_processes)
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -226,16 +229,19 @@ class MiCSStrategy(ParallelStrategy):
         if storage_options is not None or filter is not None:
             raise MiCSConfigError("storage_options= and filter= are not supported by MiCSStrategy. Leave them out.")
         key, module, optimizers = _split_state(state)
-        full = not self._save_distributed_checkpoint
-        tensors = {key: checkpoints.model_state(module, full=full)}
-        for name, optimizer in optimizers.items():
-            tensors[name] = checkpoints.optimizer_state(module, optimizer, full=full)
+        full = module is None or not self._save_distributed_checkpoint
+        tensors: dict[str, Any] = {}
+        if key is not None and module is not None:
+            tensors[key] = checkpoints.model_state(module, full=full)
+            for name, optimizer in optimizers.items():
+                tensors[name] = checkpoints.optimizer_state(module, optimizer, full=full)
         meta = {
             name: value.state_dict() if hasattr(value, "state_dict") else value
             for name, value in state.items()
-            if name != key and name not in optimizers
+            if name not in tensors
         }
-        meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
+        if module is not None:
+            meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
         path = self.broadcast(str(path))
         if full:
             checkpoints.save_full(path, {**tensors, **meta})
@@ -249,13 +255,24 @@ class MiCSStrategy(ParallelStrategy):
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Reads a checkpoint of any shard size, sharded or full, into the given model, optimizers and objects."""
-        if not isinstance(state, dict) or not state:
-            raise CheckpointError("Pass state={'model': model, ...} to load a checkpoint with MiCSStrategy.")
+        """Reads a checkpoint of any shard size, sharded or full, into the given model, optimizers and objects.
+
+        A model or an optimizer alone is filled from a file with its ``state_dict``, as ``fabric.load_raw`` asks for.
+        """
+        path = self.broadcast(str(path))
+        if isinstance(state, nn.Module | Optimizer):
+            checkpoints.load_raw(path, state, strict=strict, weights_only=weights_only)
+            return {}
+        if not state and Path(path).is_dir():
+            raise CheckpointError(f"{path} is a folder of shards. Pass state={{'model': model, ...}} to load it.")
+        state = {} if state is None else state
         key, module, optimizers = _split_state(state)
-        meta = checkpoints.load_into(
-            self.broadcast(str(path)), module, optimizers, model_key=key, strict=strict, weights_only=weights_only
-        )
+        if module is None:
+            meta = checkpoints.load_rest(path, weights_only=weights_only)
+        else:
+            meta = checkpoints.load_into(
+                path, module, optimizers, model_key=key, strict=strict, weights_only=weights_only
+            )
         meta.pop("mics", None)
         for name in [name for name in state if name != key and name not in optimizers]:
             if name not in meta:
@@ -278,16 +295,24 @@ class _DeferReplicationSync(_BackwardSyncControl):
         return defer_replication_sync(module, enabled)
 
 
-def _split_state(state: dict[str, Any]) -> tuple[str, nn.Module, dict[str, Optimizer]]:
-    """Finds the sharded model and the optimizers in what the user wants saved or loaded."""
+def _split_state(state: dict[str, Any]) -> tuple[str | None, nn.Module | None, dict[str, Optimizer]]:
+    """Finds the sharded model, if there is one, and its optimizers in what the user wants saved or loaded."""
     models = [name for name, value in state.items() if isinstance(value, nn.Module) and is_sharded(value)]
-    if len(models) != 1:
+    optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
+    if len(models) > 1:
         raise CheckpointError(
-            f"A checkpoint holds exactly one model set up by Fabric; the state has {len(models)}. Pass "
+            f"A checkpoint holds one model set up by Fabric at most; the state has {len(models)}. Pass "
             "{'model': model, ...}, and save several models under several paths."
         )
-    optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
-    return models[0], state[models[0]], optimizers
+    if models:
+        return models[0], state[models[0]], optimizers
+    for name, optimizer in optimizers.items():
+        if any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"]):
+            raise CheckpointError(
+                f"The optimizer {name!r} holds shards of a model that the state lacks. Pass its model as well: "
+                f"{{'model': model, {name!r}: {name}}}."
+            )
+    return None, None, {}
 
 
 common.register(STRATEGY_REGISTRY, MiCSStrategy)

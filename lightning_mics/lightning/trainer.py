@@ -36,7 +36,9 @@ from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.lightning import common
+from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
+from lightning_mics.lightning.reading import read_folders
 from lightning_mics.metrics import CommLedger
 from lightning_mics.topology import GroupLayout
 
@@ -165,8 +167,9 @@ class MiCSStrategy(ParallelStrategy):
 
     def set_world_ranks(self) -> None:
         """Takes over the cluster environment's ranks; the first moment at which the whole cluster is known."""
-        common.plan_layout(self.config, self.num_nodes, self.num_processes)
         assert self.cluster_environment is not None
+        check_launch(self.cluster_environment, self.num_nodes, self.num_processes, self.config.node_size)
+        common.plan_layout(self.config, self.num_nodes, self.num_processes)
         common.set_ranks(self.cluster_environment, self.num_nodes, self.num_processes)
 
     def _configure_launcher(self) -> None:
@@ -398,3 +401,4 @@ def _manual_entries(module: pl.LightningModule) -> list[nn.Module]:
 
 
 common.register(StrategyRegistry, MiCSStrategy)
+read_folders()

@@ -43,7 +43,12 @@ class Training:
             MiCSConfigError: If it is unknown; suggests the nearest known name.
         """
         found = find_precision(str(precision))
-        return cls(param_dtype=found.param_dtype, optimizer=optimizer, state_dtype=found.state_dtype)
+        return cls(
+            param_dtype=found.param_dtype,
+            reduce_dtype=found.reduce_dtype,
+            optimizer=optimizer,
+            state_dtype=found.state_dtype,
+        )
 
     @property
     def precision(self) -> str:

@@ -87,11 +87,10 @@ def test_lightnings_precisions_become_gather_dtypes() -> None:
     assert MiCSConfig(param_dtype="bfloat16").with_precision("16-mixed").param_dtype is torch.bfloat16
     for precision in ("32-true", "bf16-true"):
         assert MiCSConfig().with_precision(precision) == MiCSConfig()
-    assert all(MiCSConfig().with_precision(p).reduce_dtype is torch.float32 for p in PRECISIONS)
-    with pytest.raises(
-        MiCSConfigError, match=r"precision='64-true' is not supported by MiCS. Values that work: 32-true"
-    ):
-        MiCSConfig().with_precision("64-true")
+    assert all(MiCSConfig().with_precision(p).reduce_dtype is torch.float32 for p in PRECISIONS if p != "64-true")
+    assert MiCSConfig().with_precision("64-true") == MiCSConfig(reduce_dtype="float64")
+    with pytest.raises(MiCSConfigError, match=r"precision='transformer-engine' is not supported by MiCS. Values that"):
+        MiCSConfig().with_precision("transformer-engine")
 
 
 def overflow_on_one_rank() -> tuple[float, bool]:

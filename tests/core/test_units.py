@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from accelerate.utils import compile_regions
 from models import Block, Regressor, SharedBlock, TiedBlocks, tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
+from works import works
 
 from lightning_mics import MiCSConfigError
 from lightning_mics.core.units import Unit, backward_order, plan_units, unit_names
@@ -53,6 +56,49 @@ def test_blocks_between_other_layers_are_units() -> None:
     assert plan(model) == [("1",), ("2",), ("4",)]
     stages = nn.Sequential(nn.Linear(2, 4), nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block()))
     assert plan(stages) == [("1.0",), ("1.1",), ("2.0",), ("2.1",)]
+
+
+def mlp(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+
+class ConvNorm(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2))
+
+
+@works("Model kinds", "Nested Sequentials (wrap='auto')")
+def test_stages_without_blocks_in_them_are_blocks() -> None:
+    assert plan(nn.Sequential(mlp(), mlp(), mlp(), nn.Linear(4, 2))) == [("0",), ("1",), ("2",)]
+    assert plan(nn.Sequential(nn.Linear(4, 8), mlp(8), mlp(8))) == [("1",), ("2",)]
+    assert plan(nn.Sequential(nn.Sequential(mlp(), mlp()), nn.Linear(4, 2))) == [("0.0",), ("0.1",)]
+    named = OrderedDict(a=nn.Sequential(nn.Linear(4, 4)), b=nn.Sequential(nn.Linear(4, 4)), head=nn.Linear(4, 2))
+    assert plan(nn.Sequential(named)) == [("a",), ("b",)]
+    assert plan(nn.Sequential(nn.Conv1d(2, 2, 1), ConvNorm(), ConvNorm(), nn.Linear(2, 2))) == [("1",), ("2",)]
+
+
+def test_stages_with_blocks_in_them_are_split_into_these() -> None:
+    stem, head = ConvNorm(), nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(stem, nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block()), head, nn.Tanh())
+    assert plan(model) == [("1.0",), ("1.1",), ("2.0",), ("2.1",)]
+
+
+@works("Model kinds", "Blocks in a ModuleDict (wrap='auto')")
+def test_members_of_a_dictionary_are_blocks_unless_they_hold_some() -> None:
+    assert plan(nn.ModuleDict({"embed": nn.Linear(2, 4), "a": Block(), "b": Block()})) == [("a",), ("b",)]
+    sides = nn.ModuleDict({side: nn.Sequential(Block(), Block()) for side in ("encoder", "decoder")})
+    assert plan(sides) == [("encoder.0",), ("encoder.1",), ("decoder.0",), ("decoder.1",)]
+    lists = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(), Block()])])
+    assert plan(lists) == [("0.0",), ("0.1",), ("1.0",), ("1.1",)]
+
+
+def test_blocks_of_different_widths_are_units() -> None:
+    down, up = (
+        nn.ModuleList([mlp(4), mlp(8), mlp(16)]),
+        nn.ModuleList([nn.Linear(16, 8), mlp(8), nn.Linear(8, 4), mlp(4)]),
+    )
+    units = plan(nn.ModuleDict({"down": down, "up": up}))
+    assert units == [("down.0",), ("down.1",), ("down.2",), ("up.1",), ("up.3",)]
 
 
 def test_small_blocks_do_not_keep_a_larger_module_whole() -> None:

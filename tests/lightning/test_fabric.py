@@ -155,12 +155,19 @@ def load_without_a_model() -> None:
     make_fabric().load("nowhere", {"step": 1})
 
 
+def save_an_optimizer_alone() -> None:
+    fabric, net = make_fabric(), reference()
+    _, optimizer = fabric.setup(net, make_optimizer("sgd", net.parameters()))
+    fabric.save("nowhere", {"optimizer": optimizer})
+
+
 @pytest.mark.parametrize(
     ("function", "args", "kind", "words"),
     [
         (set_up_a_used_optimizer, (), "MiCSConfigError", ("AdamW", "taken steps")),
-        (make_fabric, ("64-true",), "MiCSConfigError", ("64-true", "bf16-mixed")),
-        (load_without_a_model, (), "CheckpointError", ("exactly one model",)),
+        (make_fabric, ("16-true",), "MiCSConfigError", ("16-true", "bf16-mixed")),
+        (load_without_a_model, (), "CheckpointError", ("There is no checkpoint at nowhere",)),
+        (save_an_optimizer_alone, (), "CheckpointError", ("'optimizer' holds shards", "'model': model")),
     ],
 )
 def test_bad_use_raises_on_every_rank(

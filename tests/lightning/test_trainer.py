@@ -407,7 +407,6 @@ def change_shard_size() -> None:
     [
         (rebuild, (), ("configure_model", "net.embedding.weight")),
         (average_weights, (), ("StochasticWeightAveraging", "Remove the callback")),
-        (choose_precision, ("64-true",), ("64-true", "bf16-mixed")),
         (choose_precision, ("16-true",), ("16-true", "16-mixed")),
         (choose_shard_size, (0,), ("shard_size=0", "at least 1")),
         (choose_shard_size, (-2,), ("shard_size=-2", "at least 1")),
