@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     take_over_launch()
     _prepare_state()
     accelerate.Accelerator = accelerate.accelerator.Accelerator = _RunAccelerator
-    sys.meta_path.insert(0, _TrainerFinder())
+    _take_over_trainers()
     sys.argv = [options.script, *options.arguments]
     try:
         if options.module:
@@ -123,10 +123,27 @@ def _prepare_state() -> None:
     PartialState.__init__ = __init__
 
 
+def _take_over_trainers() -> None:
+    """Makes every Trainer of transformers ours, now or when the script imports it."""
+    module = sys.modules.get(_TRAINER)
+    if module is None:
+        sys.meta_path.insert(0, _TrainerFinder())
+        return
+    theirs = module.Trainer
+    ours = _replace_trainer(module)
+    for subclass in theirs.__subclasses__():
+        if subclass is not ours:
+            subclass.__bases__ = tuple(ours if base is theirs else base for base in subclass.__bases__)
+    for holder in list(sys.modules.values()):
+        if getattr(holder, "__dict__", {}).get("Trainer") is theirs:
+            holder.Trainer = ours  # type: ignore[attr-defined]
+
+
 class _TrainerFinder(importlib.abc.MetaPathFinder):
     """Puts our Trainer into ``transformers.trainer`` when the script imports that.
 
-    To import it for every script would cost each rank seconds, and need transformers where the script does not.
+    Nobody has seen the module's own class then, so that all subclasses are ours, whoever defines them. To import it for
+    every script would cost each rank seconds, and need transformers where the script does not.
     """
 
     def find_spec(
@@ -147,11 +164,13 @@ class _TrainerFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _replace_trainer(module: Any) -> None:
-    from lightning_mics.transformers import MiCSTrainerMixin
+def _replace_trainer(module: Any) -> type:
+    from lightning_mics.accelerate.trainer import TrainerMethods  # it must not import the module, which is unfinished
 
-    ours = {"__module__": _TRAINER, "accelerator_class": _RunAccelerator}
-    module.Trainer = type("Trainer", (MiCSTrainerMixin, module.Trainer), ours)
+    theirs = module.Trainer
+    own = {"__module__": _TRAINER, "__doc__": theirs.__doc__, "accelerator_class": _RunAccelerator}
+    module.Trainer = type("Trainer", (TrainerMethods, theirs), own)
+    return module.Trainer
 
 
 def _report(path: Path | None) -> None:

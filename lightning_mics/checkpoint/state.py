@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import ranks
 from lightning_mics.core._torch import plain_name, tree_leaves, tree_map_only
+from lightning_mics.core.class_names import class_of
 from lightning_mics.errors import CheckpointError
 
 
@@ -44,9 +45,8 @@ def huggingface_metadata(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "_no_split_modules") and hasattr(config, "to_json_string"):
-            # fully_shard puts a class of its own before the model's.
             described = json.loads(config.to_json_string())
-            described["architectures"] = [type(module).__name__.removeprefix("FSDP")]
+            described["architectures"] = [class_of(module).__name__]
             return {"hf_config": json.dumps(described, indent=2), "hf_prefix": f"{name}." if name else ""}
     return {}
 

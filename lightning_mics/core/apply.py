@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core._torch import checkpoint, uncompiled
+from lightning_mics.core.class_names import keep_class_names
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.units import Unit, is_batch_norm, plan_units, separate_batch_norms
@@ -61,6 +62,7 @@ def apply_unit(unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: boo
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy(torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy(),
     )
+    keep_class_names(unit)
 
 
 def recomputes(unit: Unit) -> bool:
