@@ -73,6 +73,31 @@ def test_a_trainer_script_and_its_resumption_on_another_shard_size(tmp_path: Pat
     assert all((unit["PARTITION_REDUCE"], unit["REPLICATION_REDUCE"]) == (8, 0) for unit in units)
 
 
+@works("Scripts", "`Seq2SeqTrainer`, imported first, in scripts that do not know MiCS")
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    script = str(SCRIPTS / "seq2seq_script.py")
+    (alone := tmp_path / "alone").mkdir()
+    done = run_python(alone, script, "--rows", "8", environment=PATH, timeout=120)
+    assert done.returncode == 0, done.stderr[-6000:]
+    screen, units = run(tmp_path, script)
+    assert all((unit["PARTITION_REDUCE"], unit["REPLICATION_REDUCE"]) == (6, 2) for unit in units)
+    ours, theirs = (
+        [float(word) for word in text.partition("LOSSES ")[2].partition("\n")[0].split()]
+        for text in (screen, done.stdout)
+    )
+    assert len(ours) == len(theirs) == 4
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    files = [folder / "out" / "checkpoint-2" / "model.safetensors" for folder in (tmp_path, alone)]
+    assert files[0].stat().st_size == files[1].stat().st_size  # tied weights once
+
+
+@works("Scripts", "Subclasses of the Trainer, in any order of imports")
+def test_every_trainer_is_ours(tmp_path: Path) -> None:
+    done = run_python(tmp_path, str(SCRIPTS / "trainer_orders.py"), environment=PATH)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert len(done.stdout.splitlines()) == 4 and "False" not in done.stdout
+
+
 def test_a_module_by_name(tmp_path: Path, real: bool) -> None:
     options = (*TRAINER, "--max_steps", "1", "--save_strategy", "no", "--report_to", "none")
     assert "eval_loss" in run(tmp_path, "-m", "trainer_script", *options, real=real)[0]

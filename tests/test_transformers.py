@@ -90,11 +90,13 @@ def make_model(with_lora: bool, seed: int = 0) -> nn.Module:
     return lora(model) if with_lora else model
 
 
-def train_alone(folder: str, with_lora: bool) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def train_alone(
+    folder: str, with_lora: bool, rows: int = ROWS * WORLD, **settings: Any
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
     forget_accelerate()
     kept = {name: os.environ.pop(name) for name in LAUNCHED}
     try:
-        trainer = make_trainer(Trainer, folder, make_model(with_lora), ROWS * WORLD)
+        trainer = make_trainer(Trainer, folder, make_model(with_lora), rows, **settings)
         trainer.train()
         return outcome(trainer)
     finally:
@@ -170,6 +172,66 @@ def test_a_saved_model_opens_with_from_pretrained(pool: WorkerPool, tmp_path: Pa
     weights = pool.run(train_and_save, str(tmp_path), 2, False, None, world_size=4, timeout=120)[0][0]
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "final")
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def compare_smoothed(folder: str, shards: tuple[int, ...]) -> float:
+    """Compares training with smoothed labels, which a causal model shifts by one, with one process."""
+    world, worst = dist.get_world_size(), 0.0
+    for accumulate in (1, 3):
+        settings = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": accumulate, "max_steps": 2}
+        outcomes = []
+        for shard in shards:
+            forget_accelerate()
+            plugin = MiCSPlugin(shard_size=shard)
+            trainer = make_trainer(MiCSTrainer, folder, build("gpt2", 0), ROWS, plugin=plugin, **settings)
+            trainer.train()
+            outcomes.append(outcome(trainer))
+        losses, norms, weights = train_alone(folder, False, ROWS * world, **settings)
+        for ours in outcomes:
+            worst = max(worst, *map(relative_difference, ours[0], losses), *map(relative_difference, ours[1], norms))
+            worst = max(worst, *weight_differences(ours[2], weights).values())
+    return worst
+
+
+@works("Scripts", "Label smoothing of the Trainer")
+@pytest.mark.parametrize(("world", "shards"), [(2, (1, 2)), (4, (1, 2, 4))])
+def test_smoothed_labels_are_shifted(pool: WorkerPool, tmp_path: Path, world: int, shards: tuple[int, ...]) -> None:
+    assert max(pool.run(compare_smoothed, str(tmp_path), shards, world_size=world, timeout=120)) <= 1e-5
+
+
+def load_best_adapter(folder: str, shard: int) -> bool:
+    """Returns whether the weights of the best checkpoint, not of the last, are there in the end."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted: Any = build("gpt2", 0)
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted = get_peft_model(adapted, config, adapter_name="mine")
+    adapted.add_adapter("other", config)
+    forget_accelerate()
+    settings = {"max_steps": 2, "learning_rate": 50.0, "max_grad_norm": 0.0}  # the first step ruins it
+    strategy = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(
+        MiCSTrainer,
+        folder,
+        adapted,
+        ROWS,
+        plugin=MiCSPlugin(shard_size=shard),
+        load_best_model_at_end=True,
+        greater_is_better=True,  # so that the worst is the best
+        metric_for_best_model="loss",
+        **settings,
+        **strategy,
+    )
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = max(losses, key=lambda step: losses[step])
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    return relative_difference(trainer.evaluate()["eval_loss"], losses[best]) <= 1e-5
+
+
+@works("Savers", "`load_best_model_at_end` with a named adapter")
+def test_the_best_of_a_named_adapter_is_loaded(pool: WorkerPool, tmp_path: Path) -> None:
+    assert all(pool.run(load_best_adapter, str(tmp_path), 2, world_size=2, timeout=120))
 
 
 def evaluate_then_train(folder: str) -> tuple[float, float]:

@@ -22,10 +22,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_mics import checkpoint as checkpoints
+from lightning_mics.accelerate.averaging import check_no_shards, refuse_local_sgd
 from lightning_mics.accelerate.backends import ask_for_backends
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.accelerate.saving import load_state, save_state, write_weights
-from lightning_mics.core._torch import tree_leaves
+from lightning_mics.accelerate.whole import WholeWeights
+from lightning_mics.core._torch import tree_map_only
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_
@@ -186,8 +188,10 @@ class MiCSAccelerator(Accelerator):
         if original is not None:
             attach(original, runtime_of(model))
         for part in (model, original):
-            if hasattr(part, "save_pretrained"):
-                self._gather_before_saving(part)
+            if part is not None:
+                WholeWeights(part, self.is_main_process)
+            if part is not None and not hasattr(part, "no_sync"):
+                part.no_sync = functools.partial(defer_replication_sync, model)  # as DDP's, for loops that call it
 
     def _find_sample(self, loaders: Sequence[Any]) -> Sample | None:
         """Takes a sample of the DataLoader that is prepared together with the model, or was before it."""
@@ -197,20 +201,6 @@ class MiCSAccelerator(Accelerator):
         if sample is not None and self.split_batches:
             return replace(sample, micro_batch=max(1, sample.micro_batch // self.num_processes))
         return sample
-
-    def _gather_before_saving(self, model: Any) -> None:
-        """Lets ``model.save_pretrained(folder)``, called on every rank, write whole weights once."""
-        save_pretrained = model.save_pretrained
-        signature = inspect.signature(save_pretrained)
-
-        @functools.wraps(save_pretrained)
-        def gather_and_save(*args: Any, **kwargs: Any) -> Any:
-            arguments = signature.bind(*args, **kwargs)
-            if arguments.arguments.get("state_dict") is None and "state_dict" not in kwargs:
-                kwargs = {**kwargs, "state_dict": self.get_state_dict(model)}
-            return save_pretrained(*args, **kwargs) if self.is_main_process else None
-
-        model.save_pretrained = gather_and_save
 
     # Training.
 
@@ -244,6 +234,15 @@ class MiCSAccelerator(Accelerator):
             )
         yield
 
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reduces tensors over all ranks.
+
+        Raises:
+            MiCSError: If one of them is a shard.
+        """
+        check_no_shards("accelerator.reduce", tensor)
+        return super().reduce(tensor, *args, **kwargs)
+
     # Saving.
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
@@ -254,18 +253,15 @@ class MiCSAccelerator(Accelerator):
         return checkpoints.model_state(model, full=True)
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
-        """Saves an object on the main process.
+        """Saves an object on the main process; shards in it are gathered, for which every rank must call it."""
+        whole: dict[int, Tensor] = {}  # of tied weights there is one
 
-        Raises:
-            MiCSError: If it holds shards, which are not the whole weights.
-        """
-        if any(isinstance(leaf, DTensor) for leaf in tree_leaves(obj)):
-            raise MiCSError(
-                f"accelerator.save({f!s}) was given shards, as model.state_dict() returns them. Save the whole "
-                "weights, accelerator.get_state_dict(model), which every rank must call, or use "
-                "accelerator.save_model or accelerator.save_state."
-            )
-        super().save(obj, f, safe_serialization=safe_serialization)
+        def gather(shard: DTensor) -> Tensor:
+            if id(shard) not in whole:
+                whole[id(shard)] = checkpoints.whole(shard)
+            return whole[id(shard)]
+
+        super().save(tree_map_only(DTensor, gather, obj), f, safe_serialization=safe_serialization)
 
     def save_model(
         self,
@@ -314,6 +310,9 @@ class MiCSAccelerator(Accelerator):
             CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
         """
         load_state(self, input_dir, load_kwargs)
+
+
+refuse_local_sgd(MiCSAccelerator)
 
 
 def _prepare_generation(model: nn.Module) -> None:

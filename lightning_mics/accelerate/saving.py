@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,12 @@ from accelerate.checkpointing import (
 )
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
+from lightning_mics.accelerate.whole import given
+from lightning_mics.core._torch import tree_map_only, uncompiled
 from lightning_mics.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,19 +37,25 @@ def save_state(
     names_itself = output_dir is None or _names_checkpoints(accelerator)
     folder = _next_folder(accelerator) if names_itself else Path(output_dir).expanduser()  # type: ignore[arg-type]
     models, optimizers = accelerator._models, accelerator._optimizers
-    whole = (
-        checkpoints.model_state(models[0], full=True) if accelerator.mics_plugin.full_checkpoint and models else None
-    )
+    full, hooks = accelerator.mics_plugin.full_checkpoint, list(accelerator._save_model_state_pre_hook.values())
+    # Hooks may save models on the main process alone, as scripts for diffusion models do.
+    whole = [checkpoints.model_state(model, full=True) for model in (models if hooks else models[:1] if full else [])]
+    objects = [_Registered(obj) for obj in accelerator._custom_objects]
     weights = [checkpoints.model_state(model) for model in models]
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {_model_key(index): entry for index, entry in enumerate(weights)}
+    listed = dict(state)
 
-    def add_files(temporary: Path) -> None:
-        for hook in accelerator._save_model_state_pre_hook.values():
-            hook(models, weights, str(temporary))
-        state.update({_model_key(index): entry for index, entry in enumerate(weights)})
-        _write_rest(accelerator, temporary, safe_serialization)
-        if whole:
-            write_weights(models[0], whole, temporary, "10GB", safe_serialization)
+    def add_files(temporary: Path) -> list[str]:
+        with ExitStack() as stack:
+            for model, entries in zip(list(models), whole, strict=False):
+                stack.enter_context(given(model, entries))
+            for hook in hooks:
+                hook(models, weights, str(temporary))
+        _write_rest(accelerator, objects, temporary, safe_serialization)
+        if full and whole and whole[0]:
+            write_weights(models[0], whole[0], temporary, "10GB", safe_serialization)
+        left = {id(entry) for entry in weights}  # a hook takes off what it has saved itself
+        return [key for key, entry in listed.items() if id(entry) not in left]
 
     for index, optimizer in enumerate(optimizers):
         inner = _inner(optimizer)
@@ -88,12 +100,27 @@ def write_weights(
     """Writes whole weights, and a Hugging Face model's configuration, for ``from_pretrained``."""
     from huggingface_hub import save_torch_state_dict
 
+    model = uncompiled(model)
     folder.mkdir(parents=True, exist_ok=True)
+    if safe_serialization and _is_of_transformers(model):
+        # It knows which of its tied names to write, writes weights as the hub has them, and what it generates with.
+        type(model).save_pretrained(model, folder, state_dict=weights, max_shard_size=max_shard_size)
+        return
     save_torch_state_dict(
         weights, folder, max_shard_size=max_shard_size, safe_serialization=safe_serialization, metadata={"format": "pt"}
     )
     if hasattr(getattr(model, "config", None), "save_pretrained"):
         model.config.save_pretrained(folder)
+
+
+def _is_of_transformers(model: Any) -> bool:
+    """Returns whether a model saves all of its weights by the ``save_pretrained`` of transformers."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return (
+        module is not None
+        and isinstance(model, module.PreTrainedModel)
+        and not getattr(model, "_hf_peft_config_loaded", False)
+    )
 
 
 def _model_key(index: int) -> str:
@@ -163,7 +190,19 @@ def _delete_oldest(accelerator: MiCSAccelerator, parent: Path) -> None:
 # What is beside weights and optimizers.
 
 
-def _write_rest(accelerator: MiCSAccelerator, folder: Path, safe_serialization: bool) -> None:
+class _Registered:
+    """The state of a registered object, with whole tensors in place of shards, as one process would save it."""
+
+    def __init__(self, registered: Any) -> None:
+        self._state = tree_map_only(DTensor, checkpoints.whole, registered.state_dict())
+
+    def state_dict(self) -> Any:
+        return self._state
+
+
+def _write_rest(
+    accelerator: MiCSAccelerator, objects: Sequence[_Registered], folder: Path, safe_serialization: bool
+) -> None:
     save_accelerator_state(
         str(folder),
         [],
@@ -175,7 +214,7 @@ def _write_rest(accelerator: MiCSAccelerator, folder: Path, safe_serialization: 
         accelerator.scaler,
         safe_serialization=safe_serialization,
     )
-    for index, obj in enumerate(accelerator._custom_objects):
+    for index, obj in enumerate(objects):
         save_custom_state(obj, str(folder), index)
 
 

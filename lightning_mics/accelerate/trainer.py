@@ -22,6 +22,7 @@ from torch import nn
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.accelerator import MiCSAccelerator
 from lightning_mics.accelerate.plugin import MiCSPlugin
+from lightning_mics.accelerate.whole import given
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
@@ -54,7 +55,8 @@ class TrainerMethods:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         weights = self.accelerator.get_state_dict(self.model)
-        self._save(output_dir or self.args.output_dir, state_dict=weights)
+        with given(self.model, weights):  # for a Trainer whose models save by themselves
+            self._save(output_dir or self.args.output_dir, state_dict=_each_once(self.model, weights))
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -102,26 +104,48 @@ def _accelerator_is(factory: Any) -> Iterator[None]:
         trainer_module.Accelerator = original
 
 
+def _each_once(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out further names of tied weights, where the Trainer itself writes the file and cannot."""
+    if hasattr(model, "save_pretrained"):
+        return weights
+    first = {id(tensor): name for name, tensor in reversed(weights.items())}
+    return {name: tensor for name, tensor in weights.items() if first[id(tensor)] == name}
+
+
 def _fill(model: nn.Module, folder: Path) -> None:
     """Loads the weights that ``save_model`` wrote into a sharded model."""
+    adapters = {name: file for name, file in _adapter_files(model, folder).items() if file.is_file()}
     if (folder / _WEIGHTS_INDEX).is_file():
         parts = sorted(set(json.loads((folder / _WEIGHTS_INDEX).read_text())["weight_map"].values()))
     else:
-        parts = [name for name in (_WEIGHTS, _ADAPTER) if (folder / name).is_file()]
-    if not parts:
-        raise CheckpointError(f"{folder} holds no {_WEIGHTS}. Name a folder that the Trainer saved.")
-    weights = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
-    if parts == [_ADAPTER]:
-        weights = _with_adapter_name(model, weights)
+        parts = [_WEIGHTS] if (folder / _WEIGHTS).is_file() else []
+    if parts:
+        weights = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
+    elif adapters:
+        weights = {}
+        for name, file in adapters.items():
+            weights |= _with_adapter_name(model, load_file(file), name)
+    else:
+        wanted = [str(file.relative_to(folder)) for file in _adapter_files(model, folder).values()] or [_WEIGHTS]
+        raise CheckpointError(f"{folder} holds no {' and no '.join(wanted)}. Name a folder that the Trainer saved.")
     checkpoints.fill_weights(folder, model, weights, strict=False)
 
 
-def _with_adapter_name(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+def _adapter_files(model: Any, folder: Path) -> dict[str, Path]:
+    """Returns where each adapter of a model would be: only one of the name ``default`` lies in the folder itself."""
+    names = getattr(model, "peft_config", None) or ()
+    if not hasattr(model, "get_base_model"):  # adapters of a model of transformers, which saves the active one
+        return {name: folder / _ADAPTER for name in names if name in model.active_adapters()}
+    return {name: (folder if name == "default" else folder / name) / _ADAPTER for name in names}
+
+
+def _with_adapter_name(model: Any, weights: dict[str, Any], adapter: str) -> dict[str, Any]:
     """Turns the names in an adapter's file, which lack the adapter's own name, into those of the model."""
     from peft.utils import get_peft_model_state_dict
 
-    adapter = model.active_adapters[0]
-    names = {name: tensor for name, tensor in checkpoints.model_state(model).items()}
+    names = dict(checkpoints.model_state(model))
     short = get_peft_model_state_dict(model, state_dict=dict(names), adapter_name=adapter)
+    if not hasattr(model, "get_base_model"):
+        short = {f"base_model.model.{name}": tensor for name, tensor in short.items()}
     by_identity = {id(tensor): name for name, tensor in names.items()}
     return {by_identity[id(tensor)]: weights[name] for name, tensor in short.items() if name in weights}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def save_sharded(
     path: str | os.PathLike[str],
     state: dict[str, Any],
     meta: dict[str, Any],
-    add_files: Callable[[Path], object] | None = None,
+    add_files: Callable[[Path], Collection[str]] | None = None,
 ) -> None:
     """Writes a folder of shards. Collective over the world.
 
@@ -71,6 +71,7 @@ def save_sharded(
         state: Nested dictionaries of tensors; DTensors are written by shard. Of everything else rank 0's counts.
         meta: The rest; rank 0's counts, with shards in it made whole.
         add_files: Writes more files into the folder that it is given, on every rank, before ``state`` is written.
+            Returns the keys of ``state`` that need not be written any more; rank 0's count.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
@@ -79,7 +80,8 @@ def save_sharded(
     temporary = _begin(path, folder=True)
     try:
         if add_files is not None:
-            ranks.together(lambda: add_files(temporary) and None)
+            done = ranks.together(lambda: add_files(temporary))[0]
+            state = {key: entries for key, entries in state.items() if key not in done}
         meta = _with_extra_states(state, meta)
         ranks.together(lambda: _write_shards(temporary, _without_extra_states(state)))
         ranks.on_first_rank(lambda: _write_meta(temporary, meta))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -25,14 +25,21 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         full: Whether to return whole tensors in host memory, on rank 0 only (the others get none); collective then.
             Otherwise each rank gets its shards, which share memory with the model.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
-    return {name: _compact(value) for name, value in state.items()} if full else state
+    state = get_model_state_dict(model)
+    return _gathered_state(model, state) if full else state
 
 
-def _compact(value: Any) -> Any:
-    """Gathered from uneven shards, a tensor is a view of padded memory, which safetensors refuse."""
-    is_view = isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes
-    return value.clone() if is_view else value
+def _gathered_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Gathers a state on rank 0. What is one parameter under several names is one tensor again, and travels once."""
+    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    by_owner: dict[Any, Any] = {}
+    whole: dict[str, Any] = {}
+    for name, value in state.items():
+        owner = owners.get(name, name)
+        if owner not in by_owner:
+            by_owner[owner] = _on_first_rank(value)
+        whole[name] = by_owner[owner]
+    return whole if ranks.rank() == 0 else {}
 
 
 def is_extra_state(name: Any, value: Any) -> bool:
@@ -86,25 +93,42 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
     plain = optimizer.state_dict()
     if full:
         # Every rank takes part in gathering; only rank 0 keeps the result.
-        states = {index: _whole(state) for index, state in plain["state"].items()}
+        states = {index: _on_first_rank(state) for index, state in plain["state"].items()}
         return {**plain, "state": states} if ranks.rank() == 0 else {}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in plain["param_groups"]]
     return {"state": {names[index]: state for index, state in plain["state"].items()}, "param_groups": groups}
 
 
-def _whole(value: Any) -> Any:
+def _on_first_rank(value: Any) -> Any:
+    """Gathers whatever shards there are in a value; rank 0 gets them in host memory. Collective."""
     if isinstance(value, DTensor):
         return _gathered(value)
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _whole(entry) for key, entry in value.items()}
+        return {key: _on_first_rank(entry) for key, entry in value.items()}
     return value
 
 
+def whole(shard: DTensor) -> Tensor:
+    """Returns the whole of a shard, in host memory and without padding. Collective over its mesh."""
+    return _on_host(_full(shard))
+
+
+def _full(shard: DTensor) -> Tensor:
+    # Offloaded shards travel through the mesh's device.
+    return cast(DTensor, shard.detach().to(shard.device_mesh.device_type)).full_tensor()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    # Gathered from uneven shards it is a view of padded memory, which safetensors refuse.
+    tensor = tensor.cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
 def _gathered(shard: DTensor) -> Tensor | None:
-    full = shard.full_tensor()
-    return full.detach().cpu() if ranks.rank() == 0 else None
+    full = _full(shard)
+    return _on_host(full) if ranks.rank() == 0 else None
 
 
 def without_shards(content: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +144,8 @@ def without_shards(content: dict[str, Any]) -> dict[str, Any]:
             f"rank {few} was given {counts[few]} shard(s) beside the model, and other ranks {max(counts)}. All ranks "
             "must save the same entries: gathering a shard takes all of them"
         )
-    whole: dict[str, Any] = tree_map_only(DTensor, _gathered, content) if counts[0] else content
-    return whole
+    gathered: dict[str, Any] = tree_map_only(DTensor, _gathered, content) if counts[0] else content
+    return gathered
 
 
 def shard_like(value: Tensor, param: Tensor) -> Tensor:

@@ -1,0 +1,158 @@
+"""Whole weights for what saves a prepared model its own way: by ``state_dict()``, from a module inside, by pickling.
+
+``state_dict()`` has shards, into which one may write. It has whole weights while a method of the model runs whose name
+says that it saves, and for libraries that save a module they are given. Shards that are pickled become whole, and whole
+weights that are loaded become shards.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lightning_mics import checkpoint as checkpoints
+from lightning_mics.core._torch import plain_name
+
+_ATTRIBUTE = "_mics_whole"
+# All ranks would write one folder; other methods run on each of them.
+_BY_THE_MAIN_PROCESS = ("save_pretrained", "push_to_hub")
+_SAVES = re.compile(r"(save|export|dump|serialize|upload|push_to)(_|$)|to_disk$")
+_SAVING_LIBRARIES = ("safetensors", "huggingface_hub")
+
+_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+
+
+class WholeWeights:
+    """Who gets whole weights of a prepared model now.
+
+    Args:
+        model: The model, sharded.
+        is_main: Whether this process writes.
+    """
+
+    def __init__(self, model: nn.Module, is_main: bool) -> None:
+        self._is_main = is_main
+        self._saving = 0  # how many methods that save are running, one inside the other
+        self._given: Mapping[Any, Tensor] | None = None
+        self._entries: Callable[[], Any] = lambda: None  # the state that is being made, and first names in it
+        self._names: dict[int, str] = {}
+        methods = {cls: _saving_methods(cls) for cls in set(map(type, model.modules()))}
+        for module in model.modules():
+            module.__dict__[_ATTRIBUTE] = self
+            module.register_state_dict_post_hook(functools.partial(self._after_state_dict))
+            module.register_load_state_dict_pre_hook(_shard_whole_entries)
+            for name in methods[type(module)]:
+                module.__dict__[name] = self._wrapped(module, name)
+        _meshes.update(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
+        copyreg.pickle(DTensor, _pickle)
+
+    @contextmanager
+    def given(self, model: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
+        """Hands out weights that have been gathered; nothing inside communicates.
+
+        Args:
+            model: The model, or a module inside.
+            weights: Its whole weights by name on the main process; none on others.
+        """
+        params = model.named_parameters(remove_duplicate=False)
+        before, self._given = self._given, {p: weights[plain_name(n)] for n, p in params if plain_name(n) in weights}
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def _wrapped(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        method = getattr(module, name)
+
+        @functools.wraps(method)
+        def save_whole(*args: Any, **kwargs: Any) -> Any:
+            if name in _BY_THE_MAIN_PROCESS:
+                return self._once(module, method, *args, **kwargs)
+            self._saving += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._saving -= 1
+
+        return save_whole
+
+    def _once(self, module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a method on the main process, with whole weights; collective, unless these are given."""
+        if self._given is not None:
+            return method(*args, **kwargs) if self._is_main else None
+        weights = {} if kwargs.get("state_dict") is not None else checkpoints.model_state(module, full=True)
+        with self.given(module, weights):
+            return method(*args, **kwargs) if self._is_main else None
+
+    def _after_state_dict(self, module: nn.Module, entries: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        shards = [(prefix + name, param) for name, param in own if isinstance(entries.get(prefix + name), DTensor)]
+        gathers = bool(shards) and self._given is None and (self._saving > 0 or _asks_to_save())
+        if self._entries() is not entries:
+            self._entries, self._names = weakref.ref(entries), {}
+        for name, param in shards:
+            first = self._names.setdefault(id(param), name)
+            if self._given is not None:
+                entries[name] = self._given.get(param, entries[name])
+            elif first != name and first in entries:
+                entries[name] = entries[first]  # tied weights stay one tensor
+            elif gathers:
+                entries[name] = checkpoints.whole(entries[name])
+
+
+@contextmanager
+def given(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
+    """Hands out weights of a prepared model that have been gathered; nothing inside communicates.
+
+    Args:
+        model: The model, or a module inside; of one that was not prepared, nothing is handed out.
+        weights: Its whole weights by name on the main process; none on others.
+    """
+    whole: WholeWeights | None = model.__dict__.get(_ATTRIBUTE)
+    if whole is None:
+        yield
+        return
+    with whole.given(model, weights):
+        yield
+
+
+def _saving_methods(cls: type) -> tuple[str, ...]:
+    """Returns the names of methods that users, or libraries, gave a class for saving."""
+    names = set(dir(cls)) - set(dir(nn.Module)) - set(dir(FSDPModule))
+    return tuple(sorted(name for name in names if _SAVES.match(name) and callable(getattr(cls, name, None))))
+
+
+def _asks_to_save() -> bool:
+    """Returns whether a library that saves models asks one for its state."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        home = frame.f_globals.get("__name__", "")
+        if home not in (__name__, "torch.nn.modules.module") and frame.f_code.co_name != "state_dict":
+            return home.partition(".")[0] in _SAVING_LIBRARIES
+        frame = frame.f_back
+    return False
+
+
+def _shard_whole_entries(module: nn.Module, entries: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+        value = entries.get(prefix + name)
+        if isinstance(value, Tensor) and not isinstance(value, DTensor):
+            entries[prefix + name] = checkpoints.shard_like(value, param)
+
+
+def _pickle(shard: DTensor) -> Any:
+    """Pickles shards of prepared models as whole tensors, which whoever reads them expects; others as they are."""
+    is_copy = sys._getframe(1).f_globals.get("__name__") == "copy"
+    tensor = shard if is_copy or shard.device_mesh not in _meshes else checkpoints.whole(shard)
+    return tensor.__reduce_ex__(2)
