@@ -104,7 +104,7 @@ def _on_first_rank(value: Any) -> Any:
     if isinstance(value, DTensor):
         return _gathered(value)
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return _on_host(value.detach())
     if isinstance(value, dict):
         return {key: _on_first_rank(entry) for key, entry in value.items()}
     return value

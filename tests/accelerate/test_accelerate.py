@@ -429,11 +429,6 @@ def join() -> None:
         pass
 
 
-def save_shards() -> None:
-    accelerator, model, *_ = set_up(2, seed=3)
-    accelerator.save(model.state_dict(), "nowhere")
-
-
 LAUNCH = {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
 
 
@@ -464,7 +459,6 @@ def first_version() -> None:
         (wrong_precision, "MiCSConfigError", ("mixed_precision='fp16'", "'bf16'")),
         (comm_hook, "MiCSConfigError", ("comm_hook", "reduce_dtype")),
         (join, "MiCSError", ("join_uneven_inputs", "even_batches=True")),
-        (save_shards, "MiCSError", ("shards", "get_state_dict")),
         (wrong_replicas, "MiCSConfigError", ("make 6 processes, but 4", "parallelism_config_dp_replicate_size: 2")),
         (tensor_parallel, "MiCSConfigError", ("parallelism_config_tp_size: 2", "parallelism_config_tp_size: 1")),
         (contradicting_variable, "MiCSConfigError", ("MICS_SHARD_SIZE=4", "parallelism_config_dp_shard_size: 2")),
