@@ -18,7 +18,10 @@ set_seed(3)
 sizes = {"vocab_size": 37, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
 model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
 tokens = torch.randint(2, 37, (64, 6))
-data = [{"input_ids": row, "labels": row.flip(0)} for row in tokens]
+start = torch.zeros(1, dtype=torch.long)
+data = [
+    {"input_ids": row, "labels": row.flip(0), "decoder_input_ids": torch.cat([start, row.flip(0)[:-1]])} for row in tokens
+]
 arguments = Seq2SeqTrainingArguments(
     "out",
     per_device_train_batch_size=rows,
