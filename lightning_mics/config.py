@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
@@ -24,9 +24,17 @@ Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Cal
 _DTYPES: dict[str, torch.dtype] = {
     alias: getattr(torch, name) for name, aliases in DTYPE_NAMES.items() for alias in (name, *aliases)
 }
+Ignore = (
+    str
+    | type[torch.nn.Module]
+    | torch.nn.Module
+    | torch.nn.Parameter
+    | Collection[str | type[torch.nn.Module] | torch.nn.Module | torch.nn.Parameter]
+    | Callable[..., bool]
+)
 _ENV_PREFIX = "MICS_"
 # Constructors that take settings have these behind their own arguments, so that older positions keep their meaning.
-_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs")
+_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs", "ignore")
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -43,6 +51,9 @@ class MiCSConfig:
             them. ``"auto"`` measures at set-up which messages that makes faster on this cluster.
         wrap: What becomes an FSDP unit (parameters that are gathered together): ``"auto"``, one or several module
             classes or class names, or a function that takes a module and returns whether it is a unit.
+        ignore: Parameters that stay whole on every rank, beside those that cannot be sharded (scalars): names, patterns
+            such as ``"*.bias"``, names or classes of modules, parameters or modules themselves, one or a collection of
+            these; or a function of a module, or of a parameter's name and the parameter.
         reshard_after_forward: Whether units are freed between forward and backward. The root, which is needed first
             in backward, never is.
         param_dtype: Dtype in which parameters are gathered and computed with; ``None`` keeps their own.
@@ -66,6 +77,7 @@ class MiCSConfig:
     node_size: int | None = None
     hierarchical: bool | Literal["auto"] = "auto"
     wrap: Wrap = "auto"
+    ignore: Ignore = ()
     reshard_after_forward: bool = True
     param_dtype: torch.dtype | str | None = None
     reduce_dtype: torch.dtype | str | None = torch.float32
@@ -93,6 +105,7 @@ class MiCSConfig:
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", as_bytes(self.memory_limit, "memory_limit"))
         self._check_wrap()
+        self._check_ignore()
         if self.shard_size == "auto" and self.cpu_offload:
             raise MiCSConfigError(
                 "shard_size='auto' plans the memory of devices, but cpu_offload=True keeps states in that of hosts. "
@@ -131,6 +144,18 @@ class MiCSConfig:
             "those, or a function that takes a module and returns True for a unit.",
             setting="wrap",
         )
+
+    def _check_ignore(self) -> None:
+        kinds = str | type | torch.nn.Module | torch.nn.Parameter
+        is_one = isinstance(self.ignore, kinds) or callable(self.ignore)
+        entries = [self.ignore] if is_one or not isinstance(self.ignore, Collection) else self.ignore
+        if not all((isinstance(entry, kinds) or callable(entry)) and entry != "" for entry in entries):
+            raise MiCSConfigError(
+                f"ignore={self.ignore!r} is not usable. Values that work: the name of a parameter, a pattern such as "
+                "'*.bias', a module class or its name, a list or set of those, or a function that takes a module (or a "
+                "parameter's name and the parameter) and returns True for what stays whole.",
+                setting="ignore",
+            )
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:
@@ -241,6 +266,7 @@ class Settings(TypedDict, total=False):
     node_size: int | None
     hierarchical: bool | Literal["auto"] | None
     wrap: Wrap | None
+    ignore: Ignore | None
     reshard_after_forward: bool | None
     param_dtype: torch.dtype | str | None
     reduce_dtype: torch.dtype | str | None

@@ -28,6 +28,7 @@ from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_r
 from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.core.units import Unit, unit_names
+from lightning_mics.core.whole import whole_parameters
 from lightning_mics.topology import ClusterTopology
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def mics_shard(
     optimizers = as_optimizers(optimizer)
     bound = [entry for entry in optimizers if isinstance(entry, Optimizer)] if rebind else []
     check_backends(config, device_type)
+    check_model(model)
+    asked, whole = config, whole_parameters(model, config)
+    config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
     units = _check_alone(model, config, topology, entries, bound)
     topology = topology or detect_topology()
     layout = check_layout(config, topology)
@@ -102,7 +106,9 @@ def mics_shard(
     sharded = ShardedParams()
     with sharded.remember(model) if bound else nullcontext():
         shard_units(model, units, mesh.shard_mesh, config, device)
-    connect(model, units, config, mesh, observers=[] if check is None else [check], choice=choice)
+    observers = [] if check is None else [check]
+    config = config.replace(ignore=asked.ignore)
+    connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)
     if check is not None:
         check.begin()
     for entry in bound:
@@ -121,7 +127,6 @@ def _check_alone(
     known = topology or ClusterTopology(world_size=dist.get_world_size(), node_size=dist.get_world_size())
     if config.shard_size != "auto":
         known.layout(config.shard_size)
-    check_model(model)
     check_initializers(model)
     check_rebinding(model, optimizers)
     return units_of(model, config, entries)

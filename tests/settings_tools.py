@@ -12,6 +12,7 @@ OTHER_VALUES: dict[str, Any] = {
     "node_size": 4,
     "hierarchical": False,
     "wrap": ["Block", "Linear"],
+    "ignore": ["scale"],
     "reshard_after_forward": False,
     "param_dtype": "bfloat16",
     "reduce_dtype": "bfloat16",

@@ -142,26 +142,8 @@ def empty() -> nn.Module:
     return Empty()
 
 
-def scalar() -> nn.Module:
-    model = build("uneven")
-    model.temperature = nn.Parameter(torch.tensor(1.0))
-    return model
-
-
-def hollow() -> nn.Module:
-    model = build("uneven")
-    model.extra = nn.Parameter(torch.empty(0, 3))
-    return model
-
-
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
-
-
-def spectral() -> nn.Module:
-    model = build("uneven")
-    model.filter = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    return model
 
 
 def sparse() -> nn.Module:
@@ -176,10 +158,7 @@ MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (inner_ddp, ["wrapped already", "blocks.0 uses DistributedDataParallel", "Pass the plain model"]),
     (mics_twice, ["wrapped already by mics_shard", "Pass the plain model"]),
     (empty, ["Empty has no parameters", "Create its layers before sharding"]),
-    (hollow, ["extra has no elements", "Leave it out"]),
-    (scalar, ["temperature is a scalar", "shape (1,)"]),
     (lazy, ["0.weight of a lazy module", "one batch"]),
-    (spectral, ["filter is complex", "torch.view_as_complex"]),
     (sparse, ["0 has sparse gradients", "sparse=False"]),
 ]
 

@@ -5,13 +5,14 @@ Trainer and tracer share it: a model is traced as it would be trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core._torch import checkpoint, uncompiled
@@ -19,6 +20,7 @@ from lightning_mics.core.class_names import keep_class_names
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.units import Unit, is_batch_norm, plan_units, separate_batch_norms
+from lightning_mics.core.whole import compute_in_param_dtype, whole_parameters
 from lightning_mics.errors import MiCSConfigError
 
 
@@ -27,17 +29,19 @@ def units_of(model: nn.Module, config: MiCSConfig, entries: Sequence[nn.Module] 
 
     Args:
         model: The model, not sharded yet.
-        config: The settings; ``wrap`` and ``param_dtype`` count.
+        config: The settings; ``wrap``, ``ignore`` and ``param_dtype`` count.
         entries: Modules that must be units as well.
 
     Raises:
         MiCSConfigError: If ``wrap`` selects nothing, or what cannot be a unit.
     """
-    units = plan_units(model, config.wrap, entries)
+    units = plan_units(model, config.wrap, entries, set(whole_parameters(model, config).values()))
     return units if config.param_dtype is None else separate_batch_norms(model, units)
 
 
-def apply_unit(unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: bool) -> None:
+def apply_unit(
+    unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: bool, whole: Collection[nn.Parameter] = ()
+) -> None:
     """Shards the parameters of a unit that no unit inside of it has taken.
 
     Args:
@@ -45,7 +49,9 @@ def apply_unit(unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: boo
         mesh: The one-dimensional mesh of the partition group.
         config: The settings; dtypes, ``reshard_after_forward`` and ``cpu_offload`` count.
         is_root: Whether it is the model. It is needed first in backward, and never freed before.
+        whole: Parameters that are not sharded.
     """
+    _make_contiguous(unit)
     # Batch norms mix weights with running statistics, which keep their dtype; they take inputs of any.
     keeps_dtype = not is_root and all(is_batch_norm(module) for module in unit)
     casts_inputs = config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs))
@@ -61,8 +67,17 @@ def apply_unit(unit: Unit, mesh: DeviceMesh, config: MiCSConfig, *, is_root: boo
         reshard_after_forward=config.reshard_after_forward and not is_root,
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy(torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy(),
+        ignored_params=set(whole) or None,
     )
     keep_class_names(unit)
+
+
+def _make_contiguous(unit: Unit) -> None:
+    """Lays out parameters in rows, as FSDP2 wants them: in another layout (``channels_last``) values are the same."""
+    for module in unit:
+        for param in module.parameters():
+            if not isinstance(param, DTensor) and not param.is_contiguous():
+                param.data = param.data.contiguous()
 
 
 def recomputes(unit: Unit) -> bool:
@@ -104,6 +119,7 @@ def shard_units(
     Raises:
         MiCSError: On every rank, if one of them could not initialise a unit.
     """
+    whole = set(whole_parameters(model, config).values())
     owned = {unit: _owned_modules(unit, units) for unit in [*units, (model,)]}
     on_meta = {unit for unit, modules in owned.items() if any(map(has_meta_tensors, modules))}
     real = [module for unit, modules in owned.items() if unit not in on_meta for module in modules]
@@ -111,7 +127,10 @@ def shard_units(
     for unit, modules in owned.items():
         if unit in on_meta:
             _materialize_alike(model, modules, config, device)
-        apply_unit(unit, mesh, config, is_root=unit == (model,))
+        apply_unit(unit, mesh, config, is_root=unit == (model,), whole=whole)
+    for param in whole:
+        param.data = param.data.to(device)
+    compute_in_param_dtype(model, whole, config)
     if config.param_dtype is not None and config.cast_forward_inputs == "units":
         _cast_inputs_of_norms(_modules_outside(model, {module for unit in units for module in unit}))
 

@@ -29,7 +29,7 @@ def check_model(model: nn.Module) -> None:
     """Checks that a model can be sharded.
 
     Raises:
-        MiCSConfigError: If it has no parameters, scalar or empty parameters, or is wrapped already.
+        MiCSConfigError: If it has no parameters, some without a shape or sharded otherwise, or is wrapped already.
     """
     for name, module in model.named_modules():
         _check_module(module, name)
@@ -66,15 +66,6 @@ def _problem_of(param: nn.Parameter) -> str | None:
     """Returns why a parameter cannot be sharded, and what would help; ``None`` if it can."""
     if isinstance(param, nn.parameter.UninitializedParameter):
         return "of a lazy module has no shape yet. Run one batch through the model first."
-    if param.is_complex():
-        return (
-            "is complex, which FSDP2 cannot reduce. Hold its real and imaginary parts as a real parameter, which "
-            "torch.view_as_complex reads."
-        )
     if isinstance(param, DTensor):
         return "is a DTensor already. Pass the plain model."
-    if param.dim() == 0:
-        return "is a scalar, which FSDP2 cannot shard. Give it the shape (1,)."
-    if param.numel() == 0:
-        return "has no elements, so it cannot be sharded. Leave it out."
     return None

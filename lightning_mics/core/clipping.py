@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.core._torch import local_tensor
+from lightning_mics.core._torch import clip_mixed_gradients, local_tensor
 from lightning_mics.core.accumulation import reshard
 from lightning_mics.core.mesh import communication_device
 
@@ -42,6 +42,11 @@ def clip_parameters_(
         raise RuntimeError(f"The total norm of the gradients is {norm.item()}, so it cannot be clipped.")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
+
+
+def clip_whole_beside_shards() -> None:
+    """Lets PyTorch's own functions clip the gradients of whole parameters beside those of shards."""
+    clip_mixed_gradients(_total_norm)
 
 
 def _total_norm(grads: Iterable[Tensor], norm_type: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from lightning_mics.core._torch import (
     reduce_unused_params,
     unit_param_groups,
 )
+from lightning_mics.core.clipping import clip_whole_beside_shards
 from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
+from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.passes import RootPasses
@@ -75,6 +77,7 @@ def connect(
     *,
     observers: Sequence[WindowObserver] = (),
     choice: Any = None,
+    whole: Mapping[str, nn.Parameter] | None = None,
 ) -> MiCSRuntime:
     """Gives the units of a sharded model their collectives, and the model its runtime.
 
@@ -85,6 +88,7 @@ def connect(
         mesh: The groups.
         observers: What watches the first windows, beside the self-check.
         choice: What ``shard_size="auto"`` decided.
+        whole: Parameters that are not sharded, by name.
     """
     found = _find_units(model, units, config, mesh)
     ledger, order = CommLedger(mesh.layout), CollectiveOrder()
@@ -95,11 +99,16 @@ def connect(
     reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order)
     reduce_unused_params(model)
     _ignore_view_warnings()
+    whole_gradients = WholeGradients(mesh, ledger, as_dtype(config.reduce_dtype))
+    if whole:
+        whole_gradients.add(whole)
+        clip_whole_beside_shards()
     window = AccumulationWindow(
         mesh,
         _gradients(found, reduce_scatters, carrier, config),
         ledger,
         order,
+        whole_gradients,
         overlap=not config.cpu_offload,
         observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers],
     )

@@ -89,6 +89,7 @@ class SelfCheck(WindowObserver):
         self.after_microstep(window)
         self._check_counts(window)
         self._check_replicas(window)
+        self._check_whole(window)
         raise_together(
             self._problems,
             "Training would go on with wrong gradients or unplanned traffic. If you are sure that it is right, switch "
@@ -133,3 +134,18 @@ class SelfCheck(WindowObserver):
                 self._problems.append(f"replicas hold different shards of {param.name}")
             if differs[len(params) + index]:
                 self._problems.append(f"replicas hold different gradients of {param.name} after the all-reduce")
+
+    def _check_whole(self, window: AccumulationWindow) -> None:
+        """Compares what every rank holds whole."""
+        names, params = list(window.whole.params), list(window.whole.params.values())
+        if not names:
+            return
+        device = window.units[0].group.device
+        nothing = torch.ones(1, dtype=torch.int64, device=device)
+        grads = [nothing if param.grad is None else param.grad for param in params]
+        differs = differing(fingerprints([*params, *grads], device))
+        for index, name in enumerate(names):
+            if differs[index]:
+                self._problems.append(f"ranks hold different values of {name}")
+            if differs[len(names) + index]:
+                self._problems.append(f"ranks hold different gradients of {name} after they were averaged")

@@ -7,7 +7,7 @@ A pure reading of the model. :func:`plan_units` returns groups of modules, inner
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -32,13 +32,19 @@ _CONTAINERS = (
 )
 
 
-def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Module] = ()) -> list[Unit]:
+def plan_units(
+    model: nn.Module,
+    wrap: Wrap = "auto",
+    entries: Sequence[nn.Module] = (),
+    whole: Collection[nn.Parameter] = (),
+) -> list[Unit]:
     """Finds the units of a model, without the root.
 
     Args:
         model: The model, not sharded yet; its parameters may be on the meta device.
         wrap: See :class:`~lightning_mics.MiCSConfig`.
         entries: Modules that must be units as well, because they are called on their own.
+        whole: Parameters that are not sharded, and so no unit's.
 
     Returns:
         Groups of modules, innermost first. A group has several modules where they share a parameter, or where a unit
@@ -48,8 +54,9 @@ def plan_units(model: nn.Module, wrap: Wrap = "auto", entries: Sequence[nn.Modul
         MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
     """
     chosen = dict.fromkeys([*_outside_graphs(model, _choose(model, wrap)), *entries])
-    units = _merge_tied(model, [{module} for module in chosen])
-    return _innermost_first(_split_dtypes(model, units))
+    sharded = [module for module in chosen if any(param not in whole for param in module.parameters())]
+    units = _merge_tied(model, [{module} for module in sharded], whole)
+    return _innermost_first(_split_dtypes(model, units, whole))
 
 
 def separate_batch_norms(model: nn.Module, units: list[Unit]) -> list[Unit]:
@@ -231,7 +238,7 @@ def _by_size(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def _merge_tied(model: nn.Module, units: list[set[nn.Module]]) -> list[Unit]:
+def _merge_tied(model: nn.Module, units: list[set[nn.Module]], whole: Collection[nn.Parameter]) -> list[Unit]:
     """Makes one unit of modules that share a parameter across the borders of units.
 
     FSDP2 (torch >= 2.13) refuses a parameter that two units can see; one unit with all modules that own it is right.
@@ -241,7 +248,8 @@ def _merge_tied(model: nn.Module, units: list[set[nn.Module]]) -> list[Unit]:
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
         for param in module.parameters(recurse=False):
-            owners.setdefault(param, set()).add(module)
+            if param not in whole:
+                owners.setdefault(param, set()).add(module)
     while (crossing := _find_crossing(model, units, owners.values())) is not None:
         if model in crossing:
             raise MiCSConfigError(
@@ -300,30 +308,30 @@ def _units_of(model: nn.Module, units: Iterable[nn.Module]) -> dict[nn.Module, s
     return result
 
 
-def _split_dtypes(model: nn.Module, units: list[Unit]) -> list[Unit]:
+def _split_dtypes(model: nn.Module, units: list[Unit], whole: Collection[nn.Parameter]) -> list[Unit]:
     """Gives trainable parameters of a second dtype units of their own: FSDP2 reduces one dtype a unit."""
     members = {module for unit in units for module in unit}
     units_of = _units_of(model, members)
     result: list[Unit] = []
     for unit in [*units, (model,)]:
         inside = [module for module in model.modules() if not units_of[module].isdisjoint(unit)]
-        result += _minority_units(unit, inside)
+        result += _minority_units(unit, inside, whole)
         if unit != (model,):
             result.append(unit)
     return result
 
 
-def _minority_units(unit: Unit, inside: list[nn.Module]) -> list[Unit]:
-    dtypes = {module: _own_dtypes(module) for module in inside}
+def _minority_units(unit: Unit, inside: list[nn.Module], whole: Collection[nn.Parameter]) -> list[Unit]:
+    dtypes = {module: _own_dtypes(module, whole) for module in inside}
     present = {dtype for own in dtypes.values() for dtype in own}
     if len(present) < 2:
         return []
-    kept = next((dtype for module in unit for dtype in dtypes[module]), None) or _largest_dtype(inside)
+    kept = next((dtype for module in unit for dtype in dtypes[module]), None) or _largest_dtype(inside, whole)
     result: list[Unit] = []
     for dtype in sorted(present - {kept}, key=str):
         owners = [module for module in inside if dtype in dtypes[module]]
         for module in owners:
-            others = {d for inner in module.modules() for d in _own_dtypes(inner)} - {dtype}
+            others = {d for inner in module.modules() for d in _own_dtypes(inner, whole)} - {dtype}
             if others or module in unit or not _has_forward(module):
                 raise MiCSConfigError(
                     f"A {type(module).__name__} holds trainable parameters of several dtypes "
@@ -334,15 +342,16 @@ def _minority_units(unit: Unit, inside: list[nn.Module]) -> list[Unit]:
     return result
 
 
-def _own_dtypes(module: nn.Module) -> set[torch.dtype]:
-    return {param.dtype for param in module.parameters(recurse=False) if param.requires_grad}
+def _own_dtypes(module: nn.Module, whole: Collection[nn.Parameter]) -> set[torch.dtype]:
+    own = module.parameters(recurse=False)
+    return {param.dtype for param in own if param.requires_grad and param not in whole}
 
 
-def _largest_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
+def _largest_dtype(modules: Iterable[nn.Module], whole: Collection[nn.Parameter]) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for module in modules:
         for param in module.parameters(recurse=False):
-            if param.requires_grad:
+            if param.requires_grad and param not in whole:
                 sizes[param.dtype] = sizes.get(param.dtype, 0) + param.numel()
     return max(sizes, key=sizes.__getitem__)
 

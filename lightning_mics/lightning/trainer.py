@@ -222,7 +222,12 @@ class MiCSStrategy(ParallelStrategy):
         module._device_mesh = runtime_of(module).mesh.device_mesh
 
     def _check_same_layout(self, module: pl.LightningModule) -> None:
-        plain = [name for name, param in module.named_parameters() if not isinstance(param, DTensor)]
+        kept = {id(param) for param in runtime_of(module).window.whole.params.values()}
+        plain = [
+            name
+            for name, param in module.named_parameters()
+            if not isinstance(param, DTensor) and id(param) not in kept
+        ]
         if plain:
             raise MiCSConfigError(
                 f"{type(module).__name__}.configure_model built new layers ({plain[0]}, ...) over those that are "

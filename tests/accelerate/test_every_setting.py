@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "node_size": (2, "2"),
     "hierarchical": (False, "false"),
     "wrap": (["GPT2Block"], "[GPT2Block]"),
+    "ignore": (["*.ln_1.bias"], "['*.ln_1.bias']"),
     "reshard_after_forward": (False, "false"),
     "param_dtype": (torch.bfloat16, "bf16"),
     "reduce_dtype": (torch.bfloat16, "bf16"),

@@ -1,5 +1,6 @@
 """Every private or version-dependent name of PyTorch that the engine touches, in one place."""
 
+from lightning_mics.core._torch.clipping import clip_mixed_gradients
 from lightning_mics.core._torch.distributed import (
     abort_groups,
     all_gather_single,
@@ -68,6 +69,7 @@ __all__ = [
     "begin_label",
     "carries_cpu_tensors",
     "checkpoint",
+    "clip_mixed_gradients",
     "current_backward_id",
     "default_store",
     "forget_dtensor_meshes",

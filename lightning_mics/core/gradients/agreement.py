@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_mics.core._torch import carries_cpu_tensors
 from lightning_mics.core.gradients.unit import Phase, UnitGradients
+from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh, communication_device
 from lightning_mics.errors import SelfCheckError
 
@@ -105,18 +106,21 @@ class Agreement:
         mesh: The groups.
         units: The gradients of each FSDP unit, the same ones in the same order on all ranks.
         order: This rank's order of partition collectives.
+        whole: The gradients of parameters that are not sharded.
 
     Attributes:
         order: See above.
     """
 
-    def __init__(self, mesh: MiCSMesh, units: Sequence[UnitGradients], order: CollectiveOrder) -> None:
-        self._layout, self._units, self.order = mesh.layout, units, order
+    def __init__(
+        self, mesh: MiCSMesh, units: Sequence[UnitGradients], order: CollectiveOrder, whole: WholeGradients
+    ) -> None:
+        self._layout, self._units, self.order, self._whole = mesh.layout, units, order, whole
         self._mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
         self._channel = channel_for(mesh)
 
     def reach(self) -> tuple[list[int], list[UnitGradients]]:
-        """Asks all ranks. Collective over the world.
+        """Asks all ranks, and clears the gradients of whole parameters that none used. Collective over the world.
 
         Returns:
             Unit by unit, which parameters any rank used; the units whose hop two is outdated on any rank.
@@ -130,7 +134,10 @@ class Agreement:
         slots[self._mine : self._mine + _SLOT] = self.order.slot()
         self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
-        answer = self._channel.maximum(bytearray(used + outdated + slots))
+        whole = self._whole.used()
+        answer = self._channel.maximum(bytearray(whole + used + outdated + slots))
+        self._whole.clear_unused(answer[: len(whole)])
+        answer = answer[len(whole) :]
         self._check_order(answer[len(used) + len(outdated) :])
         return self._split(answer), [unit for unit, again in zip(units, answer[len(used) :], strict=False) if again]
 

@@ -34,6 +34,7 @@ import torch
 from lightning_mics.core._torch import begin_label, queue_backward_callback
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.unit import UnitGradients
+from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
 from lightning_mics.metrics import CommLedger, Hop
@@ -92,10 +93,12 @@ class AccumulationWindow:
         units: The gradients of each FSDP unit, in the order in which a backward pass finishes them.
         ledger: Where collectives are recorded.
         order: This rank's order of partition collectives.
+        whole: The gradients of parameters that are not sharded.
         overlap: Whether hop two may start during the backward pass (not with gradients in host memory).
         observers: What watches the first windows.
 
     Attributes:
+        whole: See above.
         deferring: Whether backward passes leave out hop two.
         pending: Whether there are gradients that replicas did not exchange.
     """
@@ -106,14 +109,16 @@ class AccumulationWindow:
         units: Sequence[UnitGradients],
         ledger: CommLedger,
         order: CollectiveOrder,
+        whole: WholeGradients,
         *,
         overlap: bool,
         observers: Sequence[WindowObserver] = (),
     ) -> None:
-        self.units = units
+        self.units, self.whole = units, whole
+        whole.on_backward = _weakly(self.begin_backward)
         self.deferring = self.pending = False
         self._mesh, self._ledger = mesh, ledger
-        self._agreement = Agreement(mesh, units, order)
+        self._agreement = Agreement(mesh, units, order, whole)
         self._may_run_on = any(unit.may_run_on for unit in units)
         self._observers = list(observers)
         self._queue = LaunchQueue(units, early=overlap and self.has_replicas)
@@ -199,6 +204,7 @@ class AccumulationWindow:
         if self.has_replicas:
             for unit in self._queue.rest():
                 self._launch(unit)
+        self.whole.average()
         used, outdated = self._agreement.reach()
         for unit in self.units:
             unit.wait()
@@ -222,6 +228,7 @@ class AccumulationWindow:
         self._pass.number = 0
         for unit in self.units:
             unit.close()
+        self.whole.close()
         self._queue.clear()
 
     # Passes that fail.
@@ -264,9 +271,10 @@ class AccumulationWindow:
             UnsyncedGradientsError: If one of them has a gradient that replicas did not exchange.
         """
         units = [unit for unit in self.units if unit.group.owns_any(params)]
-        if not units:
+        if not units and not self.whole.owns_any(params):
             return
-        if self.pending and self.has_replicas and any(unit.holds_gradient_of(params) for unit in units):
+        holds = self.has_replicas and any(unit.holds_gradient_of(params) for unit in units)
+        if self.pending and (holds or self.whole.holds_gradient_of(params)):
             raise UnsyncedGradientsError(
                 "optimizer.step() was called in the middle of an accumulation window: every microstep since the last "
                 "step ran inside defer_replication_sync(). Run the last microstep outside of it, or call "
@@ -283,6 +291,18 @@ class AccumulationWindow:
         for unit in self.units:
             unit.group.reshard()
         self.units[0].group.wait_until_read()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Returns a call of a method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 class _BackwardPass:
