@@ -16,11 +16,13 @@ from lightning_mics.core._torch import (
     FSDP_MODULES,
     ReduceScatter,
     UnitParamGroup,
+    answer_for_the_whole,
     reduce_unused_params,
     unit_param_groups,
 )
 from lightning_mics.core.clipping import clip_whole_beside_shards
 from lightning_mics.core.collectives import OnCall
+from lightning_mics.core.copies import refuse_copies
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
@@ -28,6 +30,7 @@ from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
+from lightning_mics.core.parameters import Parameters
 from lightning_mics.core.passes import RootPasses
 from lightning_mics.core.runtime import MiCSRuntime, attach
 from lightning_mics.core.self_check import SelfCheck
@@ -113,10 +116,13 @@ def connect(
         observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers],
     )
     guard_steps(window)
-    passes = RootPasses(model, window, prefetch)
+    answer_for_the_whole(model.parameters())
+    parameters = Parameters([group for unit in found for group in unit.groups])
+    passes = RootPasses(model, window, prefetch, parameters)
     names = tuple(unit.name for unit in found)
     runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
     attach(model, runtime)
+    refuse_copies(model)
     return runtime
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_mics.core._torch import ForwardHooks, RootState, current_backward_id, outside_graphs
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.parameters import Parameters
 from lightning_mics.errors import MiCSError
 
 _Kind = Literal["forward", "method"]
@@ -62,10 +63,13 @@ class RootPasses:
         root: The root FSDP module.
         window: Its gradients.
         prefetch: What gathers ahead in forward passes, where anything does.
+        parameters: Its parameters, which are shards again when a pass has ended.
     """
 
-    def __init__(self, root: nn.Module, window: AccumulationWindow, prefetch: ForwardPrefetch | None) -> None:
-        self._window, self._prefetch = window, prefetch
+    def __init__(
+        self, root: nn.Module, window: AccumulationWindow, prefetch: ForwardPrefetch | None, parameters: Parameters
+    ) -> None:
+        self._window, self._prefetch, self._parameters = window, prefetch, parameters
         self._running: list[_Call] = []
         self._state = RootState(root)
         self._fsdp = self._state.hooks
@@ -82,7 +86,9 @@ class RootPasses:
         is_inner = _tells(self._running)
         self._running.append(_Call(kind, tells=kind == "forward"))
         if is_inner:
+            self._parameters.share_requires_grad()
             return args, kwargs
+        self._parameters.begin_use()
         if self._prefetch is not None:
             self._prefetch.forward_begins()
         return self._fsdp.before(module, args, kwargs)
@@ -126,8 +132,10 @@ class RootPasses:
         output = self._fsdp.after(module, args, output)
         if self._prefetch is not None:
             self._prefetch.forward_ended()
-        if not outer and not torch.is_grad_enabled():
-            self._state.reshard()
+        if not outer:
+            if not torch.is_grad_enabled():
+                self._state.reshard()
+            self._parameters.end_pass()
         return output
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -14,6 +14,8 @@ from lightning_mics.core._torch.distributed import (
     reduce_scatter_single,
     wait_for_gloo_threads,
 )
+from lightning_mics.core._torch.dtensors import answer_for_the_whole
+from lightning_mics.core._torch.gathered import GatheredParams
 from lightning_mics.core._torch.modules import (
     MODULE_REGISTRIES,
     BatchNorm,
@@ -58,6 +60,7 @@ __all__ = [
     "AllGather",
     "BatchNorm",
     "ForwardHooks",
+    "GatheredParams",
     "GradState",
     "ReduceScatter",
     "RootState",
@@ -65,6 +68,7 @@ __all__ = [
     "UnitParamGroup",
     "abort_groups",
     "all_gather_single",
+    "answer_for_the_whole",
     "batched",
     "begin_label",
     "carries_cpu_tensors",

@@ -1,0 +1,106 @@
+"""Where DTensor silently gives a shard's answer for the whole: ``.item()`` of what is not replicated, ``.data = x``.
+
+Tensors on meshes of sharded models answer for the whole; others are DTensor's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_mics.core._needs import gone, require
+from lightning_mics.errors import MiCSError
+
+try:
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._dispatch import OpDispatcher
+except ImportError as error:
+    raise gone(error) from error
+
+require(DTensor, "_op_dispatcher", "_local_tensor", "_spec")
+require(OpDispatcher, "_custom_op_handlers")
+
+_MESHES: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+
+# What follows the local tensor of a shard; by identity, as tensors compare element by element.
+_FOLLOWERS: Any = WeakIdKeyDictionary()
+
+_plain_data: Any = torch.Tensor.data
+
+_scalar = torch.ops.aten._local_scalar_dense.default
+
+
+def answer_for_the_whole(shards: Iterable[Tensor]) -> None:
+    """Makes DTensors on the meshes of shards give the value of the whole where DTensor gives that of the shard.
+
+    ``.item()``, ``float()`` and ``if`` reduce over the mesh, a collective; ``.data = x`` has effect.
+    """
+    for shard in shards:
+        if isinstance(shard, DTensor):
+            _MESHES.add(shard.device_mesh)  # which lives as long as shards on it
+    _install()
+
+
+def follow_data(shard: Tensor, follower: Callable[[], None]) -> None:
+    """Calls ``follower`` when a shard was given another local tensor by ``.data = x``."""
+    _FOLLOWERS[shard] = follower
+
+
+@functools.cache
+def _install() -> None:
+    DTensor._op_dispatcher._custom_op_handlers.update({_scalar: _scalar_of_whole})
+    DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
+
+
+def _scalar_of_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value: DTensor = args[0]
+    local = value._local_tensor
+    if value.device_mesh not in _MESHES or all(place.is_replicate() for place in value.placements):
+        return local.item()
+    if local.dtype is torch.bool:  # sums of truth values
+        whole = DTensor.from_local(local.int(), value.device_mesh, value.placements, run_check=False)
+        return bool(whole.full_tensor().item())
+    return value.full_tensor().item()
+
+
+def _get_data(tensor: DTensor) -> Tensor:
+    """Returns what shares memory and version with a tensor, so that writes to it are noticed."""
+    if tensor.device_mesh in _MESHES:
+        return tensor.detach()
+    plain: Tensor = _plain_data.__get__(tensor)
+    return plain
+
+
+def _set_data(tensor: DTensor, value: Tensor) -> None:
+    if tensor.device_mesh not in _MESHES:
+        _plain_data.__set__(tensor, value)
+        return
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise MiCSError(
+            f"parameter.data = ... of shape {tuple(value.shape)} and {value.dtype}, but the sharded parameter has "
+            f"{tuple(tensor.shape)} and {tensor.dtype}. Assign the same shape and dtype, or change the model before "
+            "mics_shard."
+        )
+    local = _sharded_alike(tensor, value.detach())._local_tensor.contiguous()
+    tensor._local_tensor = local
+    increment_version(tensor)  # the memory may be that of an earlier tensor
+    follower = _FOLLOWERS.get(tensor)
+    if follower is not None:
+        follower()
+
+
+def _sharded_alike(tensor: DTensor, value: Tensor) -> DTensor:
+    mesh = tensor.device_mesh
+    if not isinstance(value, DTensor):
+        value = DTensor.from_local(value.to(tensor.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if value.placements != tensor.placements:
+        value = value.redistribute(placements=tensor.placements)
+    return value
