@@ -120,7 +120,7 @@ def shard_units(
         MiCSError: On every rank, if one of them could not initialise a unit.
     """
     whole = set(whole_parameters(model, config).values())
-    owned = {unit: _owned_modules(unit, units) for unit in [*units, (model,)]}
+    owned = {unit: owned_modules(unit, units) for unit in [*units, (model,)]}
     on_meta = {unit for unit, modules in owned.items() if any(map(has_meta_tensors, modules))}
     real = [module for unit, modules in owned.items() if unit not in on_meta for module in modules]
     equalize_replicas(_own_tensors(real).items(), device)
@@ -135,7 +135,7 @@ def shard_units(
         _cast_inputs_of_norms(_modules_outside(model, {module for unit in units for module in unit}))
 
 
-def _owned_modules(unit: Unit, units: Sequence[Unit]) -> list[nn.Module]:
+def owned_modules(unit: Unit, units: Sequence[Unit]) -> list[nn.Module]:
     """Returns the modules of a unit that are not another one's, children first."""
     nested = {module for other in units if other != unit for module in other}
     return [module for root in unit for module in _modules_outside(root, nested)]

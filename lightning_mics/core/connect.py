@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_mics.core._torch import (
     reduce_unused_params,
     unit_param_groups,
 )
+from lightning_mics.core.apply import owned_modules
 from lightning_mics.core.clipping import clip_whole_beside_shards
 from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.copies import refuse_copies
@@ -30,6 +32,7 @@ from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
+from lightning_mics.core.outputs import UnitOutputs
 from lightning_mics.core.parameters import Parameters
 from lightning_mics.core.passes import RootPasses
 from lightning_mics.core.runtime import MiCSRuntime, attach
@@ -45,15 +48,20 @@ class _Unit:
 
     Attributes:
         name: Its name.
-        module: Its first module, which stands for it: ``fully_shard`` leaves one state for a group of modules.
+        modules: Its modules.
         groups: Its parameters.
         two_stages: Whether its collectives run in two stages.
     """
 
     name: str
-    module: nn.Module
+    modules: Unit
     groups: list[UnitParamGroup]
     two_stages: bool = False
+
+    @property
+    def module(self) -> nn.Module:
+        """Its first module, which stands for it: ``fully_shard`` leaves one state for a group of modules."""
+        return self.modules[0]
 
     @property
     def only_group(self) -> UnitParamGroup | None:
@@ -119,6 +127,7 @@ def connect(
     answer_for_the_whole(model.parameters())
     parameters = Parameters([group for unit in found for group in unit.groups])
     passes = RootPasses(model, window, prefetch, parameters)
+    _watch_outputs(found, units, window)
     names = tuple(unit.name for unit in found)
     runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
     attach(model, runtime)
@@ -150,10 +159,26 @@ def _set_collectives(
     return reduce_scatters
 
 
+def _watch_outputs(found: Sequence[_Unit], units: Sequence[Unit], window: AccumulationWindow) -> None:
+    """Lets backward passes find what units leave where FSDP2 does not look."""
+    reference = weakref.ref(window)
+
+    def told() -> None:
+        window = reference()
+        if window is not None:
+            window.begin_backward()
+
+    for index, unit in enumerate(found):
+        modules = owned_modules(unit.modules, units)
+        for group in unit.groups:
+            UnitOutputs(unit.modules, modules, group, told, is_root=index == 0)
+
+
 def _ignore_view_warnings() -> None:
     """Keeps FSDP2 from warning of units that return views.
 
-    The hazard it tells of, changing such a view in place, ends in an error; and nothing need be done about it.
+    The hazard it tells of, that changing such a view in place takes FSDP2's hook out of the graph, is mended: there is
+    another one behind it.
     """
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view", module=FSDP_MODULES)
 
@@ -162,7 +187,7 @@ def _find_units(model: nn.Module, units: Sequence[Unit], config: MiCSConfig, mes
     """Returns the units, root first, then in the order of a forward pass."""
     leaders = [(model,), *backward_order(model, units)[::-1]]
     names = unit_names(model, leaders)
-    found = [_Unit(name, unit[0], unit_param_groups(unit[0])) for unit, name in zip(leaders, names, strict=True)]
+    found = [_Unit(name, unit, unit_param_groups(unit[0])) for unit, name in zip(leaders, names, strict=True)]
     if mesh.hierarchical:
         dtype = as_dtype(config.param_dtype)
         sizes = [sum(group.gathered_bytes(dtype) for group in unit.groups) for unit in found]

@@ -74,6 +74,8 @@ class RootPasses:
         self._state = RootState(root)
         self._fsdp = self._state.hooks
         self._state.replace_hooks(self._hooks("forward"), self._hooks("method"), self._begin_backward)
+        window.before_backward = self._state.queue_end_of_backward
+        self._state.go_on_after(lambda: not window.adds_gradients)
         root.register_forward_hook(outside_graphs(self._after_forward), always_call=True)
 
     def _hooks(self, kind: _Kind) -> ForwardHooks:

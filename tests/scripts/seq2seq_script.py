@@ -20,7 +20,8 @@ model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, d
 tokens = torch.randint(2, 37, (64, 6))
 start = torch.zeros(1, dtype=torch.long)
 data = [
-    {"input_ids": row, "labels": row.flip(0), "decoder_input_ids": torch.cat([start, row.flip(0)[:-1]])} for row in tokens
+    {"input_ids": row, "labels": row.flip(0), "decoder_input_ids": torch.cat([start, row.flip(0)[:-1]])}
+    for row in tokens
 ]
 arguments = Seq2SeqTrainingArguments(
     "out",

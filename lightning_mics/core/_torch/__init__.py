@@ -16,6 +16,13 @@ from lightning_mics.core._torch.distributed import (
 )
 from lightning_mics.core._torch.dtensors import answer_for_the_whole
 from lightning_mics.core._torch.gathered import GatheredParams
+from lightning_mics.core._torch.graphs import (
+    adds_gradients,
+    in_function_transform,
+    is_newer,
+    sequence_number,
+    watch_base,
+)
 from lightning_mics.core._torch.modules import (
     MODULE_REGISTRIES,
     BatchNorm,
@@ -50,6 +57,7 @@ from lightning_mics.core._torch.units import (
     gather_asynchronously,
     held_gradients,
     local_gradients,
+    pre_backward_hook,
     reduce_unused_params,
     unit_param_groups,
 )
@@ -67,6 +75,7 @@ __all__ = [
     "UnitParam",
     "UnitParamGroup",
     "abort_groups",
+    "adds_gradients",
     "all_gather_single",
     "answer_for_the_whole",
     "batched",
@@ -81,8 +90,10 @@ __all__ = [
     "gather_asynchronously",
     "group_timeout",
     "held_gradients",
+    "in_function_transform",
     "is_compiled",
     "is_gloo",
+    "is_newer",
     "is_premul_sum",
     "labelled",
     "load_own_entries",
@@ -91,13 +102,16 @@ __all__ = [
     "new_local_group",
     "outside_graphs",
     "plain_name",
+    "pre_backward_hook",
     "queue_backward_callback",
     "reduce_scatter_single",
     "reduce_unused_params",
+    "sequence_number",
     "tree_leaves",
     "tree_map_only",
     "uncompiled",
     "unit_param_groups",
     "unscale_and_check",
     "wait_for_gloo_threads",
+    "watch_base",
 ]

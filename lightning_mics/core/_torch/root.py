@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from lightning_mics.core._torch.units import unit_param_groups
 try:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard import _fsdp_state
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 except ImportError as error:
     raise gone(error) from error
 
 require(
     _fsdp_state.FSDPState,
     *("_pre_forward", "_post_forward", "_pre_backward", "_pre_forward_hook_handle", "_post_forward_hook_handle"),
-    *("_is_root", "_state_ctx", "_comm_ctx", "_modules"),
+    *("_is_root", "_state_ctx", "_comm_ctx", "_modules", "_register_root_post_backward_final_callback"),
+    "_root_post_backward_final_callback",
 )
 require(_fsdp_state.FSDPStateContext, "all_states", "iter_forward_root", "post_backward_final_callback_queued")
 
@@ -80,15 +83,49 @@ class RootState:
         for shard, gradient in zip(shards, gradients, strict=True):
             shard.grad = gradient  # torch 2.15 drops it
 
+    def queue_end_of_backward(self) -> None:
+        """Makes FSDP2 end the backward pass in progress, as its own hooks do: nothing if one has."""
+        if self._state._is_root:
+            self._state._register_root_post_backward_final_callback()
+
+    def go_on_after(self, is_nested: Callable[[], bool]) -> None:
+        """Lets a forward pass go on after a backward pass inside of it, where ``is_nested`` says that it was one.
+
+        FSDP2 takes the end of a backward pass for that of all passes.
+        """
+        states: set[Any] = {
+            module._get_fsdp_state() for module in self._root.modules() if isinstance(module, FSDPModule)
+        }
+        for state in states:
+            end = functools.partial(_end_of_backward, state._root_post_backward_final_callback, self._state, is_nested)
+            state._root_post_backward_final_callback = end
+
     def reshard(self) -> None:
         """Frees the root's own parameters."""
         self._root.reshard()
 
 
+def _end_of_backward(end: Callable[[], None], root: Any, is_nested: Callable[[], bool]) -> None:
+    context = root._state_ctx
+    forward_root = context.iter_forward_root
+    if forward_root is None or not is_nested():
+        end()
+        return
+    holders = [holder for state in context.all_states for holder in (state, *_groups_of(state))]
+    running = [holder for holder in holders if holder._training_state is TrainingState.FORWARD]
+    end()
+    for holder in running:
+        holder._training_state = TrainingState.FORWARD
+    context.iter_forward_root = forward_root
+
+
+def _groups_of(state: Any) -> list[Any]:
+    return [unit._group for unit in unit_param_groups(state._modules[0])]
+
+
 def _groups_under(root: Any) -> list[Any]:
     """Returns the parameter groups of all units under the state of a root that has run."""
-    leaders = [state._modules[0] for state in root._state_ctx.all_states]
-    return [unit._group for module in leaders for unit in unit_param_groups(module)]
+    return [group for state in root._state_ctx.all_states for group in _groups_of(state)]
 
 
 def _reset_iter_state(root: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_mics.core._needs import gone, require
 
@@ -20,7 +21,7 @@ try:
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
-    from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 except ImportError as error:
     raise gone(error) from error
 
@@ -28,12 +29,13 @@ require(FSDPModule, "_get_fsdp_state", "_set_unshard_async_op", "reshard")
 require(
     _fsdp_param.FSDPParam,
     *("sharded_param", "_unsharded_param", "unsharded_accumulated_grad", "to_sharded_dtensor"),
-    *("sharded_size", "padded_sharded_param_size", "_param_fqn", "_module_info"),
+    *("sharded_size", "padded_sharded_param_size", "_param_fqn", "_module_info", "free_unsharded_param"),
 )
 require(
     _fsdp_param_group.FSDPParamGroup,
     *("fsdp_params", "mesh_info", "device", "device_handle", "comm_ctx", "reduce_grads"),
     *("wait_for_unshard", "post_backward", "reshard", "_prefetch_unshard", "_all_gather_result", "_post_reduce_event"),
+    *("pre_forward", "post_forward"),
 )
 require(_fsdp_param_group.FSDPCommContext, "reduce_scatter_stream")
 
@@ -106,11 +108,15 @@ _sharded_grad = operator.attrgetter("sharded_param.grad")
 
 _unsharded_grad = operator.attrgetter("_unsharded_param.grad")
 
+_requires_grad = operator.attrgetter("requires_grad")
+
 _is_none = functools.partial(operator.is_, None)
 
 _reduced_hooks = operator.attrgetter("sharded_param._post_accumulate_grad_hooks")
 
 _sharded_param = operator.attrgetter("sharded_param")
+
+_unsharded_param = operator.attrgetter("_unsharded_param")
 
 _local_grad_of = operator.attrgetter("_fsdp_param.sharded_param.grad._local_tensor")
 
@@ -124,6 +130,10 @@ def local_gradients(params: Sequence[UnitParam]) -> tuple[Tensor, ...] | None:
         return tuple(map(_local_grad_of, params))
     except AttributeError:
         return None
+
+
+def _keep() -> None:
+    """Stands in the place of what frees a gathered parameter."""
 
 
 class GradState(NamedTuple):
@@ -146,7 +156,8 @@ class UnitParamGroup:
     def __init__(self, group: Any) -> None:
         self._group = group
         self.params = [UnitParam(param) for param in group.fsdp_params]
-        self._has_run = False
+        self._has_run = self.is_kept = False
+        self._watched: dict[int, Any] = {}
         self._gathered_of: list[tuple[int, int, int]] | None = None
 
     @property
@@ -180,7 +191,8 @@ class UnitParamGroup:
         pass is not theirs together: a rank may not have used the parameters that need one.
         """
         group = self._group
-        return group.is_sharded and group._all_gather_result is None and group.unshard_in_backward
+        is_gathered = not group.is_sharded or self.is_kept
+        return not is_gathered and group._all_gather_result is None and group.unshard_in_backward
 
     @property
     def reduces_unused(self) -> bool:
@@ -321,6 +333,79 @@ class UnitParamGroup:
 
     # Gathered parameters.
 
+    def keep_memory(self) -> None:
+        """Keeps the memory of gathered parameters where FSDP2 frees it, until :meth:`free_kept`.
+
+        FSDP2 goes on as ever: parameters are shards outside of passes, and are gathered again, into this memory. Graphs
+        of which it does not know find their values there.
+        """
+        if self.has_run and not self.is_kept:
+            self.is_kept = True
+            for param in self._group.fsdp_params:
+                param.free_unsharded_param = _keep
+
+    def free_kept(self) -> None:
+        """Frees what :meth:`keep_memory` kept, unless it is in use."""
+        if self.is_kept:
+            self.is_kept = False
+            for param in self._group.fsdp_params:
+                del param.free_unsharded_param
+                if self._group.is_sharded:
+                    param.free_unsharded_param()
+
+    def watch_gradients(self, told: Callable[[], None]) -> None:
+        """Calls ``told`` in a backward pass before it adds to the gradient of a gathered parameter.
+
+        Parameters that do not require a gradient are watched from the first call on at which they do. ``told`` must not
+        refer to the model: garbage collection cannot look into graphs.
+        """
+        params = self._group.fsdp_params
+        if len(self._watched) == sum(map(_unsharded_wants_grad, params)):
+            return
+        for whole in map(_unsharded_param, params):
+            if whole.requires_grad and id(whole) not in self._watched:
+                node = get_gradient_edge(whole).node
+                node.register_prehook(lambda gradients: told())
+                self._watched[id(whole)] = node  # lives as long as a graph, or this
+
+    def leaves(self) -> Iterator[Tensor]:
+        """Yields the gathered parameters that want a gradient, if the unit was ever gathered."""
+        if self.has_run:
+            yield from filter(_requires_grad, map(_unsharded_param, self._group.fsdp_params))
+
+    @property
+    def holds_unreduced(self) -> bool:
+        """Whether autograd left a gradient of a gathered parameter that no hop one has reduced."""
+        return self.has_run and not all(map(_is_none, map(_unsharded_grad, self._group.fsdp_params)))
+
+    def wrap_forward(self, before: Callable[[Any, Any], None], after: Callable[[Any], None]) -> None:
+        """Runs ``before(args, kwargs)`` and ``after(output)`` where FSDP2 begins and ends the unit's forward pass."""
+        pre_forward, post_forward = self._group.pre_forward, self._group.post_forward
+
+        def begin(module: Any, args: Any, kwargs: Any) -> Any:
+            before(args, kwargs)
+            return pre_forward(module, args, kwargs)
+
+        def end(module: Any, args: Any, output: Any) -> Any:
+            after(output)
+            return post_forward(module, args, output)
+
+        self._group.pre_forward, self._group.post_forward = begin, end
+
+    def end_without_reduction(self, post_backward: Callable[[], None]) -> None:
+        """Ends a backward pass of the unit by FSDP2's step, without hop one.
+
+        Not where the pass is nested in a forward pass of the unit, which goes on.
+        """
+        group = self._group
+        if group._training_state is TrainingState.FORWARD:
+            return
+        reduces, group.reduce_grads = group.reduce_grads, False
+        try:
+            post_backward()
+        finally:
+            group.reduce_grads = reduces
+
     def reshard(self) -> None:
         """Frees gathered parameters, so that the next forward pass gathers their new values."""
         self.discard_prefetched()
@@ -384,6 +469,13 @@ def unit_param_groups(module: nn.Module) -> list[UnitParamGroup]:
     if groups is None:  # torch < 2.12 has at most one group a module
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     return [UnitParamGroup(group) for group in groups]
+
+
+def pre_backward_hook(module: nn.Module) -> Callable[[Any], Any]:
+    """Returns the hook that FSDP2 puts on what leaves a module's unit, as it is at the time of its call."""
+    assert isinstance(module, FSDPModule)
+    state: Any = module._get_fsdp_state()
+    return lambda gradient: state._pre_backward(gradient)
 
 
 def gather_asynchronously(root: nn.Module) -> None:

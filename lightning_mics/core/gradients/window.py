@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from lightning_mics.core._torch import begin_label, queue_backward_callback
+from lightning_mics.core._torch import adds_gradients, begin_label, queue_backward_callback
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
@@ -101,6 +101,7 @@ class AccumulationWindow:
         whole: See above.
         deferring: Whether backward passes leave out hop two.
         pending: Whether there are gradients that replicas did not exchange.
+        before_backward: Called where a backward pass is recognised.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class AccumulationWindow:
         self.units, self.whole = units, whole
         whole.on_backward = _weakly(self.begin_backward)
         self.deferring = self.pending = False
+        self.before_backward: Callable[[], None] = _nothing
         self._mesh, self._ledger = mesh, ledger
         self._agreement = Agreement(mesh, units, order, whole)
         self._may_run_on = any(unit.may_run_on for unit in units)
@@ -146,8 +148,14 @@ class AccumulationWindow:
                 "Gradient synchronisation was switched off with set_requires_gradient_sync(False), which keeps "
                 "whole unsharded gradients. Use lightning_mics.defer_replication_sync(model) instead."
             )
+        if self._pass.keeps_graph:
+            unit.group.keep_memory()
+        if not self._pass.adds_gradients:
+            unit.group.end_without_reduction(reduce_scatter)
+            return
         self._finish_reduction()
-        unit.reduce(reduce_scatter, deferring=self.deferring)
+        with torch.no_grad():  # it is on with create_graph=True
+            unit.reduce(reduce_scatter, deferring=self.deferring)
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
         may_run_on = self._may_run_on and unit.is_reducing
@@ -170,16 +178,24 @@ class AccumulationWindow:
             message_bytes = unit.launch(self._mesh.replication_group)
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the backward pass adds to gradients of parameters; ``torch.autograd.grad`` does not."""
+        return self._pass.adds_gradients
+
     def begin_backward(self) -> None:
         """Recognises a new backward pass; one nested in another (reentrant checkpointing) belongs to it."""
         if self._pass.is_running:
             return
         if self._pass.is_lost:
             self.abandon()
+        self.before_backward()
         self._pass.begin()
-        self.pending = True
+        self.pending = self.pending or self._pass.adds_gradients
 
     def _end_of_backward(self) -> None:
+        if not self._pass.adds_gradients:
+            return
         self._finish_reduction()
         if self.deferring:
             self._hand_back()
@@ -261,6 +277,7 @@ class AccumulationWindow:
         """Frees what a failed pass left gathered or unreduced: who catches its error may want the memory at once."""
         for unit in self.units:
             unit.group.free()
+            unit.group.free_kept()
 
     # Around an optimizer step.
 
@@ -273,6 +290,7 @@ class AccumulationWindow:
         units = [unit for unit in self.units if unit.group.owns_any(params)]
         if not units and not self.whole.owns_any(params):
             return
+        _refuse_unreduced(units)
         holds = self.has_replicas and any(unit.holds_gradient_of(params) for unit in units)
         if self.pending and (holds or self.whole.holds_gradient_of(params)):
             raise UnsyncedGradientsError(
@@ -281,6 +299,8 @@ class AccumulationWindow:
                 "lightning_mics.sync_gradients(model) before the step."
             )
         self.reshard()
+        for unit in units:
+            unit.group.free_kept()
 
     def owns(self, params: set[int]) -> bool:
         """Returns whether any of some parameters (by ``id``) is the model's."""
@@ -305,6 +325,20 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
+def _refuse_unreduced(units: Sequence[UnitGradients]) -> None:
+    for unit in units:
+        if unit.group.holds_unreduced:
+            raise MiCSError(
+                f"optimizer.step() was called, but gradients of unit {unit.name!r} were never reduced: the backward "
+                "pass began at a tensor that left the model by a way that is not watched. Return the tensor from "
+                "forward."
+            )
+
+
+def _nothing() -> None:
+    """Stands for what nobody has set."""
+
+
 class _BackwardPass:
     """The backward pass in progress, which autograd tells the end of by a callback.
 
@@ -314,7 +348,11 @@ class _BackwardPass:
     Attributes:
         reducing: The unit whose hop one was started last.
         number: How many the window has begun.
+        adds_gradients: Whether it adds to gradients of parameters, which ``torch.autograd.grad`` does not.
+        keeps_graph: Whether its own graph is made, for a backward pass through it.
     """
+
+    adds_gradients, keeps_graph = True, False
 
     def __init__(self, window: AccumulationWindow) -> None:
         self.reducing: UnitGradients | None = None
@@ -339,10 +377,12 @@ class _BackwardPass:
 
     def begin(self) -> None:
         """Asks autograd to tell of the end of the pass that is running."""
-        self.number += 1
-        self._label = begin_label(f"backward of microstep {self.number}")
         window = self._window()
         assert window is not None
+        self.adds_gradients = adds_gradients(leaf for unit in window.units for leaf in unit.group.leaves())
+        self.keeps_graph = torch.is_grad_enabled()
+        self.number += self.adds_gradients
+        self._label = begin_label(f"backward of microstep {self.number}")
         stream = window.units[0].group.current_stream()
 
         def end() -> None:
