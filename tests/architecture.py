@@ -49,6 +49,7 @@ OTHERS = {
     "lightning": {"_data_source", "_device_mesh", "_layer_sync", "_optimizer", "_reset_optimizers_and_schedulers"},
     "transformers": {
         *("_attn_implementation", "_init_weights", "_is_fsdp_managed_module", "_model_mapping", "_no_split_modules"),
+        *("_hf_peft_config_loaded",),
     },
 }
 # Private attributes of every module of PyTorch, which count wherever they are spelled out.

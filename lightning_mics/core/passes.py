@@ -69,7 +69,7 @@ class RootPasses:
     def __init__(
         self, root: nn.Module, window: AccumulationWindow, prefetch: ForwardPrefetch | None, parameters: Parameters
     ) -> None:
-        self._window, self._prefetch, self._parameters = window, prefetch, parameters
+        self._window, self._prefetch, self._held = window, prefetch, parameters
         self._running: list[_Call] = []
         self._state = RootState(root)
         self._fsdp = self._state.hooks
@@ -88,9 +88,9 @@ class RootPasses:
         is_inner = _tells(self._running)
         self._running.append(_Call(kind, tells=kind == "forward"))
         if is_inner:
-            self._parameters.share_requires_grad()
+            self._held.share_requires_grad()
             return args, kwargs
-        self._parameters.begin_use()
+        self._held.begin_use()
         if self._prefetch is not None:
             self._prefetch.forward_begins()
         return self._fsdp.before(module, args, kwargs)
@@ -137,7 +137,7 @@ class RootPasses:
         if not outer:
             if not torch.is_grad_enabled():
                 self._state.reshard()
-            self._parameters.end_pass()
+            self._held.end_pass()
         return output
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core._torch import BatchNorm, outside_graphs, plain_name
+from lightning_mics.core._torch import BatchNorm, outside_graphs, parameter_registry, plain_name
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean
 
@@ -118,13 +118,13 @@ class _CastInForward:
         module.register_forward_hook(outside_graphs(self._restore), always_call=True)
 
     def _cast(self, module: nn.Module, args: Any) -> None:
-        held = module._parameters
+        held = parameter_registry(module)
         kept = {name: held[name] for name in self._names if name in held}
         self._kept.append(kept)
         for name, param in kept.items():
             if isinstance(param, Tensor) and param.is_floating_point() and param.dtype != self._dtype:
-                held[name] = param.to(self._dtype)  # type: ignore[assignment]
+                held[name] = param.to(self._dtype)
 
     def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._kept:
-            module._parameters.update(self._kept.pop())
+            parameter_registry(module).update(self._kept.pop())

@@ -80,6 +80,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def parameter_registry(module: nn.Module) -> dict[str, Any]:
+    """Returns where a module holds its own parameters, by name; another tensor may take the place of one."""
+    return module._parameters
+
+
 def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
     """Loads entries of a state dictionary into a module, and not into those inside it."""
     module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
