@@ -35,6 +35,7 @@ from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.outputs import UnitOutputs
 from lightning_mics.core.parameters import Parameters
 from lightning_mics.core.passes import RootPasses
+from lightning_mics.core.row_norms import RowNorms
 from lightning_mics.core.runtime import MiCSRuntime, attach
 from lightning_mics.core.self_check import SelfCheck
 from lightning_mics.core.stages import choose_stages
@@ -114,6 +115,7 @@ def connect(
     if whole:
         whole_gradients.add(whole)
         clip_whole_beside_shards()
+    row_norms = RowNorms(model, mesh)
     window = AccumulationWindow(
         mesh,
         _gradients(found, reduce_scatters, carrier, config),
@@ -121,11 +123,12 @@ def connect(
         order,
         whole_gradients,
         overlap=not config.cpu_offload,
-        observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers],
+        observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers, row_norms],
     )
     guard_steps(window)
     answer_for_the_whole(model.parameters())
-    parameters = Parameters([group for unit in found for group in unit.groups])
+    groups = [group for unit in found for group in unit.groups]
+    parameters = Parameters(groups, list(map(row_norms.owned, groups)), order)
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)
     names = tuple(unit.name for unit in found)

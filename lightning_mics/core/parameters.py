@@ -15,11 +15,14 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics.core._torch import GatheredParams, UnitParamGroup
+from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.errors import MiCSError
 
 
@@ -28,10 +31,18 @@ class Parameters:
 
     Args:
         groups: Those of each unit.
+        skips: By unit, parameters whose writes in a pass are somebody else's to keep.
+        order: Where writes are noted.
     """
 
-    def __init__(self, groups: Sequence[UnitParamGroup]) -> None:
-        self._units = [GatheredParams(group, self.begin_use, self._note_writes) for group in groups]
+    def __init__(
+        self, groups: Sequence[UnitParamGroup], skips: Sequence[frozenset[int]], order: CollectiveOrder
+    ) -> None:
+        self._order = order
+        self._units = [
+            GatheredParams(group, self.begin_use, self._note_writes, skipped)
+            for group, skipped in zip(groups, skips, strict=True)
+        ]
         self._show_shards = True
         self._gathered_names: dict[int, str] = {}
         _MODELS.add(self)
@@ -71,7 +82,16 @@ class Parameters:
         return {id(param.sharded) for unit in self._units for param in unit.unit.params}
 
     def _note_writes(self, unit: GatheredParams, indices: list[int]) -> None:
-        pass
+        """Notes what was written, which ranks compare at the end of the window; the host waits for it."""
+        gathered = unit.gathered
+        sums = torch.stack([_sum_of_bits(gathered[index]) for index in indices]).tolist()
+        for index, checksum in zip(indices, sums, strict=True):
+            self._order.note_write(unit.name(index), checksum)
+
+
+def _sum_of_bits(param: Tensor) -> Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return param.detach().view(kinds[param.itemsize]).sum(dtype=torch.int64)
 
 
 _MODELS: weakref.WeakSet[Parameters] = weakref.WeakSet()

@@ -18,7 +18,7 @@ from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core.runtime import is_sharded
-from lightning_mics.errors import MiCSError
+from lightning_mics.errors import MiCSError, SelfCheckError
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, weight_differences
 
 STEPS, ROWS, WIDTH = 2, 4, 6
@@ -341,3 +341,63 @@ def clamp_all(params: list[nn.Parameter]) -> None:
 
 def test_a_graph_older_than_its_parameters_is_refused(pool: WorkerPool) -> None:
     pool.run(_stale_graph, world_size=2)
+
+
+class Table(nn.Module):
+    """Embeddings whose rows are renormalised when they are looked up, in the root and in a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(13, WIDTH, max_norm=1.0)
+        self.bag = nn.EmbeddingBag(11, WIDTH, max_norm=0.7, norm_type=1.0)
+        self.parts = nn.ModuleList([Part()])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        words = (rows * 3).long().abs() % 11
+        return self.parts[0](self.table(words).sum(1) + self.bag(words))
+
+    def step(self, rows: Tensor) -> Tensor:
+        return self(rows).square().mean()
+
+
+def _tables() -> None:
+    for accumulate in (1, 3):
+        alone = build(Table)
+        train(alone, accumulate)
+        for config in layouts():
+            model = mics_shard(build(Table), config)
+            train(model, accumulate)
+            assert_parity(full_state_dict(model), alone.state_dict())
+
+
+@works("Model kinds", "`nn.Embedding(max_norm=)`, `nn.EmbeddingBag(max_norm=)`")
+def test_rows_that_any_rank_looked_up_are_renormalised(pool: WorkerPool) -> None:
+    pool.run(_tables, world_size=4)
+
+
+class Centres(Net):
+    """Writes what its own rank has seen."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.bias.add_(rows.mean())
+        return super().forward(rows)
+
+
+def _different_writes() -> str:
+    model = mics_shard(build(Centres), MiCSConfig(wrap=Part, shard_size=2))
+    with pytest.raises(SelfCheckError) as caught:
+        model(rows_of(dist.get_rank(), 0)).sum().backward()
+    return str(caught.value)
+
+
+DIFFERENT = refused(
+    "Training loops", "Parameters written differently by ranks in `forward`", says="Ranks wrote different values"
+)
+
+
+@DIFFERENT
+def test_writes_that_differ_are_refused(pool: WorkerPool) -> None:
+    for said in pool.run(_different_writes, world_size=4):
+        DIFFERENT.check(said)
+        assert "last.bias" in said

@@ -14,7 +14,7 @@ from lightning_mics.core._torch.distributed import (
     reduce_scatter_single,
     wait_for_gloo_threads,
 )
-from lightning_mics.core._torch.dtensors import answer_for_the_whole
+from lightning_mics.core._torch.dtensors import answer_for_the_whole, first_row
 from lightning_mics.core._torch.gathered import GatheredParams
 from lightning_mics.core._torch.graphs import (
     adds_gradients,
@@ -86,6 +86,7 @@ __all__ = [
     "clip_mixed_gradients",
     "current_backward_id",
     "default_store",
+    "first_row",
     "forget_dtensor_meshes",
     "fsdp_collectives",
     "gather_asynchronously",

@@ -56,7 +56,8 @@ def follow_data(shard: Tensor, follower: Callable[[], None]) -> None:
 
 @functools.cache
 def _install() -> None:
-    DTensor._op_dispatcher._custom_op_handlers.update({_scalar: _scalar_of_whole})
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    handlers[_scalar] = _scalar_of_whole
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
 
 
@@ -104,3 +105,12 @@ def _sharded_alike(tensor: DTensor, value: Tensor) -> DTensor:
     if value.placements != tensor.placements:
         value = value.redistribute(placements=tensor.placements)
     return value
+
+
+def first_row(shard: Tensor) -> int:
+    """Returns which row of the whole a shard begins with."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(shard, DTensor)
+    _, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+    return int(offset[0])

@@ -22,26 +22,51 @@ _SLOT = 8  # bytes: a fingerprint and its complement
 
 
 class CollectiveOrder:
-    """A fingerprint of the order in which a rank ran its partition collectives."""
+    """Fingerprints of the order in which a rank ran its partition collectives, and of what it wrote in passes.
+
+    Attributes:
+        written: Names of the gathered parameters that this rank wrote.
+    """
 
     def __init__(self) -> None:
-        self._hash = 0
+        self._hash = self._writes = 0
+        self.written: set[str] = set()
 
     def note(self, unit_index: int, kind: int) -> None:
         """Folds in a collective: which unit's, and 0 for a gather or 1 for a reduction."""
         self._hash = (self._hash * 1_000_003 + unit_index * 2 + kind + 1) & 0xFFFFFFFF
 
+    def note_write(self, name: str, checksum: int) -> None:
+        """Folds in a write to a gathered parameter: the sum of what it holds then."""
+        self.written.add(name)
+        self._writes = (self._writes * 1_000_003 + checksum + len(name)) & 0xFFFFFFFF
+
     def clear(self) -> None:
         """Starts a new window."""
-        self._hash = 0
+        self._hash = self._writes = 0
+        self.written = set()
 
     def slot(self) -> bytes:
-        """Returns the fingerprint and its complement.
+        """Returns the fingerprint of the order and its complement.
 
         The maximum of a byte and that of its complement, over some ranks, add up to 255 only if all sent one byte.
         """
-        order = self._hash.to_bytes(_SLOT // 2, "big")
-        return order + bytes(255 - byte for byte in order)
+        return _with_complement(self._hash)
+
+    def write_slot(self) -> bytes:
+        """Returns the fingerprint of writes and its complement."""
+        return _with_complement(self._writes)
+
+
+def _with_complement(fingerprint: int) -> bytes:
+    sent = fingerprint.to_bytes(_SLOT // 2, "big")
+    return sent + bytes(255 - byte for byte in sent)
+
+
+def _is_one(slot: bytes) -> bool:
+    """Whether all ranks sent one fingerprint; nothing came from ranks that the fake backend only pretends to have."""
+    half = _SLOT // 2
+    return not any(slot) or all(high + low == 255 for high, low in zip(slot[:half], slot[half:], strict=True))
 
 
 class Channel(ABC):
@@ -132,13 +157,15 @@ class Agreement:
         used = b"".join([unit.use.used.to_bytes(len(unit.group.params), "little") for unit in units])
         slots = bytearray(_SLOT * self._layout.num_replicas)
         slots[self._mine : self._mine + _SLOT] = self.order.slot()
+        writes, written = self.order.write_slot(), self.order.written
         self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
         whole = self._whole.used()
-        answer = self._channel.maximum(bytearray(whole + used + outdated + slots))
+        answer = self._channel.maximum(bytearray(whole + used + outdated + slots + writes))
         self._whole.clear_unused(answer[: len(whole)])
         answer = answer[len(whole) :]
         self._check_order(answer[len(used) + len(outdated) :])
+        _check_writes(answer[-_SLOT:], written)
         return self._split(answer), [unit for unit, again in zip(units, answer[len(used) :], strict=False) if again]
 
     def _split(self, answer: bytes) -> list[int]:
@@ -150,14 +177,21 @@ class Agreement:
         return found
 
     def _check_order(self, slots: bytes) -> None:
-        half = _SLOT // 2
         for replica, group in enumerate(self._layout.partition_groups):
             slot = slots[_SLOT * replica : _SLOT * (replica + 1)]
-            # Nothing came from ranks that the fake backend only pretends to have.
-            if any(slot) and any(high + low != 255 for high, low in zip(slot[:half], slot[half:], strict=True)):
+            if not _is_one(slot):
                 raise SelfCheckError(
                     f"Ranks {list(group)} of one partition group ran the units of the model in different order, so "
                     "gathered parameters or gradients may belong to different units. Let every rank of a partition "
                     "take the same path through the model, put the modules of the branch into one unit (wrap=), or "
                     "use shard_size=1."
                 )
+
+
+def _check_writes(slot: bytes, written: set[str]) -> None:
+    if not _is_one(slot):
+        raise SelfCheckError(
+            "Ranks wrote different values to gathered parameters in a forward pass; this rank wrote "
+            f"{', '.join(sorted(written)) or 'none'}. Average what is written over all ranks first (all_reduce), keep "
+            "it in a buffer, or renormalise embeddings with nn.Embedding(max_norm=)."
+        )
