@@ -25,6 +25,7 @@ from lightning_mics.core.mesh import (
     require_process_group,
 )
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
+from lightning_mics.core.plain import adopt_beside_shards, note_replaced, watch
 from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.core.units import Unit, unit_names
@@ -104,6 +105,7 @@ def mics_shard(
     if config.activation_checkpointing:
         checkpoint_activations([unit for unit in units if unit[0] not in entries])
     sharded = ShardedParams()
+    note_replaced(model)
     with sharded.remember(model) if bound else nullcontext():
         shard_units(model, units, mesh.shard_mesh, config, device)
     observers = [] if check is None else [check]
@@ -111,8 +113,10 @@ def mics_shard(
     connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)
     if check is not None:
         check.begin()
+    watch(model)
     for entry in bound:
         sharded.rebind(entry)
+        adopt_beside_shards(entry)
     return model
 
 

@@ -35,7 +35,15 @@ from lightning_mics.core.groups import end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
-from lightning_mics.core.runtime import attach, compile_units, is_sharded, register_forward_method, runtime_of
+from lightning_mics.core.plain import adopt
+from lightning_mics.core.runtime import (
+    attach,
+    compile_units,
+    is_sharded,
+    own_runtime,
+    register_forward_method,
+    runtime_of,
+)
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
@@ -166,7 +174,12 @@ class MiCSAccelerator(Accelerator):
     def _shard(
         self, model: nn.Module, optimizers: Sequence[Optimizer] = (), loaders: Sequence[DataLoader[Any]] = ()
     ) -> None:
-        if self._topology is None or is_sharded(model) or next(model.parameters(), None) is None:
+        if self._topology is None or next(model.parameters(), None) is None:
+            return
+        if is_sharded(model):
+            if own_runtime(model) is None:  # a part of it is, by the user
+                adopt(model, move=True)
+                self._layout = runtime_of(model).mesh.layout
             return
         for optimizer in optimizers:
             check_unused(optimizer, model)

@@ -131,6 +131,7 @@ def connect(
     parameters = Parameters(groups, list(map(row_norms.owned, groups)), order)
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)
+    whole_gradients.on_backward = weakref.WeakMethod(passes.begin_backward_outside)
     names = tuple(unit.name for unit in found)
     runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
     attach(model, runtime)

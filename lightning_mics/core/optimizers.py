@@ -77,18 +77,16 @@ def check_unused(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def check_rebinding(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Checks that optimizers can be pointed to the shards of a model, and belong to it alone.
+    """Checks that optimizers can be pointed to the shards of a model.
 
     Raises:
-        MiCSConfigError: If an optimizer has states already, or parameters that are not the model's.
+        MiCSConfigError: If an optimizer has states already, or no parameter of the model's.
     """
     params = set(model.parameters())
     for optimizer in optimizers:
         check_unused(optimizer, model)
-        if any(param not in params for group in optimizer.param_groups for param in group["params"]):
-            raise MiCSConfigError(
-                "An optimizer holds parameters that the model does not have. Create it from model.parameters()."
-            )
+        if not any(param in params for group in optimizer.param_groups for param in group["params"]):
+            raise MiCSConfigError("An optimizer holds no parameter of the model. Create it from model.parameters().")
 
 
 def _refuse_used(optimizer: Optimizer) -> None:

@@ -168,6 +168,11 @@ class RootPasses:
     def _is_innermost(self, kind: _Kind) -> bool:
         return bool(self._running) and self._running[-1].kind == kind
 
+    def begin_backward_outside(self) -> None:
+        """A backward pass has come to a parameter that is not sharded, maybe before any forward pass of the root."""
+        self._state.expect_backward()
+        self._window.begin_backward()
+
     def _begin_backward(self, grad: Tensor) -> Tensor:
         self._running = [call for call in self._running if call.tells]
         grad = self._state.pre_backward(grad)

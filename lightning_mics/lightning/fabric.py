@@ -25,7 +25,8 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.clipping import clip_parameters_
-from lightning_mics.core.runtime import is_sharded, runtime_of
+from lightning_mics.core.plain import adopt
+from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
@@ -160,6 +161,10 @@ class MiCSStrategy(ParallelStrategy):
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shards a module in place and points its optimizers, created before, to the shards."""
+        if is_sharded(module) and own_runtime(module) is None:  # a part of it, by the user
+            adopt(module, move=True)
+            self._decided = runtime_of(module).mesh.layout
+            return module, optimizers, scheduler
         common.shard(
             module,
             self.config,

@@ -32,7 +32,8 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core._torch import MODULE_REGISTRIES
 from lightning_mics.core.accumulation import defer_replication_sync
-from lightning_mics.core.runtime import is_sharded, runtime_of
+from lightning_mics.core.plain import adopt
+from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.lightning import common
@@ -200,8 +201,11 @@ class MiCSStrategy(ParallelStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
-        if is_sharded(module):
+        if own_runtime(module) is not None:
             self._check_same_layout(module)
+            return
+        if is_sharded(module):  # a part of it, by the user
+            adopt(module, move=True)
             return
         self.precision_plugin.convert_module(module)
         if self._layer_sync is not None:

@@ -100,6 +100,11 @@ class RootState:
             end = functools.partial(_end_of_backward, state._root_post_backward_final_callback, self._state, is_nested)
             state._root_post_backward_final_callback = end
 
+    def expect_backward(self) -> None:
+        """Lets FSDP2 end the backward pass in progress, maybe before any forward pass, which makes its streams."""
+        self._state._lazy_init()
+        self.queue_end_of_backward()
+
     def reshard(self) -> None:
         """Frees the root's own parameters."""
         self._root.reshard()

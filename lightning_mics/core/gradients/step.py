@@ -14,6 +14,7 @@ from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step_on_whole, steps_on_whole
 from lightning_mics.errors import MiCSError
 
+_BEFORE: list[Callable[[torch.optim.Optimizer], None]] = []
 _WINDOWS: weakref.WeakSet[AccumulationWindow] = weakref.WeakSet()
 
 
@@ -21,6 +22,11 @@ def guard_steps(window: AccumulationWindow) -> None:
     """Prepares every optimizer step on a window's parameters, for as long as the window lives."""
     _WINDOWS.add(window)
     _install()
+
+
+def before_each_step(look: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Has a function look at every optimizer before it steps."""
+    _BEFORE.append(look)
 
 
 @functools.cache
@@ -74,6 +80,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
+    for look in _BEFORE:
+        look(optimizer)
     params = _ids(optimizer)
     for window in list(_WINDOWS):
         window.prepare_step(params)

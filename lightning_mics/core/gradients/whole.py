@@ -32,10 +32,10 @@ class WholeGradients:
         mesh: The groups.
         ledger: Where collectives are recorded, under the unit ``"(whole)"``.
         reduce_dtype: The least precise dtype of the averages; ``None`` keeps the gradients' own.
-        on_backward: Called when a backward pass brings one of these gradients.
 
     Attributes:
         params: The parameters by name.
+        on_backward: A method that is called when a backward pass brings one of these gradients.
     """
 
     def __init__(
@@ -43,13 +43,12 @@ class WholeGradients:
         mesh: MiCSMesh,
         ledger: CommLedger,
         reduce_dtype: torch.dtype | None,
-        on_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.params: dict[str, nn.Parameter] = {}
         self._mesh, self._ledger, self._dtype = mesh, ledger, reduce_dtype
         self._sums: dict[str, _ExactSum] = {}
         self._used = b""
-        self.on_backward = on_backward
+        self.on_backward: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def add(self, params: Mapping[str, nn.Parameter]) -> None:
         """Takes over parameters that no other model has taken over."""
@@ -70,8 +69,9 @@ class WholeGradients:
 
         def arrived(param: Tensor) -> None:
             owner = this()
-            if owner is not None:
-                owner.on_backward()
+            on_backward = None if owner is None or owner.on_backward is None else owner.on_backward()
+            if on_backward is not None:
+                on_backward()
 
         param.register_post_accumulate_grad_hook(arrived)
         param.requires_grad_(wants)

@@ -116,7 +116,6 @@ class AccumulationWindow:
         observers: Sequence[WindowObserver] = (),
     ) -> None:
         self.units, self.whole = units, whole
-        whole.on_backward = _weakly(self.begin_backward)
         self.deferring = self.pending = False
         self.before_backward: Callable[[], None] = _nothing
         self._mesh, self._ledger = mesh, ledger
@@ -311,18 +310,6 @@ class AccumulationWindow:
         for unit in self.units:
             unit.group.reshard()
         self.units[0].group.wait_until_read()
-
-
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Returns a call of a method that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call() -> None:
-        alive = reference()
-        if alive is not None:
-            alive()
-
-    return call
 
 
 def _refuse_unreduced(units: Sequence[UnitGradients]) -> None:
