@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, distributions, nn
 from torch.autograd import grad
+from torch.distributed.optim import _apply_optimizer_in_backward
 from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
@@ -479,6 +480,60 @@ UNREDUCED = refused(
 def test_a_step_on_unreduced_gradients_is_refused(pool: WorkerPool) -> None:
     for message in pool.run(unwatched, world_size=2):
         UNREDUCED.check(message)
+
+
+def with_step_in_backward(by_pytorch: bool, shard_size: int) -> tuple[dict[str, Tensor], str]:
+    """Steps in hooks of the backward pass; returns the weights, and what is said where microsteps accumulate."""
+    torch.manual_seed(0)
+    model = mics_shard(Net(), MiCSConfig(shard_size=shard_size, node_size=2, wrap="Block"))
+    step_in_backward(model, by_pytorch)
+    steps_without_optimizer(model, dist.get_rank(), dist.get_world_size())
+    state = full_state_dict(model)
+    with pytest.raises(MiCSError) as caught, defer_replication_sync(model):
+        of_output(model, torch.randn(2, 4)).backward()
+    return state, str(caught.value)
+
+
+def step_in_backward(model: nn.Module, by_pytorch: bool) -> None:
+    if by_pytorch:
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+        return
+    optimizers = {param: torch.optim.SGD([param], lr=0.1) for param in model.parameters()}
+
+    def step(param: Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(step)
+
+
+def steps_without_optimizer(model: nn.Module, rank: int, world: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        rows = torch.randn(4 * ROWS, 4, generator=generator).chunk(world)[rank]
+        of_output(model, rows).backward()
+
+
+IN_BACKWARD = refused(
+    "Optimizers",
+    "Optimizer in backward, with accumulation",
+    says="A hook that steps the optimizer in the backward pass cannot accumulate gradients",
+)
+
+
+@works("Optimizers", "Optimizer in backward")
+@IN_BACKWARD
+@pytest.mark.parametrize("by_pytorch", [False, True])
+def test_optimizers_step_in_backward(pool: WorkerPool, by_pytorch: bool) -> None:
+    torch.manual_seed(0)
+    alone = Net()
+    step_in_backward(alone, by_pytorch)
+    steps_without_optimizer(alone, 0, 1)
+    for shard_size in (1, 2, 4):
+        for state, message in pool.run(with_step_in_backward, by_pytorch, shard_size, world_size=4):
+            assert_parity(state, alone.state_dict())
+            IN_BACKWARD.check(message)
 
 
 def test_all_that_an_object_consists_of_is_looked_into() -> None:

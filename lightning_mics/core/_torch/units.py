@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,8 @@ _requires_grad = operator.attrgetter("requires_grad")
 _is_none = functools.partial(operator.is_, None)
 
 _reduced_hooks = operator.attrgetter("sharded_param._post_accumulate_grad_hooks")
+
+_shard_and_hooks = operator.attrgetter("sharded_param", "sharded_param._post_accumulate_grad_hooks")
 
 _sharded_param = operator.attrgetter("sharded_param")
 
@@ -251,6 +253,37 @@ class UnitParamGroup:
             and group._all_reduce_hook is None
             and not any(map(_reduced_hooks, group.fsdp_params))
         )
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Keeps FSDP2 from calling what users registered with ``register_post_accumulate_grad_hook``."""
+        held = [(shard, hooks) for shard, hooks in map(_shard_and_hooks, self._group.fsdp_params) if hooks]
+        for shard, _ in held:
+            shard._post_accumulate_grad_hooks = None
+        try:
+            yield
+        finally:
+            for shard, hooks in held:
+                shard._post_accumulate_grad_hooks = hooks
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether optimizers were told to step in the backward pass (``_apply_optimizer_in_backward``)."""
+        return any(
+            "_in_backward_optimizers" in held for held in map(vars, map(_sharded_param, self._group.fsdp_params))
+        )
+
+    def call_hooks(self) -> None:
+        """Calls what users registered for gradients that are whole, optimizers that step in the backward pass too."""
+        for shard, hooks in map(_shard_and_hooks, self._group.fsdp_params):
+            optimizers = vars(shard).get("_in_backward_optimizers")
+            if shard.grad is None or not (hooks or optimizers):
+                continue
+            for hook in [*(hooks or {}).values()]:
+                hook(shard)
+            for optimizer in optimizers or ():
+                optimizer.step()
+                shard.grad = None
 
     def reduce_into(self, sums: Tensor, reduce_scatter: Callable[[], None]) -> None:
         """Lets FSDP2's step add all that it reduces to one buffer in one operation, on the reduce stream.

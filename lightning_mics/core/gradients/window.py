@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
 from lightning_mics.metrics import CommLedger, Hop
+
+_STEPS_EARLY = (
+    "A hook that steps the optimizer in the backward pass cannot accumulate gradients: it would step on those of one "
+    "microstep. Call optimizer.step() after the last microstep, or train without accumulation."
+)
 
 
 class WindowObserver:
@@ -153,7 +158,8 @@ class AccumulationWindow:
             unit.group.end_without_reduction(reduce_scatter)
             return
         self._finish_reduction()
-        with torch.no_grad():  # it is on with create_graph=True
+        # Gradients are on with create_graph=True. Hooks of users are called when hop two is done.
+        with torch.no_grad(), nullcontext() if self.deferring else unit.group.without_hooks():
             unit.reduce(reduce_scatter, deferring=self.deferring)
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
@@ -198,10 +204,14 @@ class AccumulationWindow:
         self._finish_reduction()
         if self.deferring:
             self._hand_back()
+            if any(unit.group.steps_in_backward for unit in self.units):
+                raise UnsyncedGradientsError(_STEPS_EARLY)
             for observer in self._observers:
                 observer.after_microstep(self)
         else:
             self.synchronize()
+            for unit in self.units:
+                unit.group.call_hooks()
 
     def _hand_back(self, stream: Any = None) -> None:
         """Makes a stream, by default the current one, wait until the gradients are whole."""
@@ -291,6 +301,8 @@ class AccumulationWindow:
             return
         _refuse_unreduced(units)
         holds = self.has_replicas and any(unit.holds_gradient_of(params) for unit in units)
+        if self.deferring and self._pass.is_running:
+            raise UnsyncedGradientsError(_STEPS_EARLY)
         if self.pending and (holds or self.whole.holds_gradient_of(params)):
             raise UnsyncedGradientsError(
                 "optimizer.step() was called in the middle of an accumulation window: every microstep since the last "

@@ -61,7 +61,14 @@ def nothing(model: nn.Module) -> None:
 
 
 # How many of the six reductions that a window has after its first microstep go into one buffer.
-EDITS: dict[Edit, int] = {nothing: 6, scale: 6, replace: 0, swap_two: 4, freeze: 4, hook: 4}
+EDITS: dict[Edit, int] = {
+    nothing: 6,
+    scale: 6,
+    replace: 0,
+    swap_two: 4,
+    freeze: 4,
+    hook: 5,
+}  # hooks are called when all is reduced
 
 
 def train(edit: Edit, dtype: torch.dtype, in_one: bool) -> tuple[list[Tensor], int]:
