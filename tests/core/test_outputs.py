@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, distributions, nn
 from torch.autograd import grad
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.utils.checkpoint import checkpoint
 from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
@@ -155,6 +156,14 @@ class Forces(Net):
         energy = super().forward(places)
         forces = grad(energy.sum(), places, create_graph=True)[0]
         return energy, forces, self.last(self.hidden(rows))
+
+
+class Recomputes(Net):
+    def hidden(self, rows: Tensor) -> Tensor:
+        hidden = self.first(rows)
+        for block in self.blocks:
+            hidden = checkpoint(block, hidden, use_reentrant=True)
+        return hidden
 
 
 class KeepsLoss(Net):
@@ -351,6 +360,11 @@ KINDS = {
     "penalty alone": Kind(Net, backward_of(penalty)),
     "third order": Kind(Net, backward_of(third_order)),
     "graph of a backward pass": Kind(Net, graph_of_backward),
+    "recomputed twice": Kind(
+        Recomputes,
+        backward_of(lambda model, rows: of_output(model, rows) + of_output(model, rows + 1)),
+        (LOOPS, "Reentrant checkpointing, two forward passes before backward"),
+    ),
     "two passes": Kind(Net, two_passes, (LOOPS, "Two backward passes through one graph")),
     "adversarial": Kind(Net, backward_of(adversarial), (LOOPS, "Adversarial training (FGSM)")),
 }

@@ -112,6 +112,11 @@ class RootState:
 
 def _end_of_backward(end: Callable[[], None], root: Any, is_nested: Callable[[], bool]) -> None:
     context = root._state_ctx
+    for state in context.all_states:
+        for unit in unit_param_groups(state._modules[0]):
+            # With several passes through a unit that recomputes, the last may come after FSDP2's last hop one.
+            if unit._group._training_state is TrainingState.POST_BACKWARD and unit.holds_unreduced:
+                unit._group._training_state = TrainingState.IDLE
     forward_root = context.iter_forward_root
     if forward_root is None or not is_nested():
         end()
