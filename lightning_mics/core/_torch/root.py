@@ -93,11 +93,14 @@ class RootState:
 
         FSDP2 takes the end of a backward pass for that of all passes.
         """
+        units = [group for module in modules for group in unit_param_groups(module)]
         states: set[Any] = {
             module._get_fsdp_state() for module in self._root.modules() if isinstance(module, FSDPModule)
         }
         for state in states:
-            end = functools.partial(_end_of_backward, state._root_post_backward_final_callback, self._state, is_nested)
+            end = functools.partial(
+                _end_of_backward, state._root_post_backward_final_callback, self._state, units, is_nested
+            )
             state._root_post_backward_final_callback = end
 
     def expect_backward(self) -> None:
@@ -110,13 +113,12 @@ class RootState:
         self._root.reshard()
 
 
-def _end_of_backward(end: Callable[[], None], root: Any, is_nested: Callable[[], bool]) -> None:
+def _end_of_backward(end: Callable[[], None], root: Any, units: list[Any], is_nested: Callable[[], bool]) -> None:
     context = root._state_ctx
-    for state in context.all_states:
-        for unit in unit_param_groups(state._modules[0]):
-            # With several passes through a unit that recomputes, the last may come after FSDP2's last hop one.
-            if unit._group._training_state is TrainingState.POST_BACKWARD and unit.holds_unreduced:
-                unit._group._training_state = TrainingState.IDLE
+    for unit in units:
+        # With several passes through a unit that recomputes, the last may come after FSDP2's last hop one.
+        if unit._group._training_state is TrainingState.POST_BACKWARD and unit.holds_unreduced:
+            unit._group._training_state = TrainingState.IDLE
     forward_root = context.iter_forward_root
     if forward_root is None or not is_nested():
         end()
