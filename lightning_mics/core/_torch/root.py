@@ -93,6 +93,7 @@ class RootState:
 
         FSDP2 takes the end of a backward pass for that of all passes.
         """
+        modules = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
         units = [group for module in modules for group in unit_param_groups(module)]
         states: set[Any] = {
             module._get_fsdp_state() for module in self._root.modules() if isinstance(module, FSDPModule)
