@@ -34,7 +34,7 @@ Ignore = (
 )
 _ENV_PREFIX = "MICS_"
 # Constructors that take settings have these behind their own arguments, so that older positions keep their meaning.
-_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs", "ignore")
+_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs", "ignore", "verify_every", "on_mismatch")
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -64,8 +64,14 @@ class MiCSConfig:
             the root's inputs.
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
-        verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas).
-            It costs a few passes over the local shard and a handful of small messages, once.
+        verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas),
+            and each one after a change of what wants gradients, of what an optimizer steps on, or of the model's mode.
+            It costs a few passes over the local shard and a handful of small messages.
+        verify_every: After how many optimizer steps fingerprints of the shards are compared between replicas, each
+            time: 1 for every step, 100 for every hundredth; ``None`` or 0 for never. Without a wait: what differs
+            is an error before the next step's gradients are averaged, with parameter, ranks and step.
+        on_mismatch: What follows from a difference: ``"raise"``, or ``"repair"``, which copies shard and optimizer
+            states from the majority (of three replicas or more) before the next forward pass.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
 
@@ -87,6 +93,8 @@ class MiCSConfig:
     cpu_offload: bool = False
     verify: bool = True
     memory_limit: int | str | None = None
+    verify_every: int | None = None
+    on_mismatch: Literal["raise", "repair"] = "raise"
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -106,6 +114,12 @@ class MiCSConfig:
             object.__setattr__(self, "memory_limit", as_bytes(self.memory_limit, "memory_limit"))
         self._check_wrap()
         self._check_ignore()
+        if self.verify_every is not None and self.verify_every != 0:
+            check_positive_int("verify_every", self.verify_every, 100)
+        if self.on_mismatch not in ("raise", "repair"):
+            raise MiCSConfigError(
+                f"on_mismatch={self.on_mismatch!r} is not one of 'raise', 'repair'.", setting="on_mismatch"
+            )
         if self.shard_size == "auto" and self.cpu_offload:
             raise MiCSConfigError(
                 "shard_size='auto' plans the memory of devices, but cpu_offload=True keeps states in that of hosts. "
@@ -276,6 +290,8 @@ class Settings(TypedDict, total=False):
     cpu_offload: bool | None
     verify: bool | None
     memory_limit: int | str | None
+    verify_every: int | None
+    on_mismatch: Literal["raise", "repair"] | None
 
 
 def takes_settings(init: _Init) -> _Init:

@@ -103,6 +103,10 @@ class CommLedger:
     """Totals of communication per FSDP unit and hop, kept by the collectives themselves.
 
     A collective only counts up the size of its message, cheap enough to stay on; the rest is worked out when asked for.
+
+    Attributes:
+        layout: Which rank holds what.
+        num_resets: How often counting was started from zero.
     """
 
     def __init__(self, layout: GroupLayout) -> None:
@@ -115,6 +119,7 @@ class CommLedger:
             (Hop.REPLICATION_REDUCE, False): replication_share(layout),
         }
         self._sizes: dict[tuple[str, Hop, bool], Counter[int]] = {}
+        self.num_resets = 0
 
     def sizes(self, unit: str, hop: Hop, *, hierarchical: bool = False) -> Counter[int]:
         """Returns the number of collectives by size of message, to be counted up by whoever runs them.
@@ -165,6 +170,7 @@ class CommLedger:
 
     def reset(self) -> None:
         """Starts counting from zero."""
+        self.num_resets += 1
         for sizes in self._sizes.values():
             sizes.clear()
 

@@ -22,6 +22,8 @@ OTHER_VALUES: dict[str, Any] = {
     "cpu_offload": True,
     "verify": False,
     "memory_limit": "36GiB",
+    "verify_every": 100,
+    "on_mismatch": "repair",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,13 @@ from lightning_mics.core.clipping import clip_whole_beside_shards
 from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.copies import refuse_copies
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
+from lightning_mics.core.drift import DriftCheck
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
+from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.outputs import UnitOutputs
 from lightning_mics.core.parameters import Parameters
@@ -123,7 +125,7 @@ def connect(
         order,
         whole_gradients,
         overlap=not config.cpu_offload,
-        observers=[*([SelfCheck(mesh, ledger)] if config.verify else []), *observers, row_norms],
+        observers=[*_checks(found, config, mesh, ledger), *observers, row_norms],
     )
     guard_steps(window)
     answer_for_the_whole(model.parameters())
@@ -137,6 +139,18 @@ def connect(
     attach(model, runtime)
     refuse_copies(model)
     return runtime
+
+
+def _checks(units: Sequence[_Unit], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger) -> Iterator[WindowObserver]:
+    """Yields what the settings want to have checked during training."""
+    if config.verify:
+        yield SelfCheck(mesh, ledger, [unit.module for unit in units])
+    if config.verify_every and mesh.layout.num_replicas > 1:
+        yield DriftCheck(mesh, config)
+    elif config.verify_every:
+        inform(f"verify_every={config.verify_every} has nothing to compare: shard_size is the world, of one replica.")
+    elif config.on_mismatch != "raise":
+        inform(f"on_mismatch={config.on_mismatch!r} does nothing without verify_every: try verify_every=100.")
 
 
 def _set_collectives(

@@ -91,6 +91,7 @@ class RootPasses:
             self._held.share_requires_grad()
             return args, kwargs
         self._held.begin_use()
+        self._window.begin_forward(module.training)
         if self._prefetch is not None:
             self._prefetch.forward_begins()
         return self._fsdp.before(module, args, kwargs)

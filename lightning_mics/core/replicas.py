@@ -1,4 +1,4 @@
-"""Replicas that are equal: fingerprints of tensors, making them equal, and problems that are raised on every rank."""
+"""Replicas that are equal: telling by fingerprints, making them so, and problems that are raised on every rank."""
 
 from __future__ import annotations
 
@@ -10,35 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import local_tensor
+from lightning_mics.core.fingerprints import fingerprint as fingerprint
+from lightning_mics.core.fingerprints import fingerprints
 from lightning_mics.errors import MiCSConfigError, MiCSError, SelfCheckError
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**22
-
-
-def fingerprint(tensor: Tensor) -> Tensor:
-    """Returns a 64-bit fingerprint of a tensor's bits (of the local shard, for a DTensor).
-
-    Equal tensors have equal fingerprints; the position of each value counts.
-
-    Returns:
-        A scalar of dtype int64 on the tensor's device, for which nobody has waited.
-    """
-    local = local_tensor(tensor)
-    words = local.detach().contiguous().view(-1).view(_WORDS.get(local.element_size(), torch.uint8))
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64)
-        weights = torch.arange(2 * start + 1, 2 * (start + chunk.numel()) + 1, 2, device=words.device)
-        total += (chunk * weights).sum()  # modulo 2 ** 64
-    return total
-
-
-def fingerprints(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Returns the fingerprints of tensors, of shape ``[number of tensors]``, on one device."""
-    prints = [fingerprint(tensor).to(device, non_blocking=True) for tensor in tensors]
-    return torch.stack(prints) if prints else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def differing(values: Tensor, group: dist.ProcessGroup | None = None) -> list[bool]:
@@ -147,7 +121,7 @@ def _different(tensors: dict[str, Tensor], device: torch.device, error: Exceptio
         return []
     values = torch.zeros(1 + len(tensors), dtype=torch.int64, device=device)
     if error is None:
-        values[0], values[1:] = 1, fingerprints(tensors.values(), device)
+        values[0], values[1:] = 1, fingerprints(list(tensors.values()), device)
     somebody_failed, *differ = differing(values)
     if somebody_failed or error is not None:
         _raise_somebodys(error)

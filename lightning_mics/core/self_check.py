@@ -1,23 +1,30 @@
 """The self-check: does training do what the configuration asked for?
 
-It watches the first accumulation window and compares what happened with what MiCS promises. Problems are exchanged, so
-that every rank raises the same error and none is left waiting. It costs one pass over the local shards and gradients
-and two small object exchanges, once.
+It watches the first accumulation window, and those after a change, and compares what happened with what MiCS promises.
+Problems are exchanged, so that every rank raises the same error and none is left waiting. A window that is watched
+costs one pass over the local shards and gradients and two small object exchanges.
 """
 
 from __future__ import annotations
 
+import operator
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._torch import local_tensor
+from lightning_mics.core.fingerprints import fingerprints
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
-from lightning_mics.core.replicas import differing, fingerprints, raise_together
+from lightning_mics.core.replicas import differing, raise_together
 from lightning_mics.metrics import CommLedger, Hop
+
+_mode = operator.attrgetter("training")
 
 
 def check_groups(mesh: MiCSMesh) -> None:
@@ -46,27 +53,56 @@ def check_groups(mesh: MiCSMesh) -> None:
 
 
 class SelfCheck(WindowObserver):
-    """Watches the first accumulation window of one model.
+    """Watches the first accumulation window of one model, and those after a change.
+
+    A change is one of what wants gradients, of what an optimizer steps on, or of the model's mode. Ranks agree at the
+    end of a window on whether to look at it. Loops that change something in every window, as adversarial ones do, are
+    looked at the first ``OFTEN`` times, and every ``OFTEN``-th time from then on.
 
     Args:
         mesh: The groups.
         ledger: The counts of collectives.
+        modules: The modules of the model's units.
     """
 
-    def __init__(self, mesh: MiCSMesh, ledger: CommLedger) -> None:
-        self._mesh = mesh
-        self._ledger = ledger
+    OFTEN = 64
+
+    def __init__(self, mesh: MiCSMesh, ledger: CommLedger, modules: Sequence[nn.Module]) -> None:
+        self._mesh, self._ledger, self._units = mesh, ledger, modules
+        self._is_due, self._has_switched, self._num_asked = True, False, 0
+        self._state: object = None
+        self._steps_on: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[int]] = weakref.WeakKeyDictionary()
+        self._window: weakref.ref[AccumulationWindow] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Starts counting anew, after a pass that failed."""
+        window = None if self._window is None else self._window()
         self._start = self._calls()
+        self._start_expected = {} if window is None else _expected_calls(window)
+        self._num_resets = self._ledger.num_resets
         self._num_microsteps = 0
         self._problems: list[str] = []
 
+    def after_step(self, window: AccumulationWindow, optimizer: torch.optim.Optimizer, params: set[int]) -> None:
+        """Notes whether an optimizer steps on other parameters than before; the first one of all is no change."""
+        self._has_switched |= bool(self._steps_on) and self._steps_on.get(optimizer) != params
+        self._steps_on[optimizer] = params
+
+    def asks(self, window: AccumulationWindow) -> bool:
+        """Returns whether the window is the first one, or something was changed before it or in it."""
+        wanted = tuple((unit.use.wanted, unit.use.num_switches) for unit in window.units)
+        state = (window.num_modes, *map(_mode, self._units), *wanted)
+        has_changed = self._has_switched or state != self._state
+        self._state, self._has_switched = state, False
+        return self._is_due or has_changed
+
     def after_microstep(self, window: AccumulationWindow) -> None:
         """Checks that gradients are sharded; called after each microstep, before the window's end."""
+        self._window = weakref.ref(window)
         self._num_microsteps += 1
+        if not self._is_due:
+            return
         for unit in window.units:
             for param in unit.trainable:
                 if param.has_unsharded_grad:
@@ -78,56 +114,73 @@ class SelfCheck(WindowObserver):
                     self._problems.append(f"the gradient of {param.name} is not sharded like the parameter")
 
     def after_window(self, window: AccumulationWindow) -> bool:
-        """Checks counts and replicas at the end of the window. Collective over the world.
+        """Checks counts and replicas at the end of a window that a rank asked for. Collective over the world then.
 
         Returns:
-            Whether the check is done; a window in which nothing was trained is not enough.
+            That it has not seen enough.
 
         Raises:
             SelfCheckError: On every rank, if something is not as configured.
         """
+        self._num_asked += window.is_asked
+        is_seldom = self._num_asked > self.OFTEN and self._num_asked % self.OFTEN
+        self._is_due = self._is_due or (window.is_asked and not is_seldom)
         self.after_microstep(window)
+        if self._is_due:
+            self._check(window)
+        return False
+
+    def _check(self, window: AccumulationWindow) -> None:
         self._check_counts(window)
         self._check_replicas(window)
         self._check_whole(window)
+        problems = self._problems
+        self._is_due = not any(unit.num_reductions for unit in window.units)  # nothing was trained
+        self.restart()
         raise_together(
-            self._problems,
-            "Training would go on with wrong gradients or unplanned traffic. If you are sure that it is right, switch "
-            "the check off with verify=False.",
+            problems,
+            "Training would go on with wrong gradients, with replicas that are not equal, or with unplanned traffic. "
+            "Without the check (verify=False) it would do so in silence: give every rank the same code path and the "
+            "same changes of parameters, or report it with a script that shows it.",
         )
-        has_trained = any(unit.num_reductions for unit in window.units)
-        if not has_trained:
-            self.restart()
-        return has_trained
 
     def _calls(self) -> dict[tuple[str, Hop], int]:
         return {(unit, hop): traffic.calls for unit, hop, traffic in self._ledger}
 
     def _check_counts(self, window: AccumulationWindow) -> None:
-        layout, calls = self._mesh.layout, self._calls()
-
-        def count(unit: str, hop: Hop) -> int:
-            return calls.get((unit, hop), 0) - self._start.get((unit, hop), 0)
-
+        """Compares collectives with what the windows since the last check did, and hop two with one a window."""
+        launched: dict[str, tuple[int, int]] = {}
         for unit in window.units:
-            narrow, wide = count(unit.name, Hop.PARTITION_REDUCE), count(unit.name, Hop.REPLICATION_REDUCE)
-            expected = unit.num_reductions if layout.shard_size > 1 else 0
-            if narrow != expected:
+            most = 1 + unit.num_relaunches if self._mesh.layout.num_replicas > 1 else 0
+            # Where nothing wanted a gradient, hop two may have been left out.
+            expected = most if unit.use.wanted or unit.num_launches else 0
+            launches, more = launched.get(unit.name, (0, 0))
+            launched[unit.name] = launches + unit.num_launches, more + expected
+        self._problems += [
+            f"unit {name!r} ran {found} replication all-reduces in a window, not {expected}"
+            for name, (found, expected) in launched.items()
+            if found != expected
+        ]
+        if self._ledger.num_resets != self._num_resets:
+            return  # what was counted before is gone
+        calls = self._calls()
+        what = {Hop.PARTITION_REDUCE: "partition reduce-scatters", Hop.REPLICATION_REDUCE: "replication all-reduces"}
+        for (name, hop), total in _expected_calls(window).items():
+            expected = total - self._start_expected.get((name, hop), 0)
+            expected = expected if hop is Hop.REPLICATION_REDUCE or self._mesh.layout.shard_size > 1 else 0
+            found = calls.get((name, hop), 0) - self._start.get((name, hop), 0)
+            if found != expected:
                 self._problems.append(
-                    f"unit {unit.name!r} ran {narrow} partition reduce-scatters in {self._num_microsteps} "
-                    f"microstep(s), not {expected}"
+                    f"unit {name!r} ran {found} {what[hop]} in {self._num_microsteps} microstep(s), not {expected}"
                 )
-            most = (1 + unit.num_relaunches) if layout.num_replicas > 1 and unit.participants.params else 0
-            if wide != most:
-                self._problems.append(f"unit {unit.name!r} ran {wide} replication all-reduces in a window, not {most}")
 
     def _check_replicas(self, window: AccumulationWindow) -> None:
         params = [param for unit in window.units for param in unit.group.params]
         device = window.units[0].group.device
         nothing = torch.ones(1, dtype=torch.int64, device=device)  # unlike a gradient of zeros
         grads = [param.sharded.grad for param in params]
-        shards = fingerprints((param.sharded for param in params), device)
-        reduced = fingerprints((nothing if grad is None else grad for grad in grads), device)
+        shards = fingerprints([param.sharded for param in params], device)
+        reduced = fingerprints([nothing if grad is None else grad for grad in grads], device)
         differs = differing(torch.cat([shards, reduced]), self._mesh.replication_group)
         for index, param in enumerate(params):
             if differs[index]:
@@ -149,3 +202,15 @@ class SelfCheck(WindowObserver):
                 self._problems.append(f"ranks hold different values of {name}")
             if differs[len(names) + index]:
                 self._problems.append(f"ranks hold different gradients of {name} after they were averaged")
+
+
+def _expected_calls(window: AccumulationWindow) -> dict[tuple[str, Hop], int]:
+    """Returns how often units should have run either hop, in all windows."""
+    calls: dict[tuple[str, Hop], int] = {}
+    for unit in window.units:
+        for hop, total in (
+            (Hop.PARTITION_REDUCE, unit.total_reductions),
+            (Hop.REPLICATION_REDUCE, unit.total_launches),
+        ):
+            calls[unit.name, hop] = calls.get((unit.name, hop), 0) + total
+    return calls

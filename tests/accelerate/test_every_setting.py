@@ -40,6 +40,8 @@ VALUES: dict[str, tuple[Any, str]] = {
     "cpu_offload": (True, "true"),
     "verify": (False, "false"),
     "memory_limit": (2**33, "8GiB"),
+    "verify_every": (100, "100"),
+    "on_mismatch": ("repair", "repair"),
 }
 FLAGS = {
     "shard_size": ["--shard-size", "2"],

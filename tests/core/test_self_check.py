@@ -10,14 +10,17 @@ import torch
 import torch.distributed as dist
 from models import Regressor, build, microbatch, regression_loss
 from torch import Tensor, nn
+from works import works
 
 from lightning_mics import (
     ClusterTopology,
     Hop,
     MiCSConfig,
+    SelfCheckError,
     communication_ledger,
     defer_replication_sync,
     mics_shard,
+    sync_gradients,
 )
 from lightning_mics.core.gradients.unit import Phase, UnitGradients
 from lightning_mics.core.gradients.window import AccumulationWindow
@@ -221,3 +224,171 @@ def test_a_fingerprint_sees_every_bit_and_place(dtype: torch.dtype) -> None:
     assert fingerprint(values) == fingerprint(values.clone())
     pair = torch.stack([values, changed], 1)
     assert fingerprint(pair[:, 0]) == fingerprint(values)
+
+
+def microstep(model: nn.Module, step: int, *, last: bool) -> None:
+    with defer_replication_sync(model, enabled=not last):
+        regression_loss(model, microbatch("uneven", step, 2)).backward()
+
+
+def frozen_later(model: nn.Module) -> None:
+    for index in range(3):
+        model.blocks[0].requires_grad_(index == 0)
+        microstep(model, index, last=index == 2)
+
+
+def frozen_in_between(model: nn.Module) -> None:
+    for index in range(3):
+        model.blocks[0].requires_grad_(index != 1)
+        microstep(model, index, last=index == 2)
+
+
+def thawed_later(model: nn.Module) -> None:
+    for index in range(3):
+        model.blocks[0].requires_grad_(index == 2)
+        microstep(model, index, last=index == 2)
+
+
+def frozen_before_it_is_closed(model: nn.Module) -> None:
+    for index in range(2):
+        microstep(model, index, last=False)
+    model.requires_grad_(False)
+    sync_gradients(model)
+
+
+def thawed_in_a_hook(model: nn.Module) -> None:
+    """For the windows to come: when its hop two would have been launched, it wanted none."""
+    block = model.blocks[1]
+    block.requires_grad_(False)
+    model.blocks[0].up.weight.register_post_accumulate_grad_hook(lambda param: block.requires_grad_(True))
+    for index in range(2):
+        microstep(model, index, last=True)
+
+
+def evaluated_in_between(model: nn.Module) -> None:
+    microstep(model, 0, last=False)
+    model.eval()
+    with torch.no_grad():
+        model(microbatch("uneven", 1, 2))
+    model.train()
+    microstep(model, 2, last=True)
+
+
+def counted_anew(model: nn.Module) -> None:
+    microstep(model, 0, last=False)
+    communication_ledger(model).reset()
+    microstep(model, 1, last=True)
+
+
+def cleared_in_between(model: nn.Module) -> None:
+    microstep(model, 0, last=False)
+    model.zero_grad()
+    model.blocks[0].requires_grad_(False)
+    microstep(model, 1, last=True)
+
+
+def no_false_alarms() -> None:
+    for shard in (1, 2, 4):
+        for scenario in (
+            frozen_later,
+            frozen_in_between,
+            thawed_later,
+            frozen_before_it_is_closed,
+            thawed_in_a_hook,
+            evaluated_in_between,
+            counted_anew,
+            cleared_in_between,
+        ):
+            model = mics_shard(build("uneven"), MiCSConfig(shard_size=shard, node_size=2, wrap="Block"))
+            try:
+                scenario(model)
+                model.requires_grad_(True)
+                train(model)  # what was changed makes this window a checked one
+            except SelfCheckError as error:
+                raise AssertionError(f"{scenario.__name__}, shard_size={shard}") from error
+
+
+@works("Training loops", "A block frozen in the middle of a window")
+def test_a_window_is_compared_with_what_it_did(pool: WorkerPool) -> None:
+    pool.run(no_false_alarms, world_size=4)
+
+
+def unfreeze(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.blocks[0].requires_grad_(True)
+
+
+def freeze(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.last.requires_grad_(False)
+
+
+def add_group(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.add_param_group({"params": list(model.blocks[0].parameters())})
+    optimizer.step()
+
+
+def another_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(microbatch("uneven", 1, 2))
+    model.train()
+
+
+def part_in_evaluation(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.blocks[1].eval()
+
+
+def part_in_evaluation_here_only(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.blocks[1].train(not is_guilty())
+
+
+CHANGES = [unfreeze, freeze, add_group, another_optimizer, evaluate, part_in_evaluation, part_in_evaluation_here_only]
+
+
+def changed_and_spoiled() -> dict[str, str]:
+    found = {}
+    for change in [None, *CHANGES]:
+        model = mics_shard(build("uneven"), CONFIG)
+        model.blocks[0].requires_grad_(False)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for _ in range(2):
+            train(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        another_shard(model)
+        train(model)
+        if change is not None:
+            change(model, optimizer)
+        try:
+            train(model)
+        except SelfCheckError as error:
+            found["none" if change is None else change.__name__] = str(error)
+    return found
+
+
+@works("Training loops", "Progressive unfreezing")
+def test_windows_after_a_change_are_checked_again(pool: WorkerPool) -> None:
+    for found in pool.run(changed_and_spoiled, world_size=4):
+        assert list(found) == [change.__name__ for change in CHANGES]
+        assert all("replicas hold different shards of blocks.1.up.weight" in error for error in found.values())
+
+
+def changing_in_every_window() -> int:
+    model = mics_shard(build("uneven"), CONFIG)
+    check = next(iter(runtime_of(model).window._observers))
+    checks = []
+    look = check._check  # type: ignore[attr-defined]
+    check._check = lambda window: (checks.append(window), look(window))  # type: ignore[attr-defined]
+    check.OFTEN = 4  # type: ignore[attr-defined]
+    for index in range(10):
+        model.last.requires_grad_(index % 2 == 0)
+        microstep(model, index, last=True)
+    return len(checks)
+
+
+def test_who_changes_something_all_the_time_is_checked_less(pool: WorkerPool) -> None:
+    assert pool.run(changing_in_every_window, world_size=2) == [5] * 2

@@ -144,11 +144,15 @@ class Agreement:
         self._mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
         self._channel = channel_for(mesh)
 
-    def reach(self) -> tuple[list[int], list[UnitGradients]]:
+    def reach(self, asks: bool) -> tuple[list[int], list[UnitGradients], bool]:
         """Asks all ranks, and clears the gradients of whole parameters that none used. Collective over the world.
 
+        Args:
+            asks: Whether this rank wants all of them to look at the window.
+
         Returns:
-            Unit by unit, which parameters any rank used; the units whose hop two is outdated on any rank.
+            Unit by unit, which parameters any rank used; the units whose hop two is outdated on any rank; whether a
+            rank asks.
 
         Raises:
             SelfCheckError: On every rank, if ranks of a partition group ran their collectives in different order.
@@ -161,12 +165,14 @@ class Agreement:
         self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
         whole = self._whole.used()
-        answer = self._channel.maximum(bytearray(whole + used + outdated + slots + writes))
+        answer = self._channel.maximum(bytearray(whole + used + outdated + bytes([asks]) + slots + writes))
         self._whole.clear_unused(answer[: len(whole)])
         answer = answer[len(whole) :]
-        self._check_order(answer[len(used) + len(outdated) :])
+        rest = answer[len(used) :]
+        self._check_order(rest[len(units) + 1 :])
         _check_writes(answer[-_SLOT:], written)
-        return self._split(answer), [unit for unit, again in zip(units, answer[len(used) :], strict=False) if again]
+        again = [unit for unit, is_outdated in zip(units, rest, strict=False) if is_outdated]
+        return self._split(answer), again, bool(rest[len(units)])
 
     def _split(self, answer: bytes) -> list[int]:
         found, start = [], 0

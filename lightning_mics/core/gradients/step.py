@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +16,14 @@ from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step
 from lightning_mics.errors import MiCSError
 
 _BEFORE: list[Callable[[torch.optim.Optimizer], None]] = []
-_WINDOWS: weakref.WeakSet[AccumulationWindow] = weakref.WeakSet()
+# In the order in which they were made, which is the same on all ranks: what happens around a step may be collective.
+_WINDOWS: weakref.WeakValueDictionary[int, AccumulationWindow] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def guard_steps(window: AccumulationWindow) -> None:
     """Prepares every optimizer step on a window's parameters, for as long as the window lives."""
-    _WINDOWS.add(window)
+    _WINDOWS[next(_numbers)] = window
     _install()
 
 
@@ -77,13 +80,17 @@ def _stepping(
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if args[0] is not optimizer and stands_in(args[0]):
         StandIn.of(args[0]).hand_back()
+    if not stands_in(optimizer):
+        params = _ids(optimizer)
+        for window in list(_WINDOWS.values()):
+            window.after_step(optimizer, params)
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
     for look in _BEFORE:
         look(optimizer)
     params = _ids(optimizer)
-    for window in list(_WINDOWS):
+    for window in list(_WINDOWS.values()):
         window.prepare_step(params)
 
 
@@ -92,5 +99,7 @@ def _ids(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS) and any(window.owns(_ids(optimizer)) for window in list(_WINDOWS)):
+    if isinstance(optimizer, torch.optim.LBFGS) and any(
+        window.owns(_ids(optimizer)) for window in list(_WINDOWS.values())
+    ):
         raise MiCSError("LBFGS needs the whole gradient as one vector, which no rank has. Use another optimizer.")

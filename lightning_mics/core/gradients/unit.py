@@ -73,15 +73,20 @@ class UnitUse:
         wanted: Those that wanted a gradient in any microstep; the same in all replicas.
         wanted_now: Those that wanted one in the last.
         last: What the last microstep brought.
+        num_switches: How often a microstep wanted other ones than the one before, in all windows.
     """
 
     def __init__(self) -> None:
+        self.num_switches, self.wanted_now, self._wanted_before = 0, 0, -1
+        self.last: GradState | None = None
         self.clear()
 
     def clear(self) -> None:
         """Starts a new window."""
+        if self.last is not None:
+            self._wanted_before = self.wanted_now
         self.used = self.wanted = self.wanted_now = self._born = 0
-        self.last: GradState | None = None
+        self.last = None
 
     @property
     def unclaimed(self) -> int:
@@ -94,8 +99,10 @@ class UnitUse:
 
     def note(self, state: GradState) -> None:
         """Notes what a microstep brings; a second one that brings the same changes nothing."""
-        self.last = state
         wanted, is_new, is_missing = map(ParamSet.of, state)
+        before = self._wanted_before if self.last is None else self.wanted_now
+        self.num_switches += wanted != before
+        self.last = state
         self.wanted_now = wanted
         self.wanted |= wanted
         self._note_born(wanted & is_new)
@@ -123,7 +130,10 @@ class UnitGradients:
         phase: Where the unit is in its window.
         use: What the window used.
         num_reductions: Microsteps of the window that ran hop one.
+        num_launches: How often the window launched hop two.
         num_relaunches: How often hop two had to run once more.
+        total_reductions: Microsteps of all windows that ran hop one.
+        total_launches: How often all windows launched hop two.
     """
 
     def __init__(
@@ -137,7 +147,8 @@ class UnitGradients:
         self.group = group
         self.phase = Phase.OPEN
         self.use = UnitUse()
-        self.num_reductions = self.num_relaunches = 0
+        self.num_reductions = self.num_launches = self.num_relaunches = 0
+        self.total_reductions = self.total_launches = 0
         self._dtype = reduce_dtype
         exact = [] if reduce_dtype is None else [ExactReduction(group, reduce_dtype)]
         self._reductions: list[Reduction] = [*exact, *reductions, PlainReduction(group)]
@@ -207,6 +218,7 @@ class UnitGradients:
             for param in layout.params:
                 param.fill_unsharded_grad()
         self.num_reductions += 1
+        self.total_reductions += 1
         for way in self._reductions:
             if way.applies(layout, deferring=deferring):
                 way.run(layout, reduce_scatter)
@@ -223,6 +235,8 @@ class UnitGradients:
     def launch(self, replication_group: dist.ProcessGroup) -> int:
         """Starts hop two, an all-reduce that averages; returns the bytes of its message."""
         layout = self.participants
+        self.num_launches += 1
+        self.total_launches += 1
         self._fill_missing(layout)
         # What the reduce stream takes up now may have been edited, replaced or made on the current stream.
         self.group.reduce_stream_waits()
@@ -283,7 +297,7 @@ class UnitGradients:
         for reduction in self._reductions:
             reduction.drop()
         self.use.clear()
-        self.phase, self.num_reductions, self.num_relaunches = Phase.OPEN, 0, 0
+        self.phase, self.num_reductions, self.num_launches, self.num_relaunches = Phase.OPEN, 0, 0, 0
 
     def abandon(self) -> None:
         """Forgets a pass that an exception ended; what its hop two brings is not wanted any more."""
@@ -295,4 +309,4 @@ class UnitGradients:
             param.drop_unsharded_grad()
         for reduction in self._reductions:
             reduction.drop()
-        self.phase, self.num_reductions = Phase.OPEN, 0
+        self.phase, self.num_reductions, self.num_launches = Phase.OPEN, 0, 0

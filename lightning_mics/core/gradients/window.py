@@ -46,7 +46,7 @@ _STEPS_EARLY = (
 
 
 class WindowObserver:
-    """Something that watches the first windows of a model."""
+    """Something that watches the windows of a model, and the passes and optimizer steps around them."""
 
     def restart(self) -> None:
         """A pass failed: its window is not to be judged."""
@@ -54,9 +54,22 @@ class WindowObserver:
     def after_microstep(self, window: AccumulationWindow) -> None:
         """A microstep before the last one has ended."""
 
+    def asks(self, window: AccumulationWindow) -> bool:
+        """Returns whether this rank wants all ranks to look at the window that ends now (``window.is_asked``)."""
+        return False
+
     def after_window(self, window: AccumulationWindow) -> bool:
         """The last microstep has ended, and replicas have exchanged gradients; returns whether it has seen enough."""
         return True
+
+    def before_forward(self, window: AccumulationWindow) -> None:
+        """A forward pass with gradients is about to gather parameters."""
+
+    def before_averaging(self, window: AccumulationWindow) -> None:
+        """Gradients are about to be averaged, or an optimizer is about to step."""
+
+    def after_step(self, window: AccumulationWindow, optimizer: torch.optim.Optimizer, params: set[int]) -> None:
+        """An optimizer has stepped on some parameters (by ``id``), of which the model has some."""
 
 
 class LaunchQueue:
@@ -105,6 +118,8 @@ class AccumulationWindow:
     Attributes:
         whole: See above.
         deferring: Whether backward passes leave out hop two.
+        is_asked: Whether an observer on any rank wanted to look at the window that ends now.
+        num_modes: How often a forward pass found the model in another mode, training or evaluation, than before.
         pending: Whether there are gradients that replicas did not exchange.
         before_backward: Called where a backward pass is recognised.
     """
@@ -121,7 +136,8 @@ class AccumulationWindow:
         observers: Sequence[WindowObserver] = (),
     ) -> None:
         self.units, self.whole = units, whole
-        self.deferring = self.pending = False
+        self.deferring = self.pending = self.is_asked = False
+        self.num_modes, self._mode = 0, True
         self.before_backward: Callable[[], None] = _nothing
         self._mesh, self._ledger = mesh, ledger
         self._agreement = Agreement(mesh, units, order, whole)
@@ -180,6 +196,7 @@ class AccumulationWindow:
 
     def _launch(self, unit: UnitGradients) -> None:
         if unit.participants.params:
+            self._before_averaging()
             message_bytes = unit.launch(self._mesh.replication_group)
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 
@@ -195,6 +212,8 @@ class AccumulationWindow:
         if self._pass.is_lost:
             self.abandon()
         self.before_backward()
+        if not self.deferring:
+            self._before_averaging()
         self._pass.begin()
         self.pending = self.pending or self._pass.adds_gradients
 
@@ -226,11 +245,13 @@ class AccumulationWindow:
         Raises:
             SelfCheckError: If ranks of a partition group ran their collectives in different order.
         """
+        self._before_averaging()
         if self.has_replicas:
             for unit in self._queue.rest():
                 self._launch(unit)
         self.whole.average()
-        used, outdated = self._agreement.reach()
+        asks = [observer.asks(self) for observer in self._observers]
+        used, outdated, self.is_asked = self._agreement.reach(any(asks))
         for unit in self.units:
             unit.wait()
         if self.has_replicas:
@@ -288,6 +309,21 @@ class AccumulationWindow:
             unit.group.free()
             unit.group.free_kept()
 
+    # Around a forward pass.
+
+    def begin_forward(self, mode: bool) -> None:
+        """Notes that a forward pass is about to begin, in a mode of the model: training or not."""
+        if mode is not self._mode:
+            self._mode = mode
+            self.num_modes += 1
+        if torch.is_grad_enabled():
+            for observer in self._observers:
+                observer.before_forward(self)
+
+    def _before_averaging(self) -> None:
+        for observer in self._observers:
+            observer.before_averaging(self)
+
     # Around an optimizer step.
 
     def prepare_step(self, params: set[int]) -> None:
@@ -309,9 +345,16 @@ class AccumulationWindow:
                 "step ran inside defer_replication_sync(). Run the last microstep outside of it, or call "
                 "lightning_mics.sync_gradients(model) before the step."
             )
+        self._before_averaging()
         self.reshard()
         for unit in units:
             unit.group.free_kept()
+
+    def after_step(self, optimizer: torch.optim.Optimizer, params: set[int]) -> None:
+        """Tells observers of an optimizer's step on some parameters (by ``id``)."""
+        if self._observers and self.owns(params):
+            for observer in self._observers:
+                observer.after_step(self, optimizer, params)
 
     def owns(self, params: set[int]) -> bool:
         """Returns whether any of some parameters (by ``id``) is the model's."""

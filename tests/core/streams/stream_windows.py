@@ -520,6 +520,8 @@ WINDOWS = {
     "objects before sync": Window(_repeat(by_hand=True, before_sync=send_objects)),
     "single-tensor Adam": Window(_adam(foreach=False)),
     "fused Adam": Window(_adam(fused=True)),
+    "verify_every": Window(_repeat(3), {"verify_every": 1}),
+    "verify_every, repair": Window(_repeat(3), {"verify_every": 1, "on_mismatch": "repair"}),
     "self-check": Window(_repeat(), {"verify": True}),
     "self-check, replaced before sync": Window(_repeat(by_hand=True, before_sync=replace), {"verify": True}),
 }

@@ -19,6 +19,9 @@ _SELF_CHECK = {
 _SELF_CHECK_WITHOUT_GLOO = {
     "core/replicas.py (raise_together)": "the self-check: objects travel by the device if NCCL is alone",
 }
+_VERIFY_EVERY = {
+    "core/drift.py (read)": "fingerprints behind the last step, with a forward pass launched since",
+}
 
 
 def where(checker: StreamChecker) -> set[str]:
@@ -56,6 +59,17 @@ def test_what_waits_on_purpose_is_listed() -> None:
     assert where(WINDOWS["self-check"].run(CONFIGURATIONS["flat"], has_gloo=True)) == set(_SELF_CHECK)
     without = where(WINDOWS["self-check"].run(CONFIGURATIONS["flat"]))
     assert without == {*_WITHOUT_GLOO, *_SELF_CHECK, *_SELF_CHECK_WITHOUT_GLOO}
+
+
+@pytest.mark.parametrize("configuration", ["flat", "hierarchical", "p=1"])
+def test_fingerprints_are_read_when_the_device_has_more_to_do(configuration: str) -> None:
+    chosen = CONFIGURATIONS[configuration]
+    checker = WINDOWS["verify_every"].run(chosen, has_gloo=True)
+    has_replicas = chosen.world_size > chosen.settings.get("shard_size", 2)
+    assert where(checker) <= set(_VERIFY_EVERY), "\n".join(map(str, checker.host_waits))
+    assert {wait.kind for wait in checker.host_waits} <= {"synchronize"}  # of an event, before anything later
+    assert bool(checker.host_waits) is has_replicas and not checker.races
+    assert not WINDOWS["verify_every, repair"].run(chosen, has_gloo=True).races
 
 
 @pytest.mark.parametrize("window", ["clipped, norm read"])
