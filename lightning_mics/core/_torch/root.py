@@ -93,12 +93,9 @@ class RootState:
 
         FSDP2 takes the end of a backward pass for that of all passes.
         """
-        modules = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+        modules: list[Any] = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
         units = [group for module in modules for group in unit_param_groups(module)]
-        states: set[Any] = {
-            module._get_fsdp_state() for module in self._root.modules() if isinstance(module, FSDPModule)
-        }
-        for state in states:
+        for state in {module._get_fsdp_state() for module in modules}:
             end = functools.partial(
                 _end_of_backward, state._root_post_backward_final_callback, self._state, units, is_nested
             )
