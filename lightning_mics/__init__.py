@@ -27,12 +27,14 @@ _HOMES = {
     "SelfCheckError": "errors",
     "Traffic": "metrics",
     "UnsyncedGradientsError": "errors",
+    "broadcast_buffers": "core.buffers",
     "clip_grad_norm_": "core.clipping",
     "communication_ledger": "core.runtime",
     "consolidate": "checkpoint",
     "defer_replication_sync": "core.accumulation",
     "load_checkpoint": "checkpoint",
     "mics_shard": "sharding",
+    "register_forward_method": "core.runtime",
     "save_checkpoint": "checkpoint",
     "sync_gradients": "core.accumulation",
 }
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
     from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint
     from lightning_mics.config import MiCSConfig
     from lightning_mics.core.accumulation import defer_replication_sync, sync_gradients
+    from lightning_mics.core.buffers import broadcast_buffers
     from lightning_mics.core.clipping import clip_grad_norm_
-    from lightning_mics.core.runtime import communication_ledger
+    from lightning_mics.core.runtime import communication_ledger, register_forward_method
     from lightning_mics.errors import (
         CheckpointError,
         MiCSConfigError,

@@ -33,6 +33,7 @@ from torch import nn
 from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
 from lightning_mics.accelerate.backends import backends_for
 from lightning_mics.accelerate.plugin import take_over_launch
+from lightning_mics.core._torch import uncompiled
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import MiCSError
@@ -87,7 +88,7 @@ class _RunAccelerator(MiCSAccelerator):
     """Says what was found, once, and keeps the ledgers of the models it shards."""
 
     said = False
-    ledgers: ClassVar[list[CommLedger]] = []
+    ledgers: ClassVar[list[tuple[str, CommLedger]]] = []  # with the class of the model
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +105,9 @@ class _RunAccelerator(MiCSAccelerator):
         was_sharded = is_sharded(model)
         super()._shard(model, *args)
         if is_sharded(model) and not was_sharded:
-            self.ledgers.append(self.ledger(model))
+            name = type(uncompiled(model)).__name__
+            number = sum(other.partition(" ")[0] == name for other, _ in self.ledgers) + 1
+            self.ledgers.append((name if number == 1 else f"{name} ({number})", self.ledger(model)))
 
 
 def _prepare_state() -> None:
@@ -173,21 +176,33 @@ def _replace_trainer(module: Any) -> type:
     return module.Trainer
 
 
+def _ratio(ledger: CommLedger) -> str:
+    """Says what two-hop synchronisation did, or why one of the hops was not there."""
+    narrow, wide = ledger.total(Hop.PARTITION_REDUCE).calls, ledger.total(Hop.REPLICATION_REDUCE).calls
+    if not narrow and not wide:
+        return "no gradients were reduced"
+    if ledger.layout.num_replicas == 1:
+        return "there is one replica, so that nothing was reduced between replicas"
+    if ledger.layout.shard_size == 1:
+        return "each rank holds a whole replica (shard_size=1): gradients were reduced between replicas only"
+    if not wide:
+        return "the replicas' gradients were not reduced: no window came to its end"
+    return f"a unit ran {narrow / wide:g} partition reduce-scatter(s) for each all-reduce between replicas"
+
+
 def _report(path: Path | None) -> None:
     """Prints what was communicated, and writes it where asked."""
     ledgers = _RunAccelerator.ledgers
     if os.environ.get("RANK", "0") != "0" or not ledgers:
         return
     print("\nwhat was communicated (this node's share):")
-    for ledger in ledgers:
-        print(ledger)
-        narrow, wide = ledger.total(Hop.PARTITION_REDUCE).calls, ledger.total(Hop.REPLICATION_REDUCE).calls
-        if narrow and wide:
-            print(f"a unit ran {narrow / wide:g} partition reduce-scatter(s) for each all-reduce between replicas")
+    for name, ledger in ledgers:
+        print(f"{name}, {ledger.layout.num_replicas} replica(s) x {ledger.layout.shard_size} shard(s)\n{ledger}")
+        print(_ratio(ledger))
     if path is not None:
         counts = [
             {unit: {hop.name: ledger.total(hop, unit).__dict__ for hop in Hop} for unit in ledger.units()}
-            for ledger in ledgers
+            for _, ledger in ledgers
         ]
         path.write_text(json.dumps(counts, indent=1))
 

@@ -27,6 +27,7 @@ from lightning_mics.core.mesh import (
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
 from lightning_mics.core.plain import adopt_beside_shards, note_replaced, watch
 from lightning_mics.core.replicas import require_agreement
+from lightning_mics.core.runtime import prepare_generation
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.core.units import Unit, unit_names
 from lightning_mics.core.whole import whole_parameters
@@ -117,6 +118,7 @@ def mics_shard(
     for entry in bound:
         sharded.rebind(entry)
         adopt_beside_shards(entry)
+    prepare_generation(model)
     return model
 
 

@@ -36,14 +36,7 @@ from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
 from lightning_mics.core.plain import adopt
-from lightning_mics.core.runtime import (
-    attach,
-    compile_units,
-    is_sharded,
-    own_runtime,
-    register_forward_method,
-    runtime_of,
-)
+from lightning_mics.core.runtime import attach, compile_units, is_sharded, own_runtime, runtime_of
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
@@ -196,7 +189,6 @@ class MiCSAccelerator(Accelerator):
                 sample=self._find_sample(loaders) if config.shard_size == "auto" else None,
             )
         self._layout = runtime_of(model).mesh.layout
-        _prepare_generation(model)
         original = vars(model).get("_orig_mod")  # of what compile_regions made; unwrap_model may return it
         if original is not None:
             attach(original, runtime_of(model))
@@ -326,15 +318,6 @@ class MiCSAccelerator(Accelerator):
 
 
 refuse_local_sgd(MiCSAccelerator)
-
-
-def _prepare_generation(model: nn.Module) -> None:
-    """Lets the models of transformers generate: gathered all the while, and on every rank until the last is done."""
-    for module in model.modules():
-        if hasattr(module, "generate"):
-            module._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers asks for this name
-    if hasattr(model, "generate"):
-        register_forward_method(model, "generate")
 
 
 def _refuse_other_engines(options: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.whole import given
 from lightning_mics.core._torch import tree_map_only, uncompiled
+from lightning_mics.core.buffers import broadcast_buffers
+from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def save_state(
     names_itself = output_dir is None or _names_checkpoints(accelerator)
     folder = _next_folder(accelerator) if names_itself else Path(output_dir).expanduser()  # type: ignore[arg-type]
     models, optimizers = accelerator._models, accelerator._optimizers
+    for model in filter(is_sharded, models):
+        broadcast_buffers(model)
     full, hooks = accelerator.mics_plugin.full_checkpoint, list(accelerator._save_model_state_pre_hook.values())
     # Hooks may save models on the main process alone, as scripts for diffusion models do.
     whole = [checkpoints.model_state(model, full=True) for model in (models if hooks else models[:1] if full else [])]

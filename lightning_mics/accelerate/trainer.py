@@ -23,6 +23,7 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.accelerator import MiCSAccelerator
 from lightning_mics.accelerate.plugin import MiCSPlugin
 from lightning_mics.accelerate.whole import given
+from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
@@ -49,11 +50,18 @@ class TrainerMethods:
             super()._move_model_to_device(model, device)  # type: ignore[misc]
         # Otherwise sharding places the parameters; the whole model may not fit.
 
+    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates or predicts, on every rank with the buffers (running statistics) of rank 0."""
+        if is_sharded(self.model):
+            broadcast_buffers(self.model)
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the whole weights for ``from_pretrained``, from the main process. Collective over the world."""
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
+        broadcast_buffers(self.model)
         weights = self.accelerator.get_state_dict(self.model)
         with given(self.model, weights):  # for a Trainer whose models save by themselves
             self._save(output_dir or self.args.output_dir, state_dict=_each_once(self.model, weights))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.state import (
     huggingface_metadata,
     is_extra_state,
@@ -22,6 +23,8 @@ from lightning_mics.checkpoint.state import (
     optimizer_state,
     without_shards,
 )
+from lightning_mics.core.buffers import broadcast_buffers
+from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
 
@@ -46,6 +49,8 @@ def save_checkpoint(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if is_sharded(model):
+        broadcast_buffers(model)
     weights = model_state(model, full=not sharded)
     states = [optimizer_state(model, optimizer, full=not sharded) for optimizer in listed]
     meta = {**(meta or {}), "mics": huggingface_metadata(model)}
@@ -80,7 +85,8 @@ def save_sharded(
     temporary = _begin(path, folder=True)
     try:
         if add_files is not None:
-            done = ranks.together(lambda: add_files(temporary))[0]
+            with final_name_in_logs(temporary, path):
+                done = ranks.together(lambda: add_files(temporary))[0]
             state = {key: entries for key, entries in state.items() if key not in done}
         meta = _with_extra_states(state, meta)
         ranks.together(lambda: _write_shards(temporary, _without_extra_states(state)))
@@ -202,6 +208,7 @@ def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]], mode
 
 def _give_up(temporary: Path, path: Path, error: CheckpointError) -> None:
     files.delete(temporary)  # on every rank: without shared storage each node has one
+    problem = str(error).replace(str(temporary), str(path))
     raise CheckpointError(
-        f"Saving {path} failed, and nothing was changed there: {error}. Check the disk's space and permissions."
+        f"Saving {path} failed, and nothing was changed there: {problem}. Check the disk's space and permissions."
     ) from error

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
@@ -42,11 +47,14 @@ class MiCSRuntime:
 
 # The module owns its runtime, which refers to its parameters and must not keep it alive when its user drops it.
 _ATTRIBUTE = "_mics_runtime"
+_ROOTS: WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = WeakKeyDictionary()
 
 
 def attach(model: nn.Module, runtime: MiCSRuntime) -> None:
     """Makes a runtime that of ``model``."""
     model.__dict__[_ATTRIBUTE] = runtime
+    for module in model.modules():
+        _ROOTS.setdefault(module, weakref.ref(model))
 
 
 def own_runtime(module: nn.Module) -> MiCSRuntime | None:
@@ -94,13 +102,54 @@ def register_forward_method(module: nn.Module, name: str) -> None:
     """Makes a method gather parameters as ``forward`` does, also if it calls ``forward``, and whatever it raises.
 
     Args:
-        module: A sharded model; where nothing is sharded, nothing changes.
+        module: A sharded model, or a module in one: its method is then a pass of the whole model, unless it runs inside
+            of one. Where nothing is sharded, nothing changes.
         name: Name of the method.
     """
-    runtime = own_runtime(module)
+    runtime, root = own_runtime(module), _root_of(module)
     if runtime is not None:
         setattr(module, name, runtime.passes.telling(getattr(module, name)))
-    register_fsdp_forward_method(module, name)
+        register_fsdp_forward_method(module, name)
+    elif root is not None:
+        _register_inner_method(root, module, name)
+    else:
+        register_fsdp_forward_method(module, name)
+
+
+def _root_of(module: nn.Module) -> nn.Module | None:
+    """Returns the sharded model that a module lies in, as long as it lives."""
+    found = _ROOTS.get(module)
+    return None if found is None else found()
+
+
+def _register_inner_method(root: nn.Module, module: nn.Module, name: str) -> None:
+    method, entry = getattr(module, name), f"_mics_{name}_{id(module)}"
+    setattr(root, entry, method)
+    register_forward_method(root, entry)
+    weak = weakref.ref(root)
+
+    @functools.wraps(method)
+    def pass_of_the_root(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(weak(), entry)(*args, **kwargs)
+
+    setattr(module, name, MethodType(pass_of_the_root, module))
+
+
+def prepare_generation(model: nn.Module) -> None:
+    """Makes ``generate`` of a sharded model, and of models in it, a pass of it, wherever it is called.
+
+    With models of transformers it is one on every rank until the last is done: they see to that where a module says
+    that it is managed.
+    """
+    for module in model.modules():
+        if not callable(getattr(type(module), "generate", None)):
+            continue
+        module._is_fsdp_managed_module = True  # type: ignore[assignment]  # transformers asks for this name
+        register_forward_method(module, "generate")
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "GenerationMixin" in kinds:  # no backward pass comes: the root is freed then
+            method: Any = module.generate
+            module.generate = MethodType(torch.no_grad()(method.__func__), module)  # type: ignore[assignment]
 
 
 def compile_units(model: nn.Module, **options: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -24,9 +27,10 @@ from typing_extensions import Unpack
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.plain import adopt
-from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
+from lightning_mics.core.runtime import is_sharded, own_runtime, register_forward_method, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
@@ -237,6 +241,7 @@ class MiCSStrategy(ParallelStrategy):
         full = module is None or not self._save_distributed_checkpoint
         tensors: dict[str, Any] = {}
         if key is not None and module is not None:
+            broadcast_buffers(module)
             tensors[key] = checkpoints.model_state(module, full=full)
             for name, optimizer in optimizers.items():
                 tensors[name] = checkpoints.optimizer_state(module, optimizer, full=full)
@@ -320,4 +325,19 @@ def _split_state(state: dict[str, Any]) -> tuple[str | None, nn.Module | None, d
     return None, None, {}
 
 
+def _mark_forward_methods() -> None:
+    """Makes ``model.mark_forward_method("encode")`` count for sharded models; Fabric asks no strategy."""
+    original = _FabricModule.mark_forward_method
+
+    @functools.wraps(original)
+    def mark_forward_method(self: _FabricModule, method: MethodType | str) -> None:
+        original(self, method)
+        inner = self.module
+        if isinstance(inner, nn.Module) and is_sharded(inner):
+            register_forward_method(inner, method if isinstance(method, str) else method.__name__)
+
+    _FabricModule.mark_forward_method = mark_forward_method  # type: ignore[method-assign]
+
+
+_mark_forward_methods()
 common.register(STRATEGY_REGISTRY, MiCSStrategy)

@@ -32,6 +32,7 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core._torch import MODULE_REGISTRIES
 from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
 from lightning_mics.core.units import callable_parts
@@ -284,11 +285,30 @@ class MiCSStrategy(ParallelStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 
+    # Ranks evaluate the same model, also where batch norms saw other data; it is the one that is saved.
+
+    def on_validation_start(self) -> None:
+        """Makes buffers rank 0's on every rank."""
+        self._agree_on_buffers()
+
+    def on_test_start(self) -> None:
+        """Makes buffers rank 0's on every rank."""
+        self._agree_on_buffers()
+
+    def on_predict_start(self) -> None:
+        """Makes buffers rank 0's on every rank."""
+        self._agree_on_buffers()
+
+    def _agree_on_buffers(self) -> None:
+        if self.model is not None and is_sharded(self.model):
+            broadcast_buffers(self.model)
+
     # Checkpoints.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the model's states: shards, or all of it on rank 0 for a full file."""
         assert self.model is not None
+        self._agree_on_buffers()
         return checkpoints.model_state(self.model, full=not self._save_distributed_checkpoint)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -85,6 +85,17 @@ def parameter_registry(module: nn.Module) -> dict[str, Any]:
     return module._parameters
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that a model's state has, by name, each once."""
+    passing = {
+        id(module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if name in module._buffers
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in passing}
+
+
 def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
     """Loads entries of a state dictionary into a module, and not into those inside it."""
     module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
