@@ -72,14 +72,14 @@ class SelfCheck(WindowObserver):
         self._is_due, self._has_switched, self._num_asked = True, False, 0
         self._state: object = None
         self._steps_on: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[int]] = weakref.WeakKeyDictionary()
-        self._window: weakref.ref[AccumulationWindow] | None = None
-        self.restart()
+        self._start_anew({})
 
-    def restart(self) -> None:
+    def restart(self, window: AccumulationWindow) -> None:
         """Starts counting anew, after a pass that failed."""
-        window = None if self._window is None else self._window()
-        self._start = self._calls()
-        self._start_expected = {} if window is None else _expected_calls(window)
+        self._start_anew(_expected_calls(window))
+
+    def _start_anew(self, expected: dict[tuple[str, Hop], int]) -> None:
+        self._start, self._start_expected = self._calls(), expected
         self._num_resets = self._ledger.num_resets
         self._num_microsteps = 0
         self._problems: list[str] = []
@@ -99,7 +99,6 @@ class SelfCheck(WindowObserver):
 
     def after_microstep(self, window: AccumulationWindow) -> None:
         """Checks that gradients are sharded; called after each microstep, before the window's end."""
-        self._window = weakref.ref(window)
         self._num_microsteps += 1
         if not self._is_due:
             return
@@ -136,7 +135,7 @@ class SelfCheck(WindowObserver):
         self._check_whole(window)
         problems = self._problems
         self._is_due = not any(unit.num_reductions for unit in window.units)  # nothing was trained
-        self.restart()
+        self.restart(window)
         raise_together(
             problems,
             "Training would go on with wrong gradients, with replicas that are not equal, or with unplanned traffic. "

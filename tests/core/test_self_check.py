@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,16 +88,16 @@ def no_wide_reduction(model: nn.Module) -> None:
 
 
 def a_whole_gradient(model: nn.Module) -> None:
-    unit = first_unit(model)
-    reduce = unit.reduce
+    window, unit = runtime_of(model).window, first_unit(model)
+    hand_back = window._hand_back
 
-    def keep(*args: object, **kwargs: object) -> None:
-        reduce(*args, **kwargs)  # type: ignore[arg-type]
+    def keep(*args: Any) -> None:
+        hand_back(*args)
         if is_guilty():
             param = unit.trainable[0]
             param._fsdp_param._unsharded_param.grad = torch.zeros_like(param._fsdp_param._unsharded_param)
 
-    unit.reduce = keep  # type: ignore[method-assign]
+    window._hand_back = keep  # type: ignore[method-assign]
 
 
 def an_extra_narrow_reduction(model: nn.Module) -> None:

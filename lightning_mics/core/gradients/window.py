@@ -48,7 +48,7 @@ _STEPS_EARLY = (
 class WindowObserver:
     """Something that watches the windows of a model, and the passes and optimizer steps around them."""
 
-    def restart(self) -> None:
+    def restart(self, window: AccumulationWindow) -> None:
         """A pass failed: its window is not to be judged."""
 
     def after_microstep(self, window: AccumulationWindow) -> None:
@@ -288,7 +288,7 @@ class AccumulationWindow:
         self._queue.clear()
         self.order.clear()
         for observer in self._observers:
-            observer.restart()
+            observer.restart(self)
 
     def keep_what_was_reduced(self, stream: Any = None) -> None:
         """Puts what a failed pass has reduced into the gradients, before they may become other ones.
