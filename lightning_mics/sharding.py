@@ -15,6 +15,7 @@ from lightning_mics.config import MiCSConfig
 from lightning_mics.core.apply import checkpoint_activations, shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
+from lightning_mics.core.gradients.outside import hooks_in
 from lightning_mics.core.groups import check_backends, end_well
 from lightning_mics.core.log import inform
 from lightning_mics.core.materialize import check_initializers
@@ -105,13 +106,15 @@ def mics_shard(
         check_groups(mesh)
     if config.activation_checkpointing:
         checkpoint_activations([unit for unit in units if unit[0] not in entries])
+    hooks = hooks_in(model)
     sharded = ShardedParams()
     note_replaced(model)
     with sharded.remember(model) if bound else nullcontext():
         shard_units(model, units, mesh.shard_mesh, config, device)
     observers = [] if check is None else [check]
     config = config.replace(ignore=asked.ignore)
-    connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)
+    runtime = connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)
+    runtime.window.outside.carry(hooks)
     if check is not None:
         check.begin()
     watch(model)

@@ -30,7 +30,7 @@ from lightning_mics.accelerate.whole import WholeWeights
 from lightning_mics.core._torch import tree_map_only
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.checks import check_layout
-from lightning_mics.core.clipping import clip_parameters_
+from lightning_mics.core.clipping import clip_parameters_, clip_parameters_by_value_
 from lightning_mics.core.groups import end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
@@ -224,6 +224,11 @@ class MiCSAccelerator(Accelerator):
         self.unscale_gradients()
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         return clip_parameters_(params, float(max_norm), float(norm_type))  # type: ignore[arg-type]
+
+    def clip_grad_value_(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+        """Clips each value of the gradients."""
+        self.unscale_gradients()
+        clip_parameters_by_value_([parameters] if isinstance(parameters, Tensor) else list(parameters), clip_value)  # type: ignore[list-item]
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:

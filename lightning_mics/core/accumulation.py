@@ -50,6 +50,7 @@ def sync_gradients(model: nn.Module) -> None:
         MiCSError: If the model is not sharded by MiCS.
     """
     for runtime in runtimes_in(model):
+        runtime.passes.recover()
         if runtime.window.pending:
             runtime.window.synchronize()
 

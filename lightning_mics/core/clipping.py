@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._torch import clip_mixed_gradients, local_tensor
-from lightning_mics.core.accumulation import reshard
+from lightning_mics.core.gradients.step import shards_of
 from lightning_mics.core.mesh import communication_device
+from lightning_mics.core.runtime import runtimes_in
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -29,14 +30,15 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     Returns:
         The norm before clipping, a plain scalar tensor, equal on all ranks.
     """
-    reshard(model)
+    runtimes_in(model)
     return clip_parameters_(list(model.parameters()), max_norm, norm_type)
 
 
 def clip_parameters_(
     params: list[nn.Parameter], max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Does the work of :func:`clip_grad_norm_` for some parameters."""
+    """Does the work of :func:`clip_grad_norm_` for some parameters; for those that are gathered, their shards count."""
+    params = shards_of(params)
     norm = _total_norm([param.grad for param in params if param.grad is not None], norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"The total norm of the gradients is {norm.item()}, so it cannot be clipped.")
@@ -47,6 +49,11 @@ def clip_parameters_(
 def clip_whole_beside_shards() -> None:
     """Lets PyTorch's own functions clip the gradients of whole parameters beside those of shards."""
     clip_mixed_gradients(_total_norm)
+
+
+def clip_parameters_by_value_(params: list[nn.Parameter], max_value: float) -> None:
+    """Clips each value of the gradients of some parameters; for those that are gathered, their shards count."""
+    torch.nn.utils.clip_grad_value_(shards_of(params), max_value)
 
 
 def _total_norm(grads: Iterable[Tensor], norm_type: float) -> Tensor:

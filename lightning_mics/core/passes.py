@@ -84,7 +84,7 @@ class RootPasses:
     def _enter(self, kind: _Kind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refuse_other_threads()
         self._drop_unheard(kind)
-        self._recover()
+        self.recover()
         is_inner = _tells(self._running)
         self._running.append(_Call(kind, tells=kind == "forward"))
         if is_inner:
@@ -104,7 +104,7 @@ class RootPasses:
                 "the same memory: let threads take turns, with a lock around each."
             )
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Starts afresh after a pass that failed, and frees what that left."""
         if not self._running and self._state.has_failed:
             self._state.reset()
@@ -113,7 +113,7 @@ class RootPasses:
     def _free(self) -> None:
         """Recovers while the error of the pass is on its way up, which a lost connection to a peer must not hide."""
         with suppress(RuntimeError):  # the next pass tries again
-            self._recover()
+            self.recover()
 
     def _drop_unheard(self, kind: _Kind) -> None:
         """Drops a call that an interrupt, or an exception in a method that does not tell, has ended.

@@ -14,6 +14,7 @@ from lightning_mics.core._torch.distributed import (
     reduce_scatter_single,
     wait_for_gloo_threads,
 )
+from lightning_mics.core._torch.dtensor_gradients import average_gradients_over, implicit_replication, placed_like
 from lightning_mics.core._torch.dtensors import answer_for_the_whole, first_row
 from lightning_mics.core._torch.gathered import GatheredParams
 from lightning_mics.core._torch.graphs import (
@@ -23,6 +24,7 @@ from lightning_mics.core._torch.graphs import (
     sequence_number,
     watch_base,
 )
+from lightning_mics.core._torch.hooks import ParamHooks, divert_hooks, registered_hooks
 from lightning_mics.core._torch.modules import (
     MODULE_REGISTRIES,
     BatchNorm,
@@ -72,6 +74,7 @@ __all__ = [
     "ForwardHooks",
     "GatheredParams",
     "GradState",
+    "ParamHooks",
     "ReduceScatter",
     "RootState",
     "UnitParam",
@@ -80,6 +83,7 @@ __all__ = [
     "adds_gradients",
     "all_gather_single",
     "answer_for_the_whole",
+    "average_gradients_over",
     "batched",
     "begin_label",
     "carries_cpu_tensors",
@@ -87,12 +91,14 @@ __all__ = [
     "clip_mixed_gradients",
     "current_backward_id",
     "default_store",
+    "divert_hooks",
     "first_row",
     "forget_dtensor_meshes",
     "fsdp_collectives",
     "gather_asynchronously",
     "group_timeout",
     "held_gradients",
+    "implicit_replication",
     "in_function_transform",
     "is_compiled",
     "is_gloo",
@@ -106,11 +112,13 @@ __all__ = [
     "outside_graphs",
     "parameter_registry",
     "persistent_buffers",
+    "placed_like",
     "plain_name",
     "pre_backward_hook",
     "queue_backward_callback",
     "reduce_scatter_single",
     "reduce_unused_params",
+    "registered_hooks",
     "sequence_number",
     "tree_leaves",
     "tree_map_only",

@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_mics.core._needs import gone, require
+from lightning_mics.core._torch.hooks import are_diverted
+from lightning_mics.errors import MiCSError
 
 try:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
@@ -77,9 +79,14 @@ class UnitParam:
         return has_grad or self._fsdp_param.unsharded_accumulated_grad is not None
 
     @property
-    def has_gradient_hooks(self) -> bool:
-        """Whether somebody wants to hear of each reduced gradient at once."""
-        return bool(getattr(self.sharded, "_post_accumulate_grad_hooks", None))
+    def place(self) -> tuple[nn.Module, str]:
+        """The module that owns it, and its name there."""
+        return self._fsdp_param._module_info.module, self._fsdp_param._module_info.param_name
+
+    @property
+    def gathered(self) -> nn.Parameter | None:
+        """The whole parameter of a pass, one object for all of them; known after the first gather."""
+        return getattr(self._fsdp_param, "_unsharded_param", None)
 
     def fill_unsharded_grad(self) -> None:
         """Gives the gathered parameter a zero gradient, unless it has one."""
@@ -112,13 +119,11 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 _is_none = functools.partial(operator.is_, None)
 
-_reduced_hooks = operator.attrgetter("sharded_param._post_accumulate_grad_hooks")
-
-_shard_and_hooks = operator.attrgetter("sharded_param", "sharded_param._post_accumulate_grad_hooks")
-
 _sharded_param = operator.attrgetter("sharded_param")
 
 _unsharded_param = operator.attrgetter("_unsharded_param")
+
+_sharded_hooks = operator.attrgetter("sharded_param._backward_hooks")
 
 _local_grad_of = operator.attrgetter("_fsdp_param.sharded_param.grad._local_tensor")
 
@@ -206,6 +211,11 @@ class UnitParamGroup:
         """Whether the user looks at reduced gradients inside FSDP2 (``set_all_reduce_hook``)."""
         return getattr(self._group, "_all_reduce_hook", None) is not None
 
+    @property
+    def diverts_hooks(self) -> bool:
+        """Whether users' hooks on all shards are kept from autograd; shards may have been replaced since."""
+        return all(map(are_diverted, map(_sharded_hooks, self._group.fsdp_params)))
+
     def owns_any(self, ids: set[int]) -> bool:
         """Returns whether the ``id`` of one of the unit's sharded parameters is among some."""
         return not ids.isdisjoint(map(id, map(_sharded_param, self._group.fsdp_params)))
@@ -234,6 +244,24 @@ class UnitParamGroup:
         for param, wants in zip(self._group.fsdp_params, wanted, strict=True):
             param._unsharded_param.requires_grad_(wants)
 
+    def choose_dtypes(self) -> None:
+        """Reduces gradients in the dtypes of the parameters that are trainable now.
+
+        FSDP2 asks once, in the first forward pass, and reduces a unit that is frozen then in whatever its gradients
+        have later.
+        """
+        group = self._group
+        trainable = [param for param in group.fsdp_params if param.sharded_param.requires_grad]
+        dtypes = {param.orig_dtype for param in trainable}
+        if len(dtypes) > 1:
+            names = ", ".join(f"{param._param_fqn} ({param.orig_dtype})" for param in trainable)
+            raise MiCSError(
+                f"Trainable parameters of one unit have different dtypes: {names}. Put them into units of their own "
+                "(wrap=), convert them to one dtype before sharding, or freeze those of one dtype."
+            )
+        if trainable:
+            group._orig_dtype, group._reduce_dtype = trainable[0].orig_dtype, trainable[0].reduce_dtype
+
     def wrap_post_backward(self, around: Callable[..., None]) -> None:
         """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""
         self._group.post_backward = functools.partial(around, self._group.post_backward)
@@ -251,20 +279,7 @@ class UnitParamGroup:
             and group.gradient_divide_factor is None
             and not group.force_sum_reduction_for_comms
             and group._all_reduce_hook is None
-            and not any(map(_reduced_hooks, group.fsdp_params))
         )
-
-    @contextmanager
-    def without_hooks(self) -> Iterator[None]:
-        """Keeps FSDP2 from calling what users registered with ``register_post_accumulate_grad_hook``."""
-        held = [(shard, hooks) for shard, hooks in map(_shard_and_hooks, self._group.fsdp_params) if hooks]
-        for shard, _ in held:
-            shard._post_accumulate_grad_hooks = None
-        try:
-            yield
-        finally:
-            for shard, hooks in held:
-                shard._post_accumulate_grad_hooks = hooks
 
     @property
     def steps_in_backward(self) -> bool:
@@ -273,15 +288,10 @@ class UnitParamGroup:
             "_in_backward_optimizers" in held for held in map(vars, map(_sharded_param, self._group.fsdp_params))
         )
 
-    def call_hooks(self) -> None:
-        """Calls what users registered for gradients that are whole, optimizers that step in the backward pass too."""
-        for shard, hooks in map(_shard_and_hooks, self._group.fsdp_params):
-            optimizers = vars(shard).get("_in_backward_optimizers")
-            if shard.grad is None or not (hooks or optimizers):
-                continue
-            for hook in [*(hooks or {}).values()]:
-                hook(shard)
-            for optimizer in optimizers or ():
+    def step_in_backward(self) -> None:
+        """Takes the steps of optimizers that were told to in the backward pass."""
+        for shard in map(_sharded_param, self._group.fsdp_params):
+            for optimizer in vars(shard).get("_in_backward_optimizers", ()) if shard.grad is not None else ():
                 optimizer.step()
                 shard.grad = None
 
@@ -485,6 +495,19 @@ class UnitParamGroup:
                     wait_for_unshard()
             else:
                 wait_for_unshard()
+
+        self._group.wait_for_unshard = wait
+
+    def when_gathered(self, told: Callable[[], None]) -> None:
+        """Calls ``told`` once, when the whole parameters are there for the first time."""
+        wait_for_unshard, is_new = self._group.wait_for_unshard, True
+
+        def wait() -> None:
+            nonlocal is_new
+            wait_for_unshard()
+            if is_new and self.has_run:
+                is_new = False
+                told()
 
         self._group.wait_for_unshard = wait
 

@@ -37,7 +37,6 @@ class DeferredReduction(Reduction):
         return (
             len({param.sharded.dtype for param in layout.params}) == 1
             and not self._group.has_reduce_hook
-            and not any(param.has_gradient_hooks for param in layout.params)
             and not any(param.has_unsharded_grad for param in self._group.params if not param.sharded.requires_grad)
         )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_mics.core.gradients.window import AccumulationWindow
@@ -103,3 +105,11 @@ def _refuse_lbfgs(optimizer: torch.optim.Optimizer) -> None:
         window.owns(_ids(optimizer)) for window in list(_WINDOWS.values())
     ):
         raise MiCSError("LBFGS needs the whole gradient as one vector, which no rank has. Use another optimizer.")
+
+
+def shards_of(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Returns the shards of parameters that a pass has gathered, and others as they are."""
+    if all(isinstance(param, DTensor) for param in params):
+        return list(params)
+    shards = {id(whole): shard for window in list(_WINDOWS.values()) for whole, shard in window.gathered()}
+    return [shards.get(id(param), param) for param in params]

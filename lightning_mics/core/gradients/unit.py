@@ -19,7 +19,8 @@ class Phase(Enum):
     """Where a unit is in its window.
 
     ``OPEN`` -> (:meth:`UnitGradients.launch`) ``REPLICATING`` -> (:meth:`~UnitGradients.wait`) ``REPLICATED``; a
-    microstep that comes after the launch leads to ``OUTDATED``, from where it is launched once more.
+    microstep, or a gradient from outside of it, that comes after the launch leads to ``OUTDATED``, from where it is
+    launched once more.
     :meth:`~UnitGradients.close` leads back to ``OPEN`` from anywhere.
     """
 
@@ -107,6 +108,10 @@ class UnitUse:
         self.wanted |= wanted
         self._note_born(wanted & is_new)
         self.used |= wanted & ~is_missing
+
+    def note_outside(self, index: int) -> None:
+        """Notes that a parameter gets a gradient from outside of hop one."""
+        self.used |= ParamSet.only(index)
 
     def note_zeros(self, index: int) -> None:
         """Notes that a parameter gets its first gradient, which may turn out to be nobody's."""
@@ -210,6 +215,7 @@ class UnitGradients:
             return
         if state != self.use.last:
             self.use.note(state)
+            self.group.choose_dtypes()
         layout = self._layout(self.use.wanted_now)
         if not layout.params:
             reduce_scatter()
@@ -228,6 +234,19 @@ class UnitGradients:
         """Ends a hop one that runs beside the pass."""
         for reduction in self._reductions:
             reduction.finish()
+
+    def admit(self, index: int) -> None:
+        """Lets somebody else add to the gradient of a parameter, on the current stream.
+
+        What writes into gradients ends before; a result of hop two in flight would take the place of what was added.
+        """
+        self.finish_reduction()
+        self.group.wait_offloaded()
+        if self.phase is not Phase.OPEN:
+            self.wait()
+            self.phase = Phase.OUTDATED
+        self.group.wait_reduce_stream()
+        self.use.note_outside(index)
 
     # Hop two.
 

@@ -26,13 +26,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_mics.core._torch import adds_gradients, begin_label, queue_backward_callback
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
+from lightning_mics.core.gradients.outside import OutsideGradients
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh
@@ -120,6 +122,7 @@ class AccumulationWindow:
         deferring: Whether backward passes leave out hop two.
         is_asked: Whether an observer on any rank wanted to look at the window that ends now.
         num_modes: How often a forward pass found the model in another mode, training or evaluation, than before.
+        outside: What reaches gradients beside hop one, and who looks at them.
         pending: Whether there are gradients that replicas did not exchange.
         before_backward: Called where a backward pass is recognised.
     """
@@ -145,6 +148,7 @@ class AccumulationWindow:
         self._observers = list(observers)
         self._queue = LaunchQueue(units, early=overlap and self.has_replicas)
         self._pass = _BackwardPass(self)
+        self.outside = OutsideGradients(units, self._pass.runs, self._pass.only_looks, self._pass.end_lone)
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
 
@@ -152,6 +156,11 @@ class AccumulationWindow:
     def has_replicas(self) -> bool:
         """Whether there is a second hop at all."""
         return self._mesh.layout.num_replicas > 1
+
+    @property
+    def _defers(self) -> bool:
+        """Whether hop two is left out now: not before hooks, which want to see the mean over all ranks."""
+        return self.deferring and not self.outside.has_hooks
 
     @property
     def order(self) -> CollectiveOrder:
@@ -174,13 +183,12 @@ class AccumulationWindow:
             unit.group.end_without_reduction(reduce_scatter)
             return
         self._finish_reduction()
-        # Gradients are on with create_graph=True. Hooks of users are called when hop two is done.
-        with torch.no_grad(), nullcontext() if self.deferring else unit.group.without_hooks():
-            unit.reduce(reduce_scatter, deferring=self.deferring)
+        with torch.no_grad():  # it is on with create_graph=True
+            unit.reduce(reduce_scatter, deferring=self._defers)
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
         may_run_on = self._may_run_on and unit.is_reducing
-        if not may_run_on or (self.has_replicas and not self.deferring and not self._mesh.layout.spans_nodes):
+        if not may_run_on or (self.has_replicas and not self._defers and not self._mesh.layout.spans_nodes):
             self._finish_reduction()
 
     def _finish_reduction(self) -> None:
@@ -190,7 +198,7 @@ class AccumulationWindow:
             return
         if self._may_run_on:
             unit.finish_reduction()
-        if not self.deferring:
+        if not self._defers:
             for ready in self._queue.ready(unit):
                 self._launch(ready)
 
@@ -215,13 +223,15 @@ class AccumulationWindow:
         if not self.deferring:
             self._before_averaging()
         self._pass.begin()
+        if self._pass.adds_gradients:
+            self.outside.begin()
         self.pending = self.pending or self._pass.adds_gradients
 
     def _end_of_backward(self) -> None:
         if not self._pass.adds_gradients:
             return
         self._finish_reduction()
-        if self.deferring:
+        if self._defers:
             self._hand_back()
             if any(unit.group.steps_in_backward for unit in self.units):
                 raise UnsyncedGradientsError(_STEPS_EARLY)
@@ -229,8 +239,16 @@ class AccumulationWindow:
                 observer.after_microstep(self)
         else:
             self.synchronize()
+            self.outside.call_hooks()
             for unit in self.units:
-                unit.group.call_hooks()
+                unit.group.step_in_backward()
+
+    def end_lone_pass(self) -> None:
+        """Ends a backward pass that reached shards, but not the model: a microstep of a penalty alone."""
+        if self._pass.is_lost:
+            self.abandon()
+        self.pending = self._pass.adds_gradients = True
+        self._end_of_backward()
 
     def _hand_back(self, stream: Any = None) -> None:
         """Makes a stream, by default the current one, wait until the gradients are whole."""
@@ -272,6 +290,7 @@ class AccumulationWindow:
 
     def _close(self) -> None:
         self._pass.number = 0
+        self.outside.watch()
         for unit in self.units:
             unit.close()
         self.whole.close()
@@ -285,6 +304,7 @@ class AccumulationWindow:
         for unit in self.units:
             unit.abandon()
         self._pass.forget()
+        self.outside.restore()
         self._queue.clear()
         self.order.clear()
         for observer in self._observers:
@@ -337,7 +357,7 @@ class AccumulationWindow:
             return
         _refuse_unreduced(units)
         holds = self.has_replicas and any(unit.holds_gradient_of(params) for unit in units)
-        if self.deferring and self._pass.is_running:
+        if self.deferring and (self._pass.is_running or self.outside.is_calling):
             raise UnsyncedGradientsError(_STEPS_EARLY)
         if self.pending and (holds or self.whole.holds_gradient_of(params)):
             raise UnsyncedGradientsError(
@@ -355,6 +375,13 @@ class AccumulationWindow:
         if self._observers and self.owns(params):
             for observer in self._observers:
                 observer.after_step(self, optimizer, params)
+
+    def gathered(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Yields the whole parameters that passes work with, and the shards of each."""
+        for unit in self.units:
+            for param in unit.group.params:
+                if param.gathered is not None:
+                    yield param.gathered, param.sharded
 
     def owns(self, params: set[int]) -> bool:
         """Returns whether any of some parameters (by ``id``) is the model's."""
@@ -412,6 +439,20 @@ class _BackwardPass:
     def is_lost(self) -> bool:
         """Whether a pass began and never ended."""
         return self._callback is not None and self._callback() is None
+
+    def runs(self) -> bool:
+        """Returns whether autograd still has the callback."""
+        return self.is_running
+
+    def only_looks(self) -> bool:
+        """Returns whether the last pass adds to no gradient."""
+        return not self.adds_gradients
+
+    def end_lone(self) -> None:
+        """Ends a pass that never reached the model."""
+        window = self._window()
+        if window is not None:
+            window.end_lone_pass()
 
     def forget(self) -> None:
         """Forgets the pass."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from models import Regressor, build, microbatch, regression_loss
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics import Hop, MiCSConfig, communication_ledger, defer_replication_sync, mics_shard
@@ -86,12 +87,18 @@ def test_what_was_gathered_ahead_and_not_used_never_grows_stale(pool: WorkerPool
         assert_parity(actual, expected)
 
 
+def look_at_once(model: nn.Module) -> None:
+    """Has FSDP2 call something with each gradient that it has just reduced."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(lambda grad: None)
+
+
 def reductions_in_flight(hooks: bool) -> tuple[list[bool], bool]:
     """Returns for each unit whether its reduction ran on after FSDP2 had gone on, and whether any does at the end."""
     model = mics_shard(build("uneven"), CONFIG)
     if hooks:
-        for param in model.parameters():
-            param.register_post_accumulate_grad_hook(lambda param: None)
+        look_at_once(model)
     window, log = runtime_of(model).window, []
     for unit in window.units:
         reduce = unit.reduce
@@ -117,8 +124,7 @@ def train_in_dtypes(overlaps: bool, settings: dict[str, Any]) -> dict[str, Tenso
     """Returns the weights after two windows; a hook on each gradient keeps reductions from running beside."""
     model = mics_shard(build("uneven"), CONFIG.replace(**settings))
     if not overlaps:
-        for param in model.parameters():
-            param.register_post_accumulate_grad_hook(lambda param: None)
+        look_at_once(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(4):
         with defer_replication_sync(model, enabled=step % 2 == 0):

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Regressor, microbatch, regression_loss
-from torch import Tensor
+from torch import Tensor, nn
+from works import works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.runtime import is_sharded
+from lightning_mics.errors import MiCSError
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict
 
 ROWS = 8
@@ -157,3 +159,97 @@ def step_beside_a_collector() -> None:
 
 def test_windows_may_be_collected_within_a_step(pool: WorkerPool) -> None:
     assert pool.run(step_beside_a_collector) == [None] * 2
+
+
+class AdaptedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.lora = nn.Linear(6, 7), nn.Linear(6, 7)
+        self.out = nn.Linear(7, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.base(x) + self.lora(x)))
+
+
+class AdaptedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(AdaptedBlock(), AdaptedBlock())
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+FROZEN_AT_FIRST: dict[str, Callable[[AdaptedNet], list[nn.Parameter]]] = {
+    "whole units": lambda model: list(model.blocks.parameters()),
+    "all but adapters": lambda model: [param for name, param in model.named_parameters() if "lora" not in name],
+    "parts of units": lambda model: [block.base.weight for block in model.blocks],
+}
+
+
+def gradients_after_thawing(kind: str | None, settings: dict[str, object]) -> list[list[Tensor | None]]:
+    """Returns the gradients of three microsteps: all are trainable in the second; ``None`` freezes nothing before."""
+    torch.manual_seed(0)
+    model = AdaptedNet()
+    frozen = [
+        name for name, param in model.named_parameters() if kind and _is_among(param, FROZEN_AT_FIRST[kind](model))
+    ]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    config = MiCSConfig(shard_size=2, node_size=2, wrap=["AdaptedBlock"], verify=False, **settings)
+    mics_shard(model, config)
+    shards, found = dict(model.named_parameters()), []
+    for step, trains in enumerate([False, True, False]):
+        for name in frozen:
+            shards[name].requires_grad_(trains)
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(4 * step + dist.get_rank()))
+        model(x).pow(2).mean().backward()
+        found.append([None if shard.grad is None else shard.grad.to_local().clone() for shard in shards.values()])
+        assert all((shards[name].grad is not None) is trains for name in frozen)
+        model.zero_grad()
+    return found
+
+
+def _is_among(param: nn.Parameter, params: list[nn.Parameter]) -> bool:
+    return any(param is other for other in params)
+
+
+def thaw_in_every_dtype() -> list[str]:
+    """Returns where gradients differ, by a bit, from those of a model in which nothing was ever frozen."""
+    wrong = []
+    for param_dtype in (None, "bfloat16"):
+        for reduce_dtype in (None, "float32", "bfloat16"):
+            settings = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
+            expected = gradients_after_thawing(None, settings)
+            for kind in FROZEN_AT_FIRST:
+                actual = gradients_after_thawing(kind, settings)
+                for step, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
+                    pairs = zip(mine, theirs, strict=True)
+                    if not all(one is None or torch.equal(one, other) for one, other in pairs):
+                        wrong.append(f"{kind}, {settings}, microstep {step}")
+    return wrong
+
+
+@works("Training loops", "Units that are frozen at first, trained later, and frozen again, in 16-bit precision")
+def test_thawed_parameters_are_reduced_in_the_dtypes_of_the_settings(pool: WorkerPool) -> None:
+    assert pool.run(thaw_in_every_dtype, world_size=4) == [[]] * 4
+
+
+def thaw_two_dtypes() -> str:
+    model = AdaptedNet()
+    for block in model.blocks:
+        block.base.bfloat16()
+        block.base.requires_grad_(False)
+    config = MiCSConfig(shard_size=2, wrap=["AdaptedBlock"], param_dtype="bfloat16", verify=False)
+    mics_shard(model, config)
+    model(torch.randn(3, 6)).sum().backward()
+    model.blocks.requires_grad_(True)
+    with pytest.raises(MiCSError) as error:
+        model(torch.randn(3, 6)).sum().backward()
+    return str(error.value)
+
+
+def test_trainable_parameters_of_one_unit_must_have_one_dtype(pool: WorkerPool) -> None:
+    for message in pool.run(thaw_two_dtypes):
+        assert "blocks.1.base.weight (torch.bfloat16)" in message and "wrap=" in message

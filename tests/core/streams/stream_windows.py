@@ -471,7 +471,20 @@ def _adam(**kwargs: Any) -> Callable[[Run], object]:
     return body
 
 
+def _penalised(run: Run) -> None:
+    """A penalty on shards that was built before the forward pass reaches gradients while others are reduced."""
+    for _ in range(2):
+        for index in range(3):
+            with defer_replication_sync(run.model, enabled=index < 2):
+                shards = [param.to_local() for param in run.model.parameters()]
+                penalties = [shard.float().square().sum() for shard in shards]
+                value = run.loss()
+                torch.autograd.backward([*penalties, value])
+        run.step()
+
+
 WINDOWS = {
+    "penalty on shards": Window(_penalised),
     "accumulation": Window(_repeat(3)),
     "one microstep": Window(_repeat(3, microsteps=1)),
     "by hand": Window(_repeat(by_hand=True)),
