@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def test_a_launch_reaches_the_plugin(name: str, tmp_path: Path, monkeypatch: pyt
     else:
         write_launch_file(file, LaunchSettings(shard_size=4, num_processes=4), environment={variable: text})
     command = re.search(r"is meant to be started with\n#   (.*)", file.read_text())
-    for setting, said in {**carried(file), **dict(re.findall(r"(\w+)=(\S+)", command[1] if command else ""))}.items():
+    words = shlex.split(command[1]) if command else []
+    variables = dict(word.split("=", 1) for word in words if re.match(r"\w+=", word))
+    for setting, said in {**carried(file), **variables}.items():
         if setting.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_", "MICS_")):
             monkeypatch.setenv(setting, said)
     precision = ACCELERATE_PRECISIONS[os.environ["ACCELERATE_MIXED_PRECISION"]].name
