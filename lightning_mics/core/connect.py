@@ -19,6 +19,7 @@ from lightning_mics.core._torch import (
     UnitParamGroup,
     answer_for_the_whole,
     average_gradients_over,
+    name_params,
     reduce_unused_params,
     unit_param_groups,
 )
@@ -112,6 +113,7 @@ def connect(
     )
     prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
     reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order)
+    name_params(model)
     reduce_unused_params(model)
     average_gradients_over(mesh.shard_mesh)
     _ignore_view_warnings()

@@ -534,6 +534,15 @@ def pre_backward_hook(module: nn.Module) -> Callable[[Any], Any]:
     return lambda gradient: state._pre_backward(gradient)
 
 
+def name_params(root: nn.Module) -> None:
+    """Tells units the names of their parameters in the root, as FSDP2 does in the first forward pass."""
+    names = {param: name for name, param in root.named_parameters()}
+    for module in root.modules():
+        for unit in unit_param_groups(module) if isinstance(module, FSDPModule) else ():
+            for param in unit._group.fsdp_params:
+                param._param_fqn = names.get(param.sharded_param)
+
+
 def gather_asynchronously(root: nn.Module) -> None:
     """Makes the gathers of all units asynchronous, so that those started ahead run beside the computation."""
     assert isinstance(root, FSDPModule)
