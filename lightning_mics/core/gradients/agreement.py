@@ -6,6 +6,7 @@ them waits for its device: over groups that carry CPU tensors, if there are such
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -22,15 +23,17 @@ _SLOT = 8  # bytes: a fingerprint and its complement
 
 
 class CollectiveOrder:
-    """Fingerprints of the order in which a rank ran its partition collectives, and of what it wrote in passes.
+    """Fingerprints of the order of a rank's partition collectives, of what it wrote in passes, and of its hooks.
 
     Attributes:
         written: Names of the gathered parameters that this rank wrote.
+        hooked: Names of the parameters whose gradients hooks of this rank want to see.
     """
 
     def __init__(self) -> None:
         self._hash = self._writes = 0
         self.written: set[str] = set()
+        self.hooked: list[str] = []
 
     def note(self, unit_index: int, kind: int) -> None:
         """Folds in a collective: which unit's, and 0 for a gather or 1 for a reduction."""
@@ -45,6 +48,7 @@ class CollectiveOrder:
         """Starts a new window."""
         self._hash = self._writes = 0
         self.written = set()
+        self.hooked = []
 
     def slot(self) -> bytes:
         """Returns the fingerprint of the order and its complement.
@@ -56,6 +60,10 @@ class CollectiveOrder:
     def write_slot(self) -> bytes:
         """Returns the fingerprint of writes and its complement."""
         return _with_complement(self._writes)
+
+    def hook_slot(self) -> bytes:
+        """Returns the fingerprint of hooks and its complement."""
+        return _with_complement(zlib.crc32(" ".join(self.hooked).encode()))
 
 
 def _with_complement(fingerprint: int) -> bytes:
@@ -155,22 +163,25 @@ class Agreement:
             rank asks.
 
         Raises:
-            SelfCheckError: On every rank, if ranks of a partition group ran their collectives in different order.
+            SelfCheckError: On every rank, if ranks of a partition group ran their collectives in different order, or
+                ranks differ in what they wrote or in hooks on gradients.
         """
         units = self._units
         used = b"".join([unit.use.used.to_bytes(len(unit.group.params), "little") for unit in units])
         slots = bytearray(_SLOT * self._layout.num_replicas)
         slots[self._mine : self._mine + _SLOT] = self.order.slot()
         writes, written = self.order.write_slot(), self.order.written
+        hooks, hooked = self.order.hook_slot(), self.order.hooked
         self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
         whole = self._whole.used()
-        answer = self._channel.maximum(bytearray(whole + used + outdated + bytes([asks]) + slots + writes))
+        answer = self._channel.maximum(bytearray(whole + used + outdated + bytes([asks]) + slots + writes + hooks))
         self._whole.clear_unused(answer[: len(whole)])
         answer = answer[len(whole) :]
         rest = answer[len(used) :]
         self._check_order(rest[len(units) + 1 :])
-        _check_writes(answer[-_SLOT:], written)
+        _check_writes(answer[-2 * _SLOT : -_SLOT], written)
+        _check_hooks(answer[-_SLOT:], hooked)
         again = [unit for unit, is_outdated in zip(units, rest, strict=False) if is_outdated]
         return self._split(answer), again, bool(rest[len(units)])
 
@@ -200,4 +211,13 @@ def _check_writes(slot: bytes, written: set[str]) -> None:
             "Ranks wrote different values to gathered parameters in a forward pass; this rank wrote "
             f"{', '.join(sorted(written)) or 'none'}. Average what is written over all ranks first (all_reduce), keep "
             "it in a buffer, or renormalise embeddings with nn.Embedding(max_norm=)."
+        )
+
+
+def _check_hooks(slot: bytes, hooked: Sequence[str]) -> None:
+    if not _is_one(slot):
+        raise SelfCheckError(
+            "Hooks on gradients (p.register_hook, p.register_post_accumulate_grad_hook) are on some ranks only; this "
+            f"rank has them on {', '.join(hooked) or 'none'}. They see the mean over all ranks, which all of these "
+            "gather together: register them on every rank."
         )

@@ -129,6 +129,10 @@ class OutsideGradients:
         """Whether users' hooks want to see gradients; one that is taken out in a pass does until its end."""
         return bool(self._earlier) or (bool(self._hooked) and any(self._hooks[at].are_there for at in self._hooked))
 
+    def hooked(self) -> list[str]:
+        """Returns the names of parameters with hooks, in the order of all ranks."""
+        return [self._params[place][1].name for place in sorted(self._hooked) if self._hooks[place].are_there]
+
     # What autograd adds.
 
     @torch.no_grad()

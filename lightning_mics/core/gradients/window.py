@@ -269,6 +269,8 @@ class AccumulationWindow:
                 self._launch(unit)
         self.whole.average()
         asks = [observer.asks(self) for observer in self._observers]
+        if self.outside.has_hooks:
+            self.order.hooked = self.outside.hooked()
         used, outdated, self.is_asked = self._agreement.reach(any(asks))
         for unit in self.units:
             unit.wait()

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from works import works
+from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
+from lightning_mics.errors import SelfCheckError
 from lightning_mics.testing import WorkerPool
 
 BOUND = 1e-5
@@ -290,6 +291,27 @@ def all_hooked() -> dict[str, float]:
 def test_hooks_see_the_gradient_that_one_process_would_have(pool: WorkerPool) -> None:
     for found in pool.run(all_hooked, world_size=4, timeout=120):
         check(found)
+
+
+def hook_on_one_rank() -> str:
+    model: Any = mics_shard(Net(), MiCSConfig(shard_size=2, node_size=2))
+    model(data(dist.get_rank(), 0)).sum().backward()
+    if dist.get_rank() == 0:
+        model.blocks[0].a.weight.register_hook(lambda grad: print(grad.norm()))
+    with pytest.raises(SelfCheckError) as error:
+        model(data(dist.get_rank(), 0)).sum().backward()
+    return str(error.value)
+
+
+ON_ONE_RANK = refused("Training loops", "Gradient hooks on some ranks only", says="register them on every rank")
+
+
+@ON_ONE_RANK
+def test_hooks_on_one_rank_are_refused(pool: WorkerPool) -> None:
+    first, *others = pool.run(hook_on_one_rank, world_size=4)
+    assert "blocks.0.a.weight" in first
+    for message in [first, *others]:
+        ON_ONE_RANK.check(message)
 
 
 def look_without_adding() -> list[float]:

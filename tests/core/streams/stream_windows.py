@@ -213,7 +213,7 @@ class Window:
         num_replicas = configuration.world_size // configuration.settings.get("shard_size", 2)
 
         def say_used(message: Tensor) -> None:
-            message[: -8 * (num_replicas + 1)] = 1  # then the order of each replica's collectives, and writes
+            message[: -8 * (num_replicas + 2)] = 1  # then the order of each replica's collectives, writes and hooks
 
         peers = say_used if self.peers_used_all else None
         world = (configuration.world_size, configuration.rank)
