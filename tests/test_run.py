@@ -80,7 +80,8 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
     done = run_python(alone, script, "--rows", "8", environment=PATH, timeout=120)
     assert done.returncode == 0, done.stderr[-6000:]
     screen, units = run(tmp_path, script)
-    assert all((unit["PARTITION_REDUCE"], unit["REPLICATION_REDUCE"]) == (6, 2) for unit in units)
+    # Blocks of T5 hand on the position bias of the first one, whose gradient makes a block be reduced once more.
+    assert all(unit["PARTITION_REDUCE"] == 3 * unit["REPLICATION_REDUCE"] in (6, 12) for unit in units)
     ours, theirs = (
         [float(word) for word in text.partition("LOSSES ")[2].partition("\n")[0].split()]
         for text in (screen, done.stdout)
