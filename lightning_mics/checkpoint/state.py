@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import ranks
 from lightning_mics.core._torch import plain_name, tree_leaves, tree_map_only
+from lightning_mics.core._torch import shard_like as shard_like
 from lightning_mics.core.class_names import class_of
 from lightning_mics.errors import CheckpointError
 
@@ -146,13 +147,6 @@ def without_shards(content: dict[str, Any]) -> dict[str, Any]:
         )
     gathered: dict[str, Any] = tree_map_only(DTensor, _gathered, content) if counts[0] else content
     return gathered
-
-
-def shard_like(value: Tensor, param: Tensor) -> Tensor:
-    """Returns this rank's part of a whole tensor, laid out like ``param``; communicates nothing."""
-    if not isinstance(param, DTensor) or value.shape != param.shape:
-        return value
-    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
 def empty_like(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:

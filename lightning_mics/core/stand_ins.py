@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_mics.core._torch import local_tensor
+from lightning_mics.core._torch import local_tensor, shard_like
 from lightning_mics.core.mesh import communication_device
 
 _ELEMENTWISE = (
@@ -227,22 +227,18 @@ class _WholeView(View):
         """Makes a DTensor of this rank's part of what has the parameter's shape."""
         if not isinstance(param, DTensor) or seen.shape != param.shape:
             return seen
-        return _like(param, _shard_of(param, seen).clone())
+        return _like(param, local_tensor(shard_like(seen, param)).clone())
 
     def written(self, tensor: Tensor, seen: Tensor) -> None:
         """Copies this rank's part of a gathered tensor into its shard."""
         if isinstance(tensor, DTensor):
-            local_tensor(tensor).copy_(_shard_of(tensor, seen))
+            local_tensor(tensor).copy_(local_tensor(shard_like(seen, tensor)))
 
 
 def _gathered(tensor: DTensor) -> Tensor:
     local, device = local_tensor(tensor), communication_device(tensor.device_mesh.device_type)
     whole = (tensor if local.device == device else _like(tensor, local.to(device))).full_tensor()
     return whole.to(local.device)
-
-
-def _shard_of(like: DTensor, whole: Tensor) -> Tensor:
-    return local_tensor(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
 
 
 def _like(param: DTensor, local: Tensor) -> DTensor:

@@ -15,7 +15,7 @@ from lightning_mics.core._needs import gone, require
 
 try:
     from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map_only as tree_map_only
 except ImportError as error:
@@ -94,6 +94,13 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         if name in module._buffers
     }
     return {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in passing}
+
+
+def shard_like(value: Tensor, param: Tensor) -> Tensor:
+    """Returns this rank's part of a whole tensor, laid out like ``param``; communicates nothing."""
+    if not isinstance(param, DTensor) or value.shape != param.shape:
+        return value
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
 def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
