@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -176,7 +177,12 @@ def _footer(name: str, settings: LaunchSettings, environment: Mapping[str, str])
         "# Accelerate carries no other settings of MiCS to the processes, and drops keys it does not know. These go",
         f"# through the environment{' of each machine' if settings.num_machines > 1 else ''}, as MICS_ and the name in "
         "capitals:",
-        f"#   {listing([name for name in mics_settings() if name not in LINES])}",
+        *textwrap.wrap(
+            listing([name for name in mics_settings() if name not in LINES]),
+            width=118,
+            initial_indent="#   ",
+            subsequent_indent="#   ",
+        ),
         "# This run is meant to be started with" if environment else "# For example:",
         command(environment or {"MICS_HIERARCHICAL": "false", "MICS_REDUCE_DTYPE": "bf16"}),
     ]
