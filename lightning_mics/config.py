@@ -6,19 +6,19 @@ import dataclasses
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import torch
-import yaml
 
 from lightning_mics._moved import open_door
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.precision import DTYPE_NAMES, supported_precision
-from lightning_mics.text import did_you_mean, parse_quantity
+from lightning_mics.text import did_you_mean, nearest, parse_quantity
 from lightning_mics.topology import ShardSize, check_positive_int
+from lightning_mics.yaml_text import parse_yaml, read_yaml
 
 Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
 _DTYPES: dict[str, torch.dtype] = {
@@ -105,9 +105,9 @@ class MiCSConfig:
                 f"hierarchical={self.hierarchical!r} is not one of 'auto', True, False.", setting="hierarchical"
             )
         if self.cast_forward_inputs != "units":
-            self._check_bool("cast_forward_inputs", "True, False or 'units'")
+            check_switch("cast_forward_inputs", self.cast_forward_inputs, "True, False or 'units'")
         for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify"):
-            self._check_bool(name, "True or False")
+            check_switch(name, getattr(self, name))
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             object.__setattr__(self, name, as_dtype(getattr(self, name), name))
         if self.memory_limit is not None:
@@ -125,12 +125,6 @@ class MiCSConfig:
                 "shard_size='auto' plans the memory of devices, but cpu_offload=True keeps states in that of hosts. "
                 "Give a number or 'node' as shard_size, or use cpu_offload=False.",
                 setting="cpu_offload",
-            )
-
-    def _check_bool(self, name: str, works: str) -> None:
-        if not isinstance(getattr(self, name), bool):
-            raise MiCSConfigError(
-                f"{name}={getattr(self, name)!r} is not a switch. Values that work: {works}.", setting=name
             )
 
     def _check_shard_size(self) -> None:
@@ -195,9 +189,9 @@ class MiCSConfig:
         """Reads a config from a YAML file of ``setting: value`` lines.
 
         Raises:
-            MiCSConfigError: If the file is not a mapping, or a setting in it is wrong.
+            MiCSConfigError: If the file cannot be read, is not a mapping, or a setting in it is wrong.
         """
-        values = yaml.safe_load(Path(path).read_text())
+        values = read_yaml(path, "'shard_size: 8'")
         if values is None:
             values = {}
         if not isinstance(values, Mapping):
@@ -220,13 +214,15 @@ class MiCSConfig:
             **explicit: Settings that override the variables.
 
         Raises:
-            MiCSConfigError: If a value is wrong.
+            MiCSConfigError: If a value is wrong, or a variable looks like one of these and is none.
         """
         environ = os.environ if environ is None else environ
+        variables = {_ENV_PREFIX + name.upper(): name for name in cls.setting_names()}
+        _check_variables(environ, variables)
         found = {
-            name: yaml.safe_load(environ[_ENV_PREFIX + name.upper()])
-            for name in cls.setting_names()
-            if _ENV_PREFIX + name.upper() in environ
+            name: parse_yaml(environ[key], f"{key}={environ[key]!r}", "'8', 'true' or '[Block, Linear]'")
+            for key, name in variables.items()
+            if key in environ
         }
         return cls.from_dict({**(defaults or {}), **found, **explicit})
 
@@ -333,6 +329,15 @@ def takes_settings(init: _Init) -> _Init:
     return spelled_out  # type: ignore[return-value]
 
 
+def _check_variables(environ: Mapping[str, str], known: Collection[str]) -> None:
+    for name in environ:
+        if name.upper().startswith(_ENV_PREFIX) and name not in known:
+            near = nearest(name.upper(), known, 0.75)
+            if near is not None:
+                raise MiCSConfigError(f"The environment has {name}, which is no setting of MiCS. Did you mean {near}?")
+            warnings.warn(f"{name} is no setting of MiCS. Known: {', '.join(known)}.", stacklevel=4)
+
+
 def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCSConfig:
     """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
     if config is not None and not isinstance(config, MiCSConfig):
@@ -343,19 +348,29 @@ def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCS
     return (config or MiCSConfig()).replace(**given)
 
 
+def check_switch(name: str, value: object, works: str = "True or False") -> None:
+    """Checks that a setting is ``True`` or ``False``.
+
+    Raises:
+        MiCSConfigError: If it is neither; words such as ``"no"`` would count as true.
+    """
+    if not isinstance(value, bool):
+        raise MiCSConfigError(f"{name}={value!r} is not a switch. Values that work: {works}.", setting=name)
+
+
 def as_dtype(value: torch.dtype | str | int | None, name: str = "dtype") -> torch.dtype | None:
     """Returns the dtype that a setting means.
 
     Raises:
-        MiCSConfigError: If it is none, or not a floating-point one.
+        MiCSConfigError: If it is none, or one that gradients cannot be gathered and summed in.
     """
     if value is None:
         return None
     dtype = value if isinstance(value, torch.dtype) else _DTYPES.get(str(value).removeprefix("torch."))
-    if dtype is None or not dtype.is_floating_point:
+    if dtype not in _DTYPES.values():
         raise MiCSConfigError(
-            f"{name}={value!r} is not a floating-point dtype. Values that work: None, 'float32', 'bfloat16', "
-            "'float16'.",
+            f"{name}={value!r} is not a floating-point dtype that can be summed. Values that work: None, "
+            f"{', '.join(map(repr, DTYPE_NAMES))}.",
             setting=name,
         )
     return dtype

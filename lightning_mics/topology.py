@@ -6,6 +6,7 @@ that, from the world size and from the shard size. Nothing here touches ``torch.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -286,7 +287,8 @@ _LAUNCHER_VARIABLES = (
 
 def divisors(number: int) -> list[int]:
     """Returns the divisors of ``number`` in ascending order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _as_int(text: str | None) -> int | None:

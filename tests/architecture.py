@@ -29,6 +29,7 @@ LAYERS = (
     ("core", "plan"),
     ("config", "metrics"),
     ("precision", "topology"),
+    ("yaml_text",),
     ("text", "errors", "processes"),
 )
 # Lazy re-exports, moved names and declared doors: they point anywhere, and imports of them count nowhere.

@@ -117,6 +117,50 @@ def test_every_setting_comes_from_dicts_files_and_variables(
     assert MiCSConfig.from_env({}, defaults={name: value}) == MiCSConfig.from_env({}, **{name: value}) == expected
 
 
+UNREADABLE = {
+    "shard_size: 8\nverify: true\nshard_size: 4\n": "'shard_size' is there twice, in lines 1 and 3. Remove one",
+    "wrap: [{a: 1, a: 2}]\n": "'a' is there twice, in line 1",
+    "shard_size: 8\nwrap: [Block\n": "is not YAML here .* to the form 'shard_size: 8'",
+    "shard_size: 2020-13-45\n": "this is not YAML .* should look like 'shard_size: 8'",
+}
+
+
+@pytest.mark.parametrize(("text", "told"), UNREADABLE.items())
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "mics.yaml").write_text(text)
+    with pytest.raises(MiCSConfigError, match=rf"mics\.yaml.*{told}"):
+        MiCSConfig.from_yaml(tmp_path / "mics.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MiCSConfigError, match=r"none\.yaml cannot be read \(No such file"):
+        MiCSConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["MICS_SHARD_SIZ", "mics_shard_size", "MICS_HIERARCHIC", "MICS_VERIFY_EVRY"])
+def test_a_mistyped_variable_is_an_error(name: str) -> None:
+    with pytest.raises(MiCSConfigError, match=rf"{name}, which is no setting.*Did you mean MICS_"):
+        MiCSConfig.from_env({name: "8"})
+
+
+def test_a_variable_of_another_kind_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="MICS_HOME is no setting of MiCS"):
+        assert MiCSConfig.from_env({"MICS_HOME": "/home"}) == MiCSConfig()
+
+
+@pytest.mark.parametrize("value", ["[Block", "{a: 1"])
+def test_a_variable_that_is_not_yaml_is_named(value: str) -> None:
+    with pytest.raises(MiCSConfigError, match=r"MICS_WRAP='.*': this is not YAML"):
+        MiCSConfig.from_env({"MICS_WRAP": value})
+
+
+@pytest.mark.parametrize("setting", ["param_dtype", "reduce_dtype", "output_dtype"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, "float8_e4m3fn", torch.complex64])
+def test_a_dtype_that_nothing_can_be_summed_in_is_refused(setting: str, dtype: Any) -> None:
+    with pytest.raises(MiCSConfigError, match=rf"{setting}=.*Values that work: None, 'float32'"):
+        MiCSConfig(**{setting: dtype})
+
+
 def test_replace_checks_anew() -> None:
     assert MiCSConfig().replace(shard_size=2).shard_size == 2
     with pytest.raises(MiCSConfigError, match="shard_size=0"):

@@ -27,6 +27,7 @@ from lightning_mics.accelerate.launch_settings import (
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean, listing, nearest
 from lightning_mics.topology import check_positive_int
+from lightning_mics.yaml_text import describe_error, read_text
 
 # What Accelerate 1.15 knows; its own lists are asked where it is installed.
 _KNOWN = {
@@ -136,7 +137,9 @@ class LaunchFile:
     @classmethod
     def read(cls, path: Path) -> LaunchFile:
         """Reads a file; notes lines that are there twice, and sections that are none."""
-        file, text = cls(path), _read_text(path)
+        if not path.exists():
+            raise MiCSConfigError(f"{path} does not exist. Write it with: mics config --output {path}")
+        file, text = cls(path), read_text(path, "Give a YAML file such as mics.yaml.")
         try:
             root = yaml.compose(text, yaml.SafeLoader)
             if not isinstance(root, yaml.MappingNode):
@@ -146,7 +149,7 @@ class LaunchFile:
                 )
             file._fill("", root, text.splitlines())
         except yaml.YAMLError as error:
-            raise MiCSConfigError(_describe_yaml_error(path, text, error)) from error
+            raise MiCSConfigError(describe_error(text, str(path), error, "'num_processes: 8'")) from error
         return file
 
     def _fill(self, section: str, node: yaml.MappingNode, lines: list[str]) -> None:
@@ -204,29 +207,6 @@ class LaunchFile:
             found = [f"{self.path} has {len(found)} problems:", *(f"  {text}" for text in found)]
         if found:
             raise MiCSConfigError("\n".join(found))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise MiCSConfigError(f"{path} does not exist. Write it with: mics config --output {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise MiCSConfigError(f"{path} cannot be read ({reason}). Give a YAML file such as mics.yaml.") from error
-
-
-def _describe_yaml_error(path: Path, text: str, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "unreadable"
-    if mark is None:
-        return f"{path}: this is not YAML ({problem}). Lines look like 'num_processes: 8'."
-    lines = text.splitlines()
-    line = f": {lines[mark.line].strip()}" if mark.line < len(lines) else " (the end of the file)"
-    return (
-        f"{path}, line {mark.line + 1}{line} is not YAML here ({problem}). Change it, or the line above, to the form "
-        "'num_processes: 8'."
-    )
 
 
 def _check_keys(file: LaunchFile) -> None:

@@ -209,8 +209,11 @@ def check_launch_file(path: str | os.PathLike[str]) -> LaunchSettings:
     """
     file, settings = read_settings(Path(path))
     if settings is not None:
+        from lightning_mics.config import MiCSConfig
+
         names = ["MICS_" + name.upper() for name in mics_settings()]
         try:
+            MiCSConfig.from_env()
             check_environment(settings, {name: os.environ[name] for name in names if name in os.environ})
         except MiCSConfigError as error:
             file.note(error)

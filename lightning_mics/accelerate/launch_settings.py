@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_mics.config import MiCSConfig
 
 DEFAULT_PORT = 29500
+MOST_PROCESSES = 2**20
 SHARD, REPLICATE = "parallelism_config_dp_shard_size", "parallelism_config_dp_replicate_size"
 
 # Section and key of each setting; the top level is the section "".
@@ -182,6 +183,12 @@ def launch_topology(num_processes: int, num_machines: int = 1, node_size: int | 
     """
     check_positive_int("num_processes", num_processes, 8)
     check_positive_int("num_machines", num_machines, 1)
+    if num_processes > MOST_PROCESSES:
+        raise MiCSConfigError(
+            f"num_processes={num_processes} is more than one launch can start ({MOST_PROCESSES}). Give the number of "
+            "accelerators on all machines, such as num_processes=8.",
+            setting="num_processes",
+        )
     if num_processes % num_machines:
         below = num_processes // num_machines * num_machines
         even = [number for number in (below, below + num_machines) if number]

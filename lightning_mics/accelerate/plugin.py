@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lightning_mics.accelerate.launch_check import check_keys
 from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_variable, replicas_that_work
-from lightning_mics.config import MiCSConfig
+from lightning_mics.config import MiCSConfig, check_switch
 from lightning_mics.errors import MiCSConfigError
 
 _SWITCHES = ("reshard_after_forward", "cpu_offload", "activation_checkpointing")
@@ -64,6 +64,8 @@ class MiCSPlugin(_Settings):
         complete: dict[str, Any] = {name: getattr(config, name) for name in names}
         if self.full_checkpoint is None:
             complete["full_checkpoint"] = os.environ.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT"
+        else:
+            check_switch("full_checkpoint", self.full_checkpoint)
         for name, value in {**complete, "config": config}.items():
             object.__setattr__(self, name, value)
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_mics.bench.contenders import parse_contender
 from lightning_mics.bench.records import DEVICES, LOOPBACK, Case, Contender
 from lightning_mics.bench.spec import ClusterSpec, parse_rate
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.yaml_text import parse_yaml
 
 _FOLDER = "definitions"
 
@@ -197,10 +196,7 @@ def load_experiment(name_or_path: str) -> Experiment:
         raise MiCSConfigError(
             f"{name_or_path!r} is neither an experiment of ours nor a file. Ours: {', '.join(built_in_names())}."
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MiCSConfigError(f"{name_or_path} is not YAML: {error}") from error
+    values = parse_yaml(text, name_or_path, "'nodes: [2, 4]'")
     return parse_experiment(values, default_name=path.stem)
 
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor, nn
 
-from lightning_mics.config import MiCSConfig
+from lightning_mics.config import MiCSConfig, check_switch
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.groups import backend_for, check_backends, end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
@@ -25,6 +25,25 @@ from lightning_mics.topology import ClusterTopology, GroupLayout
 
 if TYPE_CHECKING:
     from lightning_mics.auto import Sample
+
+
+def check_arguments(save_distributed_checkpoint: object, backend: object, timeout: object) -> None:
+    """Checks a strategy's own arguments.
+
+    Raises:
+        MiCSConfigError: If one has the wrong type.
+    """
+    check_switch("save_distributed_checkpoint", save_distributed_checkpoint)
+    if backend is not None and not isinstance(backend, str):
+        raise MiCSConfigError(
+            f"process_group_backend={backend!r} is not the name of a backend. Values that work: None, 'nccl' or 'gloo'."
+        )
+    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+        is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
+        raise MiCSConfigError(
+            f"timeout={timeout!r} is not a length of time. Try timeout=timedelta(seconds="
+            f"{timeout if is_number else 1800}), of Python's datetime."
+        )
 
 
 def plan_topology(config: MiCSConfig, num_nodes: int, ranks_per_node: int) -> ClusterTopology:

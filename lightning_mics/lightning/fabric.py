@@ -71,6 +71,7 @@ class MiCSStrategy(ParallelStrategy):
         **settings: Unpack[Settings],
     ) -> None:
         self.config = build_config(config, settings)
+        common.check_arguments(save_distributed_checkpoint, process_group_backend, timeout)
         super().__init__()
         self._num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint

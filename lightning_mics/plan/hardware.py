@@ -19,6 +19,7 @@ import yaml
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import parse_quantity
 from lightning_mics.topology import ClusterTopology, check_positive_int
+from lightning_mics.yaml_text import read_yaml
 
 _SECTIONS = ("accelerators", "networks", "fabrics", "instances")
 _CATALOGUE = "catalogue.yaml"
@@ -213,14 +214,7 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise MiCSConfigError(f"{path}: the file cannot be read ({error}).") from error
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second for dates such as 2020-13-45
-        raise MiCSConfigError(f"{path} is not YAML: {error}") from error
+    values = read_yaml(path, "'instance: p4d.24xlarge'")
     if not isinstance(values, dict):
         raise MiCSConfigError(f"{path} must hold lines like 'instance: p4d.24xlarge', not {values!r}.")
     return values

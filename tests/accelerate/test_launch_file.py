@@ -472,6 +472,8 @@ WRONG = [
     ("version: 2", "version: 2\n  hierarchical: auto", "line 12:", "environment variable", "MICS_HIERARCHICAL=auto"),
     ("use_cpu: false", "mics_config:\n  shard_size: 2", "line 9: mics_config:", "MICS_HIERARCHICAL=false"),
     ("use_cpu: false", "num_processes: 8", "line 9: num_processes: 8 is there twice, in line 4 too."),
+    ("num_processes: 8", "num_processes: 4000000000", "line 4: num_processes: 4000000000 is more than one launch"),
+    ("num_processes: 8", f"num_processes: {10**30}", "line 4: num_processes: 1000", "num_processes: 8."),
     # not a launch file
     (GOOD, "", "mics.yaml holds no settings", "mics config"),
     (GOOD, "- 1\n- 2\n", "mics.yaml holds no settings", "mics config"),
@@ -518,6 +520,9 @@ def test_variables_that_contradict_the_file_are_refused(file: Path, monkeypatch:
         file, GOOD
     )
     monkeypatch.delenv("MICS_SHARD_SIZE")
+    monkeypatch.setenv("MICS_SHARD_SIZ", "4")
+    assert "MICS_SHARD_SIZ, which is no setting of MiCS. Did you mean MICS_SHARD_SIZE?" in problem(file, GOOD)
+    monkeypatch.delenv("MICS_SHARD_SIZ")
     monkeypatch.setenv("MICS_NODE_SIZE", "3")
     assert "MICS_NODE_SIZE=3 does not divide the world of 8 ranks" in problem(file, GOOD)
     assert problem(file, GOOD).endswith("Values that work: 1, 2, 4, 8.")

@@ -18,6 +18,7 @@ from settings_tools import OTHER_VALUES, other_settings
 
 from lightning_mics import MiCSConfig, MiCSStrategy
 from lightning_mics.config import Settings
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.lightning import common
 
@@ -55,6 +56,21 @@ def test_a_wrong_name_suggests_the_nearest(strategy: Any) -> None:
         strategy(shardsize=8)
     with pytest.raises(TypeError, match=r"Did you mean 'timeout'\?"):
         strategy(time_out=8)
+
+
+WRONG = [
+    ({"save_distributed_checkpoint": "no"}, "save_distributed_checkpoint='no' is not a switch"),
+    ({"timeout": 30}, r"timeout=30 is not a length of time\. Try timeout=timedelta\(seconds=30\)"),
+    ({"timeout": timedelta(0)}, r"Try timeout=timedelta\(seconds=1800\)"),
+    ({"process_group_backend": 8}, "process_group_backend=8 is not the name of a backend"),
+]
+
+
+@both
+@pytest.mark.parametrize(("arguments", "told"), WRONG)
+def test_a_wrong_argument_is_refused_where_it_is_given(strategy: Any, arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(MiCSConfigError, match=told):
+        strategy(**arguments)
 
 
 @both
