@@ -20,7 +20,7 @@ from lightning_mics.text import did_you_mean, nearest, parse_quantity
 from lightning_mics.topology import ShardSize, check_positive_int
 from lightning_mics.yaml_text import parse_yaml, read_yaml
 
-Wrap = str | type[torch.nn.Module] | Sequence[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
+Wrap = str | type[torch.nn.Module] | Collection[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
 _DTYPES: dict[str, torch.dtype] = {
     alias: getattr(torch, name) for name, aliases in DTYPE_NAMES.items() for alias in (name, *aliases)
 }
@@ -50,7 +50,7 @@ class MiCSConfig:
         hierarchical: Whether collectives of a partition that spans nodes run in two stages, across nodes and inside
             them. ``"auto"`` measures at set-up which messages that makes faster on this cluster.
         wrap: What becomes an FSDP unit (parameters that are gathered together): ``"auto"``, one or several module
-            classes or class names, or a function that takes a module and returns whether it is a unit.
+            classes or class names (any collection), or a function that takes a module and returns whether it is a unit.
         ignore: Parameters that stay whole on every rank, beside those that cannot be sharded (scalars): names, patterns
             such as ``"*.bias"``, names or classes of modules, parameters or modules themselves, one or a collection of
             these; or a function of a module, or of a parameter's name and the parameter.
@@ -140,16 +140,19 @@ class MiCSConfig:
 
     def _check_wrap(self) -> None:
         entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
-        if isinstance(entries, Sequence) and entries:
+        if isinstance(entries, Collection) and not isinstance(entries, Mapping) and entries:
             for entry in entries:
                 is_class = isinstance(entry, type) and issubclass(entry, torch.nn.Module)
                 if not (isinstance(entry, str) or is_class or (callable(entry) and not isinstance(entry, type))):
                     break
             else:
+                if not isinstance(entries, Sequence):  # ranks must go through it in the same order
+                    by_name = sorted(entries, key=lambda entry: getattr(entry, "__qualname__", str(entry)))
+                    object.__setattr__(self, "wrap", tuple(by_name))
                 return
         raise MiCSConfigError(
-            f"wrap={self.wrap!r} is not usable. Values that work: 'auto', a module class, a class name, a list of "
-            "those, or a function that takes a module and returns True for a unit.",
+            f"wrap={self.wrap!r} is not usable. Values that work: 'auto', a module class, a class name, a list or "
+            "set of those, or a function that takes a module and returns True for a unit.",
             setting="wrap",
         )
 

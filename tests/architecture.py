@@ -22,6 +22,7 @@ LAYERS = (
     ("cli", "__main__", "testing"),
     ("bench", "demo", "deepspeed"),
     ("lightning", "fabric", "accelerate", "transformers", "run"),
+    ("familiar",),
     ("sharding",),
     ("auto",),
     ("trace",),

@@ -17,7 +17,9 @@ from lightning_mics.accelerate.launch_check import check_keys
 from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_variable, replicas_that_work
 from lightning_mics.config import MiCSConfig, check_switch
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.familiar import takes_familiar_names
 
+_Plugin = typing.TypeVar("_Plugin")
 _SWITCHES = ("reshard_after_forward", "cpu_offload", "activation_checkpointing")
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ else:
     )
 
 
+def _with_familiar_names(plugin: type[_Plugin]) -> type[_Plugin]:
+    plugin.__init__ = takes_familiar_names(plugin.__init__)  # type: ignore[method-assign]
+    return plugin
+
+
+@_with_familiar_names
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class MiCSPlugin(_Settings):
     """How :class:`MiCSAccelerator` shards, gathers and synchronises.

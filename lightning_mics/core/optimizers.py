@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,8 @@ def as_optimizers(optimizer: Any) -> list[Any]:
     Raises:
         MiCSConfigError: If something else is among them.
     """
-    entries = list(optimizer) if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    several = isinstance(optimizer, Collection) and not isinstance(optimizer, str | Mapping)
+    entries = list(optimizer) if several else [] if optimizer is None else [optimizer]
     for entry in entries:
         is_class = isinstance(entry, type) and issubclass(entry, Optimizer)
         if not (isinstance(entry, Optimizer | str) or is_class):

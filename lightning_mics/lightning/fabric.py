@@ -32,6 +32,7 @@ from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import is_sharded, own_runtime, register_forward_method, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
+from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
@@ -60,6 +61,7 @@ class MiCSStrategy(ParallelStrategy):
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
     """
 
+    @takes_familiar_names
     @takes_settings
     def __init__(
         self,

@@ -37,6 +37,7 @@ from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
 from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
@@ -72,6 +73,7 @@ class MiCSStrategy(ParallelStrategy):
 
     strategy_name = "mics"
 
+    @takes_familiar_names
     @takes_settings
     def __init__(
         self,
