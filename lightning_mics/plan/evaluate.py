@@ -61,6 +61,11 @@ class Plan:
         """Bytes that leave a node in an optimizer step."""
         return sum(traffic.inter_bytes for traffic in self.traffic.values())
 
+    @property
+    def partition_inter_bytes(self) -> int:
+        """Bytes of partition groups' collectives that leave a node in an optimizer step: those of every microstep."""
+        return self.inter_bytes - self.traffic[Hop.REPLICATION_REDUCE].inter_bytes
+
 
 def evaluate(
     profile: ModelProfile,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +19,10 @@ from lightning_mics.text import format_bytes
 
 # Kept free for activations where nothing is known of them.
 UNKNOWN_ACTIVATIONS = 0.2
+# The median error of predicted step times (docs/results/planner-step-time.md): plans that differ by less are as fast as
+# each other for all that is known.
+ERROR = 0.03
+RANKINGS = ("advice", "throughput")
 _MOST_NODES = 4096
 
 
@@ -57,6 +63,9 @@ class Choices:
         activation_checkpointing: The same for recomputing blocks in the backward pass.
         reshard_after_forward: The same for freeing blocks after the forward pass.
         memory_limit: Bytes that a rank has; by default those of the accelerator.
+        ranking: Among plans whose step times differ by less than the error of the prediction, ``"advice"`` puts those
+            first that send the fewest bytes out of a node (in every microstep, then in the step), then small
+            partitions, then free memory. ``"throughput"`` goes by predicted throughput alone.
     """
 
     batches: Sequence[tuple[int, int]]
@@ -65,6 +74,11 @@ class Choices:
     activation_checkpointing: bool | None = None
     reshard_after_forward: bool | None = None
     memory_limit: float | None = None
+    ranking: str = "advice"
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise MiCSConfigError(f"ranking={self.ranking!r} is unknown. Values that work: 'advice', 'throughput'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +90,7 @@ class Planning:
         cluster: The hardware.
         training: Dtypes and the optimizer.
         choices: What the search could vary.
-        plans: What fits, the fastest first.
+        plans: What fits, the best first.
         misfits: What does not fit, the closest first.
         contenders: Other ways to train with the batch of the best plan, whether they fit or not.
     """
@@ -98,13 +112,23 @@ class Planning:
 
     @property
     def best(self) -> Plan:
-        """The fastest plan.
+        """The plan to take: the first in the ranking.
 
         Raises:
             MiCSConfigError: If none fits: with the closest one, and what would make it fit.
         """
         self._require()
         return self.plans[0]
+
+    @property
+    def fastest(self) -> Plan:
+        """The plan of the highest predicted throughput.
+
+        Raises:
+            MiCSConfigError: If none fits.
+        """
+        self._require()
+        return min(self.plans, key=by_throughput)
 
     @property
     def smallest(self) -> Plan:
@@ -142,11 +166,52 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
             misfits.append(Misfit(candidate=candidate, memory=memory, memory_limit=limit))
             continue
         plans.append(evaluate(profile, cluster, candidate, training, memory=memory, memory_limit=limit))
-    # Among plans of the same speed, small partitions and simple settings come first.
-    plans.sort(key=lambda plan: (-float(f"{plan.samples_per_second:.3g}"), _simplicity(plan.candidate)))
+    plans.sort(key=by_throughput)
+    plans = plans if choices.ranking == "throughput" else _advised(plans)
     misfits.sort(key=lambda misfit: misfit.memory.total)
     contenders = _contenders(profile, cluster, training, plans[0], limit) if plans else []
     return replace(planning, plans=plans, misfits=misfits, contenders=contenders)
+
+
+def by_throughput(plan: Plan) -> tuple[float, tuple[int, bool, bool, bool, int]]:
+    """Sorts plans by throughput; among those of the same speed, small partitions and simple settings come first."""
+    return -float(f"{plan.samples_per_second:.3g}"), _simplicity(plan.candidate)
+
+
+def _advised(plans: Sequence[Plan]) -> list[Plan]:
+    """Returns plans, sorted by throughput, in the order in which they are advised."""
+    left, ranked = list(plans), []
+    while left:
+        chosen = _advice(left)
+        left.remove(chosen)
+        ranked.append(chosen)
+    return ranked
+
+
+def _advice(plans: Sequence[Plan]) -> Plan:
+    """Returns the plan to take of some that are sorted by throughput."""
+    chosen = min(_as_fast_as(plans[0], plans), key=_cost_of_advice)
+    # One that is smaller, sends less and is as fast as the chosen one may be a little slower than the fastest.
+    while True:
+        better = [plan for plan in _as_fast_as(chosen, plans) if _is_modest(plan, chosen)]
+        if not better:
+            return chosen
+        chosen = min(better, key=_cost_of_advice)
+
+
+def _as_fast_as(plan: Plan, plans: Sequence[Plan]) -> list[Plan]:
+    return [other for other in plans if other.samples_per_second * (1 + ERROR) >= plan.samples_per_second]
+
+
+def _is_modest(plan: Plan, other: Plan) -> bool:
+    smaller = plan.candidate.shard_size < other.candidate.shard_size
+    return smaller and plan.inter_bytes / plan.global_batch < other.inter_bytes / other.global_batch
+
+
+def _cost_of_advice(plan: Plan) -> tuple[Any, ...]:
+    # What partition groups send must hide behind each microstep, hop two behind the last one only.
+    sent = [float(f"{count / plan.global_batch:.3g}") for count in (plan.partition_inter_bytes, plan.inter_bytes)]
+    return *sent, plan.candidate.shard_size, plan.memory.total, _simplicity(plan.candidate)
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int]:
@@ -198,6 +263,36 @@ def _contenders(profile: ModelProfile, cluster: Cluster, training: Training, bes
     return [evaluate(profile, cluster, other, training, memory_limit=limit) for other in others]
 
 
+def explain_advice(planning: Planning) -> str | None:
+    """Says why the plan that is advised is not the fastest; ``None`` if it is."""
+    best, fastest = planning.best, planning.fastest
+    if best.candidate == fastest.candidate:
+        return None
+    slower = fastest.samples_per_second / best.samples_per_second - 1
+    ours, theirs = best.candidate, fastest.candidate
+    words = [f"p={ours.shard_size}", f"p={theirs.shard_size}"]
+    if ours.shard_size == theirs.shard_size:
+        words = [describe(ours), describe(theirs)]
+    return (
+        f"{words[0]} is within {max(1, math.ceil(100 * slower))}% of the fastest, {words[1]}{_gains(best, fastest)}. "
+        f"Predictions are no better than {ERROR:.0%}; --rank throughput goes by speed alone."
+    )
+
+
+def _gains(best: Plan, fastest: Plan) -> str:
+    gains = []
+    ours, theirs = (plan.inter_bytes / plan.global_batch for plan in (best, fastest))
+    if ours < 0.995 * theirs:
+        gains.append("sends " + ("nothing" if not ours else f"{ours / theirs:.0%} as much") + " out of a node")
+    if fastest.partition_inter_bytes and not best.partition_inter_bytes:
+        gains.append("keeps gathers and reduce-scatters inside the node")
+    if best.memory.total < 0.995 * fastest.memory.total:
+        gains.append(f"leaves {format_bytes(fastest.memory.total - best.memory.total)} more memory free")
+    if not gains and best.candidate.shard_size < fastest.candidate.shard_size:
+        gains.append("needs fewer ranks together")
+    return f"; it {' and '.join(gains)}" if gains else ""
+
+
 def explain_misfit(planning: Planning) -> str:
     """Says that nothing fits: how close the closest candidate comes, and what would make it fit."""
     if not planning.misfits:
@@ -217,7 +312,19 @@ def explain_misfit(planning: Planning) -> str:
 def describe(candidate: Candidate) -> str:
     """Returns a candidate in words, for example ``"p=8 with micro-batches of 2"``."""
     words = f"p={candidate.shard_size} with micro-batches of {candidate.micro_batch}"
-    return words + (" and activation checkpointing" if candidate.activation_checkpointing else "")
+    words += " and activation checkpointing" if candidate.activation_checkpointing else ""
+    return words + ("" if candidate.reshard_after_forward else " and blocks kept gathered")
+
+
+def largest_micro_batch(planning: Planning, candidate: Candidate) -> int:
+    """Returns the largest micro-batch, up to a candidate's own, with which it fits; 0 if none does."""
+
+    def needed(size: int) -> float:
+        other = replace(candidate, micro_batch=size)
+        return predict_memory(planning.profile, other, planning.training, planning.cluster.node.accelerator).total
+
+    sizes = range(1, candidate.micro_batch + 1)
+    return bisect.bisect_right(sizes, planning.memory_limit, key=needed)
 
 
 def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
@@ -226,9 +333,9 @@ def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     alternatives: list[dict[str, dict[str, Any]]] = [{}, {}, {}]
     if not candidate.activation_checkpointing:
         alternatives[0]["activation_checkpointing=True"] = {"activation_checkpointing": True}
-    size, nodes = candidate.micro_batch, cluster.num_nodes
-    while size > 1:
-        size //= 2
+    nodes = cluster.num_nodes
+    size = largest_micro_batch(planning, candidate)
+    if size:
         alternatives[1][f"micro-batches of {size}"] = {"micro_batch": size}
     while nodes < _MOST_NODES:
         nodes *= 2

@@ -36,6 +36,7 @@ def plan(
     activation_checkpointing: bool | None = None,
     reshard_after_forward: bool | None = None,
     memory_limit: float | None = None,
+    ranking: str = "advice",
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -58,6 +59,7 @@ def plan(
         activation_checkpointing: Fixes whether blocks are computed again in the backward pass.
         reshard_after_forward: Fixes whether blocks are freed after the forward pass.
         memory_limit: Bytes that a rank may use; by default the accelerator's memory.
+        ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -89,6 +91,7 @@ def plan(
         activation_checkpointing=activation_checkpointing,
         reshard_after_forward=reshard_after_forward,
         memory_limit=memory_limit,
+        ranking=ranking,
     )
     profile = profile_of(model, sample, sequence_length, training.param_dtype, hardware.node.accelerator.device_type)
     if profile.trainable_numel == 0:

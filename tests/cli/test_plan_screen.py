@@ -87,7 +87,7 @@ def test_everything_is_there_in_80_columns():
         "2 nodes x 4 test",
         "(assumed: the longest that the model takes; --sequence)",
         "32 samples in an optimizer step",
-        "What fits, the fastest first",
+        "What fits, the best first",
         "Memory of a rank: ",
         "What a node sends in an optimizer step",
         "Timeline of the last of",
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_explained_by_partition():
     closest = min(misfit.memory.total for misfit in planning.misfits if misfit.candidate.shard_size == 1)
     limit = planning.misfits[0].memory_limit
     row = next(line for line in text.partition("What does not fit")[2].splitlines() if line.startswith("1 "))
-    assert f"needs {closest / GIB:.1f} GiB of {limit / GIB:.1f} GiB" in row and "0 of 2" in row
+    assert f"{(closest - limit) / GIB:.1f} GiB too much (micro-batches of 1)" in row and "0 of 2" in row
     assert "does not fit" in next(line for line in text.splitlines() if line.startswith("DDP"))
 
 

@@ -7,7 +7,9 @@ from plan_examples import GIB, make_cluster, make_profile
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.plan.evaluate import evaluate, predict_traffic
-from lightning_mics.plan.search import Choices, search
+from lightning_mics.plan.hardware import Link
+from lightning_mics.plan.memory import predict_memory
+from lightning_mics.plan.search import ERROR, Choices, explain_advice, largest_micro_batch, search
 from lightning_mics.plan.settings import Candidate, Training
 
 TRAINING = Training(param_dtype="bfloat16", optimizer="AdamW")
@@ -48,8 +50,77 @@ def test_misfits_say_what_they_need():
 
 
 def test_plans_are_ranked_by_speed():
-    speeds = [plan.samples_per_second for plan in find(activation_checkpointing=None, hierarchical=None).plans]
+    found = find(activation_checkpointing=None, hierarchical=None, ranking="throughput")
+    speeds = [plan.samples_per_second for plan in found.plans]
     assert all(before >= after * 0.995 for before, after in itertools.pairwise(speeds))
+    assert found.best == found.fastest and explain_advice(found) is None
+    with pytest.raises(MiCSConfigError, match="ranking='fast' is unknown"):
+        find(ranking="fast")
+
+
+LINKS = [Link(bandwidth=bandwidth, efficiency=0.5, latency=1e-5) for bandwidth in (1e9, 20e9, 400e9)]
+
+
+@pytest.mark.parametrize("inter", LINKS, ids=["slow", "medium", "fast"])
+@pytest.mark.parametrize("batches", [[(1, 8), (2, 4), (8, 1)], [(1, 1)]], ids=["accumulated", "at once"])
+@pytest.mark.parametrize("layers", [2, 24])
+def test_nothing_is_advised_over_what_is_smaller_sends_less_and_is_as_fast(inter, batches, layers):
+    found = find(
+        profile=make_profile(layers=layers, width=1024),
+        cluster=make_cluster(4, 4, inter=inter),
+        batches=batches,
+        activation_checkpointing=None,
+        hierarchical=None,
+        reshard_after_forward=None,
+    )
+    best, fastest = found.best, found.fastest
+    for plan in found.plans:
+        as_fast = plan.samples_per_second * (1 + ERROR) >= best.samples_per_second
+        sends_less = plan.inter_bytes < best.inter_bytes * 0.99
+        assert not (as_fast and sends_less and plan.candidate.shard_size < best.candidate.shard_size), plan
+        equal = plan.samples_per_second * (1 + ERROR) >= fastest.samples_per_second
+        assert not equal or plan.partition_inter_bytes >= best.partition_inter_bytes * 0.99
+    assert sorted(map(repr, found.plans)) == sorted(map(repr, find_by_speed(found).plans))
+
+
+def find_by_speed(found):
+    choices = dataclasses.replace(found.choices, ranking="throughput")
+    return search(found.profile, found.cluster, found.training, choices)
+
+
+def test_the_advice_says_what_it_costs_and_what_it_wins():
+    # With fast links, a partition over nodes is a little faster where nothing is accumulated.
+    found = find(
+        profile=make_profile(layers=24, width=1024),
+        cluster=make_cluster(4, 4, inter=LINKS[2]),
+        batches=[(4, 1)],
+        reshard_after_forward=None,
+    )
+    best, fastest = found.best.candidate, found.fastest.candidate
+    assert best.shard_size <= 4 and best != fastest
+    told = explain_advice(found)
+    assert "is within 1% of the fastest, " in told or "% of the fastest" in told
+    assert f"no better than {ERROR:.0%}; --rank throughput" in told
+
+
+def test_the_largest_micro_batch_that_fits_is_found():
+    profile = make_profile(layers=8, width=2048, saved=100e6)
+    found = find(profile=profile, batches=[(16, 1)], shard_sizes=[8], limit=12 * GIB)
+    candidate = found.misfits[0].candidate
+    size = largest_micro_batch(found, candidate)
+    assert 1 < size < 16 and size & (size - 1)  # no power of two
+
+    def needed(micro_batch):
+        return predict_memory(
+            profile,
+            dataclasses.replace(candidate, micro_batch=micro_batch),
+            TRAINING,
+            found.cluster.node.accelerator,
+        ).total
+
+    assert needed(size) <= 12 * GIB < needed(size + 1)
+    with pytest.raises(MiCSConfigError, match=f"micro-batches of {size} "):
+        _ = found.best
 
 
 def test_settings_that_change_nothing_are_not_tried():

@@ -67,6 +67,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--top", type=int, default=10, metavar="N", help="rows of the ranked table (default: %(default)s)")
+    about = "advice: among plans that are as fast as can be told, the one that sends least out of a node (default)"
+    add("--rank", choices=("advice", "throughput"), default="advice", help=about)
     add("--plot", type=Path, metavar="PATH", help="draw figures: one PNG or SVG file, or a folder of PNG files")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything as JSON, into a file or alone on the screen")
     add("--events", action="store_true", help="put the events of a step into the JSON, too")
@@ -78,7 +80,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="write the fastest plan (default: mics.yaml); may be repeated",
+        help="write the best plan (default: mics.yaml); may be repeated",
     )
     add(
         "--format",

@@ -57,6 +57,7 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         activation_checkpointing=options.activation_checkpointing,
         reshard_after_forward=options.reshard_after_forward,
         memory_limit=None if limit is None else as_bytes(limit, "--memory-limit"),
+        ranking=options.rank,
     )
 
 

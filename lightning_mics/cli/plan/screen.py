@@ -15,7 +15,7 @@ from lightning_mics.cli.plan.page import Page, format_count, format_duration, fo
 from lightning_mics.cli.plan.write import accelerate_code, trainer_code
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
-from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Misfit, Planning
+from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Misfit, Planning, explain_advice, largest_micro_batch
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.text import format_bytes, format_number
 
@@ -102,7 +102,8 @@ def _batch(planning: Planning, assumed: bool) -> str:
 
 
 def _print_ranking(planning: Planning, page: Page, top: int) -> None:
-    page.heading("What fits, the fastest first")
+    by_speed = planning.choices.ranking == "throughput"
+    page.heading(f"What fits, the {'fastest' if by_speed else 'best'} first")
     rows = [[str(rank), *_ranked(plan, planning)] for rank, plan in enumerate(planning.plans[:top], start=1)]
     names = ["#", "p", "sta-\nges", "micro-\nbatch", "recom-\npute", "re-\nshard"]
     names += [f"GiB of\n{_gib(planning.memory_limit)}", "step\ns", "sam-\nples/s"]
@@ -114,6 +115,9 @@ def _print_ranking(planning: Planning, page: Page, top: int) -> None:
         "of a rank x microsteps. Reshard: blocks are freed after the forward pass. Waits: exposed communication."
         + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
     )
+    advice = explain_advice(planning)
+    if advice is not None:
+        page.say(advice)
 
 
 def _ranked(plan: Plan, planning: Planning) -> list[str]:
@@ -144,8 +148,11 @@ def _print_misfits(planning: Planning, page: Page) -> None:
     rows = []
     for size, group in sorted(misfits.items()):
         fits, closest = len(fitting[size]), group[0]
-        needed, limit = format_bytes(closest.memory.total), format_bytes(closest.memory_limit)
-        why = f"needs {needed} of {limit} ({_settings(closest.candidate)})"
+        missing = format_bytes(closest.memory.total - closest.memory_limit)
+        why = f"{missing} too much ({_settings(closest.candidate)})"
+        micro_batch = largest_micro_batch(planning, closest.candidate)
+        if micro_batch:
+            why += f"; micro-batches of {micro_batch} fit"
         rows.append([str(size), f"{fits} of {fits + len(group)}", why])
     page.table(["p", "settings\nthat fit", "the closest of the others"], rows, words=3)
 
@@ -169,7 +176,8 @@ def _settings(candidate: Candidate) -> str:
 
 def _print_best(planning: Planning, page: Page) -> None:
     best = planning.best
-    page.heading(f"The fastest: {best.candidate.label}, {_settings(best.candidate)}")
+    which = "fastest" if best is planning.fastest else "best"
+    page.heading(f"The {which}: {best.candidate.label}, {_settings(best.candidate)}")
     page.lines("\n".join(layout_lines(best.candidate.layout(planning.cluster.topology), page.width)))
     _print_memory(best, page)
     _print_traffic(planning, page)
