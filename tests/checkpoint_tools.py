@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +51,14 @@ def save_new(path: str, seed: int, sharded: bool = True) -> dict[str, Tensor]:
     return everything(model, optimizer)
 
 
-def load_anew(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_anew(path: str, weights_only: bool | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, optimizer = trained(seed=50, steps=0)
-    meta = load_checkpoint(path, model, optimizer)
+    meta = load_checkpoint(path, model, optimizer, weights_only=weights_only)
     return everything(model, optimizer), meta
+
+
+def make_old(path: Path) -> None:
+    """Turns a checkpoint into one of the first version."""
+    content = json.loads((path / "mics.json").read_text())
+    old = {"format": 1, **{name: content[name] for name in ("world_size", "model", "files")}}
+    (path / "mics.json").write_text(json.dumps(old))

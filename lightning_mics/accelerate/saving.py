@@ -84,6 +84,7 @@ def load_state(
         hook(models, str(folder))
     inner = [_inner(optimizer) for optimizer in accelerator._optimizers]
     meta: dict[str, Any] = {}
+    weights_only = (load_kwargs or {}).get("weights_only")
     for index, model in enumerate(accelerator._models):
         optimizers = {
             f"optimizer_{place}": optimizer
@@ -92,7 +93,7 @@ def load_state(
         }
         # A hook that has loaded a model takes it off the list; its optimizer is still ours to load.
         key = _model_key(index) if model in models else None
-        meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=False)
+        meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=weights_only)
     if "accelerate" in meta:
         _read_rest(accelerator, folder, load_kwargs)
         accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_mics.checkpoint import files
-from lightning_mics.checkpoint.load import read, read_file
+from lightning_mics.checkpoint.load import read, read_file, read_meta
+from lightning_mics.checkpoint.trust import is_trusted
 from lightning_mics.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -30,6 +31,7 @@ def consolidate(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    weights_only: bool | None = None,
 ) -> Path:
     """Turns a checkpoint into one file or a Hugging Face folder.
 
@@ -42,6 +44,7 @@ def consolidate(
         destination: What to write.
         force: Whether to replace what is there.
         progress: Told the bytes checked and read so far, and how many there will be.
+        weights_only: ``False`` trusts the checkpoint; see :func:`load_checkpoint`.
 
     Returns:
         The file or folder that was written.
@@ -57,7 +60,9 @@ def consolidate(
     kind = files.find_kind(source)
     everything = ending in _FILE_ENDINGS
     content = (
-        _read_full(source) if kind == "full" else _read_sharded(source, everything, _meta_for(everything), progress)
+        _read_full(source, weights_only)
+        if kind == "full"
+        else _read_sharded(source, everything, _meta_for(everything, weights_only), progress, is_trusted(weights_only))
     )
     _weights(content)
     temporary = files.temporary_name(destination)
@@ -73,6 +78,7 @@ def consolidate(
         ) from error
     finally:
         files.delete(temporary)
+        files.release(temporary)
     return destination
 
 
@@ -121,18 +127,23 @@ def read_weights(source: str | os.PathLike[str], *, weights_only: bool | None = 
         CheckpointError: If it is missing, damaged, or holds objects that ``weights_only`` forbids.
     """
     files.find_kind(Path(source))
-    return _read_sharded(Path(source), False, lambda path: read_file(path / files.META, weights_only), None)
+    trusted = is_trusted(weights_only)
+    return _read_sharded(Path(source), False, lambda path: read_meta(path, weights_only), None, trusted)
 
 
-def _read_full(source: Path) -> dict[str, Any]:
+def _read_full(source: Path, weights_only: bool | None) -> dict[str, Any]:
     files.check_content(source, "full")
-    return read_file(source, weights_only=False)
+    return read_file(source, weights_only)
 
 
 def _read_sharded(
-    source: Path, everything: bool, read_meta: Callable[[Path], dict[str, Any]], progress: Progress | None
+    source: Path,
+    everything: bool,
+    read_rest: Callable[[Path], dict[str, Any]],
+    progress: Progress | None,
+    trusted: bool,
 ) -> dict[str, Any]:
-    total, done = 2 * files.total_bytes(source), 0
+    total, done = 2 * files.total_bytes(source, trusted=trusted), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -140,8 +151,8 @@ def _read_sharded(
         if progress is not None:
             progress(done, total)
 
-    files.check_content(source, "sharded", progress=advance)  # before anything is unpickled
-    metadata, meta = files.read_metadata(source), read_meta(source)
+    files.check_content(source, "sharded", progress=advance, trusted=trusted)  # before anything is unpickled
+    metadata, meta = files.read_metadata(source), read_rest(source)
     wanted = [
         name for name in metadata.state_dict_metadata if everything or not _is_optimizer(_top(metadata, name), metadata)
     ]
@@ -159,15 +170,16 @@ def _read_sharded(
     return {**meta, **_as_lightning(_lists(nested))}
 
 
-def _meta_for(everything: bool) -> Callable[[Path], dict[str, Any]]:
+def _meta_for(everything: bool, weights_only: bool | None) -> Callable[[Path], dict[str, Any]]:
     """Returns what reads the part beside the tensors; only for everything it needs the classes of the script."""
 
-    def read_meta(source: Path) -> dict[str, Any]:
-        if everything or not (source / files.MANIFEST).is_file():
-            return read_file(source / files.META, weights_only=False)
-        return {"mics": files.manifest_model(source)}
+    def read_rest(source: Path) -> dict[str, Any]:
+        manifest = files.read_manifest(source, trusted=is_trusted(weights_only))
+        if everything or manifest is None:
+            return read_meta(source, weights_only)
+        return {"mics": dict(manifest.model)}
 
-    return read_meta
+    return read_rest
 
 
 def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:

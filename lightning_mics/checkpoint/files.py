@@ -3,14 +3,14 @@
 While a checkpoint ``NAME`` is written, its data lie in a hidden sibling ``.NAME.mics-incomplete-OWNER``. Only the last
 step, a rename, gives it its name; an earlier checkpoint of that name is exchanged for it in the same step where the
 file system can, and otherwise set aside as ``.NAME.mics-replaced-OWNER`` for the instant between two renames. The owner
-is the process that writes, so that others can tell a save that is running from one that crashed.
+is one save of one process, so that others, in that process too, can tell a save that is running from one that crashed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import json
+import itertools
 import os
 import re
 import shutil
@@ -18,7 +18,7 @@ import socket
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +26,14 @@ from typing import Any, Literal
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
+from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest, parse
 from lightning_mics.errors import CheckpointError
 
-MANIFEST, META, INDEX = "mics.json", "meta.pt", ".metadata"
-_FORMAT = 1
+META, INDEX = "meta.pt", ".metadata"
 _INCOMPLETE, _REPLACED = ".mics-incomplete-", ".mics-replaced-"
 _STALE_SECONDS = 3600.0
+# How long the two renames of a save on another machine may take, and how long a reader waits for them.
+_REPLACING_SECONDS, _PATIENCE_SECONDS = 10.0, 15.0
 _NAME_BYTES = 100
 _BLOCK_BYTES = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -39,9 +41,24 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 Kind = Literal["sharded", "full"]
 
 
+_counter = itertools.count()
+_running: set[str] = set()  # owners: the saves of this process that are under way
+
+
 def temporary_name(path: Path) -> Path:
-    """Returns the hidden name under which this process writes the checkpoint ``path``."""
-    return path.parent / f"{_hidden(path)}{_INCOMPLETE}{_owner()}"
+    """Returns a hidden name under which to write the checkpoint ``path``; it is the caller's until :func:`release`."""
+    owner = f"{_place()}-{os.getpid()}-{_birth(os.getpid())}.{next(_counter)}"
+    _running.add(owner)
+    return path.parent / f"{_hidden(path)}{_INCOMPLETE}{owner}"
+
+
+def release(temporary: Path) -> None:
+    """Says that nobody writes under this hidden name any more; what is left there may be deleted."""
+    _running.discard(_owner(temporary))
+
+
+def _owner(hidden: Path) -> str:
+    return re.split(f"{_INCOMPLETE}|{_REPLACED}", hidden.name)[-1]
 
 
 def _hidden(path: Path) -> str:
@@ -50,10 +67,6 @@ def _hidden(path: Path) -> str:
     if len(encoded) <= _NAME_BYTES:
         return f".{path.name}"
     return f".{os.fsdecode(encoded[: _NAME_BYTES // 2])}-{zlib.crc32(encoded):08x}"
-
-
-def _owner() -> str:
-    return f"{_place()}-{os.getpid()}-{_birth(os.getpid())}"
 
 
 def _place() -> str:
@@ -84,7 +97,7 @@ def commit(temporary: Path, path: Path) -> None:
         sync_folder(path.parent)
         delete(temporary)
         return
-    aside = path.parent / f"{_hidden(path)}{_REPLACED}{_owner()}"
+    aside = path.parent / f"{_hidden(path)}{_REPLACED}{_owner(temporary)}"
     os.rename(path, aside)
     try:
         os.rename(temporary, path)
@@ -110,28 +123,49 @@ def recover(path: str | os.PathLike[str]) -> None:
     """Finishes or undoes what a crash interrupted at ``path``, and deletes leftovers beside it.
 
     Called before every save and load. Leftovers of saves that are still running are left alone, and so is everything
-    in a folder that cannot be changed.
+    in a folder that cannot be changed. Where a running save has just set the earlier checkpoint aside, this waits.
     """
     path = Path(path)
-    for aside in path.parent.glob(f".*{_REPLACED}*"):
-        if aside.name.startswith(f"{_hidden(path)}{_REPLACED}"):
-            with suppress(OSError):
-                delete(aside) if path.exists() else os.rename(aside, path)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _settle(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
     for leftover in path.parent.glob(f".*{_INCOMPLETE}*"):
-        if _is_abandoned(leftover):
+        if _is_abandoned(leftover, _newest_change, _STALE_SECONDS):
             delete(leftover)
 
 
-def _is_abandoned(leftover: Path) -> bool:
-    """Returns whether nobody writes ``leftover`` any more: its process is gone or, elsewhere, nothing has happened."""
-    owner = re.fullmatch(r"(.+)-(\d+)-(\d*)", leftover.name.rpartition(_INCOMPLETE)[2])
+def _settle(path: Path) -> bool:
+    """Finishes or undoes an exchange by two renames; returns whether there is none under way that hides ``path``."""
+    settled = True
+    for aside in path.parent.glob(f".*{_REPLACED}*"):
+        if not aside.name.startswith(f"{_hidden(path)}{_REPLACED}"):
+            continue
+        if not _is_abandoned(aside, _renamed, _REPLACING_SECONDS):
+            settled = path.exists()
+            continue
+        with suppress(OSError):
+            delete(aside) if path.exists() else os.rename(aside, path)
+    return settled
+
+
+def _is_abandoned(leftover: Path, last_change: Callable[[Path], float], stale_seconds: float) -> bool:
+    """Returns whether nobody writes ``leftover`` any more: its save is over or, elsewhere, nothing has happened."""
+    owner = re.fullmatch(r"(.+)-(\d+)-(\d*)(\.\d+)?", _owner(leftover))
     if owner is None:
         return False
-    place, pid, birth = owner.groups()
+    place, pid, birth, _ = owner.groups()
     if place == _place() and birth:
-        # A process saves one checkpoint at a time: its own leftover is of a save that failed.
-        return _birth(int(pid)) != birth or int(pid) == os.getpid()
-    return time.time() - _newest_change(leftover) > _STALE_SECONDS
+        if int(pid) == os.getpid():
+            return _owner(leftover) not in _running
+        return _birth(int(pid)) != birth
+    return time.time() - last_change(leftover) > stale_seconds
+
+
+def _renamed(path: Path) -> float:
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:  # somebody was faster
+        return time.time()
 
 
 def _newest_change(path: Path) -> float:
@@ -157,9 +191,9 @@ def remove(path: str | os.PathLike[str]) -> None:
         path.unlink()
     elif path.exists():
         condemned = temporary_name(path)
-        delete(condemned)
         os.rename(path, condemned)
         delete(condemned)
+        release(condemned)
 
 
 def sync_folder(folder: Path) -> None:
@@ -177,11 +211,13 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Returns size in bytes and CRC-32 of files, by their names in ``folder``."""
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in files
-    }
+def describe(folder: Path) -> dict[str, Facts]:
+    """Returns size in bytes and CRC-32 of all files in ``folder``, by their names; they are made to last."""
+    described = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        sync_file(file)
+        described[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+    return described
 
 
 def _crc32(path: Path) -> int:
@@ -192,20 +228,22 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, int]], world_size: int, model: dict[str, str]) -> None:
-    """Writes what a whole checkpoint consists of; the last file to be written.
-
-    Args:
-        folder: The checkpoint.
-        files: Size and checksum of its files.
-        world_size: Number of ranks that wrote it.
-        model: What is to be known of the model without unpickling anything.
-    """
-    content = {"format": _FORMAT, "world_size": world_size, "model": model, "files": files}
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes what a whole checkpoint consists of; the last file to be written."""
     path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(manifest.to_text())
     sync_file(path)
     sync_folder(folder)
+
+
+def read_manifest(folder: Path, *, trusted: bool = False) -> Manifest | None:
+    """Reads what a checkpoint consists of; ``None`` for one that another program wrote.
+
+    Raises:
+        CheckpointError: If the manifest is damaged, or there is no way to tell; see :func:`manifest.parse`.
+    """
+    path = folder / MANIFEST
+    return parse(path.read_bytes(), str(path), trusted=trusted) if path.is_file() else None
 
 
 def find_kind(path: Path) -> Kind:
@@ -229,7 +267,13 @@ def find_kind(path: Path) -> Kind:
 
 
 def check_content(
-    path: Path, kind: Kind, rank: int = 0, world_size: int = 1, progress: Callable[[int], None] = lambda size: None
+    path: Path,
+    kind: Kind,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] = lambda size: None,
+    *,
+    trusted: bool = False,
 ) -> None:
     """Compares this rank's part of a checkpoint with its checksums.
 
@@ -239,6 +283,7 @@ def check_content(
         rank: Which of the parts to check.
         world_size: Number of parts.
         progress: Told the size of what was checked, in bytes.
+        trusted: Whether to take a manifest that cannot be checked itself.
 
     Raises:
         CheckpointError: Naming a file that is missing or whose content changed.
@@ -247,7 +292,7 @@ def check_content(
     if kind == "full":
         _check_records(path, part)
         return
-    for name, expected in sorted(_expected_files(path).items())[part]:
+    for name, expected in sorted(_expected_files(path, trusted).items())[part]:
         _check_size(path, name, expected)
         if "crc32" in expected and _crc32(path / name) != expected["crc32"]:
             raise CheckpointError(
@@ -280,7 +325,7 @@ def _check_records(path: Path, part: slice) -> None:
         raise CheckpointError(f"{path} is damaged ({error}).{_others(path)}") from error
 
 
-def _check_size(folder: Path, name: str, expected: dict[str, int]) -> None:
+def _check_size(folder: Path, name: str, expected: Facts) -> None:
     file = folder / name
     if not file.is_file():
         raise CheckpointError(
@@ -295,19 +340,32 @@ def _check_size(folder: Path, name: str, expected: dict[str, int]) -> None:
         )
 
 
-def _expected_files(folder: Path) -> dict[str, dict[str, int]]:
+def _expected_files(folder: Path, trusted: bool) -> dict[str, Facts]:
     """Returns what a sharded checkpoint consists of; without a manifest, how far its index reaches into each file."""
-    if listed := manifest_files(folder):
-        return listed
+    if manifest := read_manifest(folder, trusted=trusted):
+        return manifest.files
     reaches: dict[str, int] = {}
     for place in read_metadata(folder).storage_data.values():
         reaches[place.relative_path] = max(reaches.get(place.relative_path, 0), place.offset + place.length)
     return {name: {"bytes": reach} for name, reach in reaches.items()}
 
 
-def total_bytes(folder: Path) -> int:
+def total_bytes(folder: Path, *, trusted: bool = False) -> int:
     """Returns the size of a sharded checkpoint."""
-    return sum(expected["bytes"] for expected in _expected_files(folder).values())
+    return sum(expected["bytes"] for expected in _expected_files(folder, trusted).values())
+
+
+def check_origin(folder: Path, meta: dict[str, Any], *, trusted: bool = False) -> None:
+    """Checks that a checkpoint of ours has the manifest that it was written with.
+
+    Raises:
+        CheckpointError: If it has none, and is not trusted.
+    """
+    if "mics" in meta and not trusted and not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} is incomplete: {MANIFEST} is missing, which shows damage. Copy it again from where it "
+            f"is whole or, if you trust it, load it with weights_only=False.{_others(folder)}"
+        )
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -320,44 +378,6 @@ def read_metadata(folder: Path) -> Metadata:
         return dcp.FileSystemReader(folder).read_metadata()
     except Exception as error:  # a damaged pickle raises almost anything
         raise CheckpointError(f"{folder / INDEX} is damaged ({error}).{_others(folder)}") from error
-
-
-def manifest_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Returns the files that the manifest lists; none for a checkpoint that another program wrote.
-
-    Raises:
-        CheckpointError: If the manifest cannot be read.
-    """
-    content = _manifest(folder)
-    listed: dict[str, dict[str, int]] = content["files"] if content else {}
-    return listed
-
-
-def manifest_model(folder: Path) -> dict[str, str]:
-    """Returns what :func:`write_manifest` was told of the model; nothing if another program wrote the checkpoint.
-
-    Raises:
-        CheckpointError: If the manifest cannot be read.
-    """
-    content = _manifest(folder)
-    model: dict[str, str] = content.get("model", {})
-    return model
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        version = int(content["format"])
-        for facts in content["files"].values() if version <= _FORMAT else ():
-            int(facts["bytes"]), int(facts["crc32"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from error
-    if version > _FORMAT:
-        raise CheckpointError(f"{folder} was written by a newer lightning-mics. Update the package to read it.")
-    return content
 
 
 def _others(path: Path) -> str:

@@ -26,6 +26,7 @@ from lightning_mics.checkpoint.state import (
     shard_like,
     trained_parameters,
 )
+from lightning_mics.checkpoint.trust import is_trusted
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.errors import CheckpointError
 
@@ -33,7 +34,11 @@ _NAMED = 5  # how many names of missing or unexpected entries a message lists
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    *,
+    weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Loads what :func:`save_checkpoint` saved, at any shard size and world size. Collective over the world.
 
@@ -41,6 +46,8 @@ def load_checkpoint(
         path: A sharded or full checkpoint.
         model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
         optimizers: Optimizers over its parameters, in the order in which they were saved.
+        weights_only: ``False`` trusts the checkpoint: what it holds beside tensors may be any object, and it may be of
+            a version whose manifest cannot be checked, or lack it.
 
     Returns:
         The checkpoint's ``meta``.
@@ -49,7 +56,8 @@ def load_checkpoint(
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    meta = load_into(path, model, {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)})
+    named = {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)}
+    meta = load_into(path, model, named, weights_only=weights_only)
     meta.pop("mics", None)
     return meta
 
@@ -72,7 +80,7 @@ def load_into(
         model_key: The model's name in the checkpoint; ``None`` leaves its weights as they are.
         strict: Whether names of parameters must match. A prefix that all names on one side have is no difference: in
             a checkpoint of a LightningModule, a model that it holds as ``self.model`` is called ``model.``.
-        weights_only: As in ``torch.load``, for the part that is not tensors.
+        weights_only: As in ``torch.load``, for the part that is not tensors; see :func:`load_checkpoint`.
 
     Returns:
         What else the checkpoint holds.
@@ -83,7 +91,8 @@ def load_into(
     path = Path(path)
     ranks.on_first_rank(lambda: files.recover(path) if path.parent.is_dir() else None)
     kind = ranks.together(lambda: files.find_kind(path))[0]
-    ranks.together(lambda: files.check_content(path, kind, ranks.rank(), ranks.world_size()))
+    trusted = is_trusted(weights_only)
+    ranks.together(lambda: files.check_content(path, kind, ranks.rank(), ranks.world_size(), trusted=trusted))
     if kind == "full":
         return _load_full(path, model, optimizers or {}, model_key, strict, weights_only)
     return _load_sharded(path, model, optimizers or {}, model_key, strict, weights_only)
@@ -98,7 +107,7 @@ def _load_sharded(
     weights_only: bool | None,
 ) -> dict[str, Any]:
     metadata = ranks.on_each_rank(lambda: files.read_metadata(path))
-    meta = ranks.on_each_rank(lambda: read_file(path / files.META, weights_only))
+    meta = ranks.on_each_rank(lambda: read_meta(path, weights_only))
     weights = {} if model_key is None else model_state(model)
     targets = _Targets(path, metadata)
     if model_key is not None:
@@ -310,6 +319,17 @@ def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
     return content
 
 
+def read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Reads what a sharded checkpoint holds beside its shards.
+
+    Raises:
+        CheckpointError: As :func:`read_file`, and if a checkpoint of ours has lost its manifest.
+    """
+    meta = read_file(path / files.META, weights_only)
+    files.check_origin(path, meta, trusted=is_trusted(weights_only))
+    return meta
+
+
 def _load_full(
     path: Path,
     model: nn.Module,
@@ -348,7 +368,7 @@ def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None)
     path = Path(path)
 
     def read_rest() -> dict[str, Any]:
-        return read_file(path / files.META if files.find_kind(path) == "sharded" else path, weights_only)
+        return (read_meta if files.find_kind(path) == "sharded" else read_file)(path, weights_only)
 
     return ranks.on_each_rank(read_rest)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.manifest import Facts, Manifest
 from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.state import (
     huggingface_metadata,
@@ -23,6 +23,8 @@ from lightning_mics.checkpoint.state import (
     optimizer_state,
     without_shards,
 )
+from lightning_mics.checkpoint.writer import NotingFileSystem
+from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
@@ -88,15 +90,16 @@ def save_sharded(
             with final_name_in_logs(temporary, path):
                 done = ranks.together(lambda: add_files(temporary))[0]
             state = {key: entries for key, entries in state.items() if key not in done}
-        meta = _with_extra_states(state, meta)
-        ranks.together(lambda: _write_shards(temporary, _without_extra_states(state)))
-        ranks.on_first_rank(lambda: _write_meta(temporary, meta))
-        described = ranks.together(lambda: files.describe(temporary, _own_files(temporary)))
-        listed = {name: facts for part in described for name, facts in part.items()}
-        model = {name: value for name, value in meta.get("mics", {}).items() if isinstance(value, str)}
-        ranks.on_first_rank(lambda: _finish(temporary, path, listed, model))
+        added = ranks.on_first_rank(lambda: files.describe(temporary)) or {}
+        meta = _with_extra_states(state, {**meta, "mics": meta.get("mics", {})})
+        written = ranks.together(lambda: _write(temporary, _without_extra_states(state), meta))
+        listed = added | {name: facts for part in written for name, facts in part.items()}
+        manifest = Manifest(listed, ranks.world_size(), _shard_size(state), _step(meta), _of_model(meta))
+        ranks.on_first_rank(lambda: _finish(temporary, path, manifest))
     except CheckpointError as error:
         _give_up(temporary, path, error)
+    finally:
+        files.release(temporary)
 
 
 def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
@@ -121,6 +124,8 @@ def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
         ranks.on_first_rank(write)
     except CheckpointError as error:
         _give_up(temporary, path, error)
+    finally:
+        files.release(temporary)
 
 
 def _begin(path: Path, *, folder: bool) -> Path:
@@ -162,13 +167,20 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_shards(temporary: Path, state: dict[str, Any]) -> None:
+def _write(temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Facts]:
+    """Writes this rank's shards and, on rank 0, the rest. Returns what was written."""
     # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
     mine = state if ranks.rank() == 0 else _sharded_entries(state)
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
+    writer.fs = noting = NotingFileSystem()
     alone = not ranks.is_distributed()
     with ranks.quiet_dcp(alone):
         dcp.save(mine, storage_writer=writer, no_dist=alone)
+    if ranks.rank() == 0:
+        with noting.create_stream(temporary / files.META, "wb") as stream:
+            torch.save(meta, stream)  # type: ignore[arg-type]
+            os.fsync(stream.fileno())
+    return noting.written
 
 
 def _sharded_entries(state: dict[str, Any]) -> dict[str, Any]:
@@ -180,29 +192,30 @@ def _is_sharded(value: Any) -> bool:
     return isinstance(value, DTensor) or (isinstance(value, list) and any(map(_is_sharded, value)))
 
 
-def _write_meta(temporary: Path, meta: dict[str, Any]) -> None:
-    torch.save(meta, temporary / files.META)
+def _shard_size(state: dict[str, Any]) -> int | None:
+    return next((leaf.device_mesh.size() for leaf in tree_leaves(state) if isinstance(leaf, DTensor)), None)
 
 
-def _own_files(temporary: Path) -> Sequence[Path]:
-    """Returns the shards that this rank has written; rank 0 answers for all other files as well."""
-    shards = sorted(temporary.glob(f"__{ranks.rank()}_*"))
-    if ranks.rank() != 0:
-        return shards
-    others = [file for file in temporary.rglob("*") if file.is_file() and not re.match(r"__\d+_", file.name)]
-    for file in others:
-        files.sync_file(file)
-    return [*shards, *sorted(others)]
+def _step(meta: dict[str, Any]) -> int | None:
+    """Returns the step of training that is saved, under whatever name it goes."""
+    found = [meta.get("global_step"), meta.get("step"), meta.get("accelerate", {}).get("step")]
+    return next((step for step in found if type(step) is int), None)
 
 
-def _finish(temporary: Path, path: Path, listed: dict[str, dict[str, int]], model: dict[str, str]) -> None:
-    unseen = [name for name in listed if not (temporary / name).is_file()]
-    if unseen:
-        raise CheckpointError(
-            f"rank 0 does not see {unseen[0]}, which another rank has written. All ranks must save to one folder: give "
-            "an absolute path on storage that all nodes share"
-        )
-    files.write_manifest(temporary, listed, ranks.world_size(), model)
+def _of_model(meta: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in meta["mics"].items() if isinstance(value, str)}
+
+
+def _finish(temporary: Path, path: Path, manifest: Manifest) -> None:
+    for name, facts in manifest.files.items():
+        if not (temporary / name).is_file():
+            raise CheckpointError(
+                f"rank 0 does not see {name}, which was written. If another rank wrote it, all ranks must save to one "
+                "folder: give an absolute path on storage that all nodes share. Otherwise somebody deletes files there"
+            )
+        if (temporary / name).stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{name} was changed by somebody else while it was saved")
+    files.write_manifest(temporary, manifest)
     files.commit(temporary, path)
 
 

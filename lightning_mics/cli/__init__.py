@@ -80,6 +80,11 @@ def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argpars
         help="what to write: NAME.safetensors (weights), NAME.ckpt (everything), or NAME (Hugging Face folder)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="the checkpoint is your own: it may hold any object, and come from a version that left no checksum",
+    )
     return _consolidate
 
 
@@ -97,6 +102,7 @@ def _consolidate(options: argparse.Namespace) -> None:
             options.out,
             force=options.force,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+            weights_only=False if options.trust else None,
         )
     size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
     print(f"Wrote {written} ({format_bytes(size)}). {_next_step(written)}")

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,14 +207,51 @@ def test_an_error_while_writing_raises_on_every_rank(pool: WorkerPool, tmp_path:
 def test_leftovers_of_running_saves_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "saved.ckpt"
     mine = files.temporary_name(path).name
-    prefix, _, birth = mine.rpartition(f"-{os.getpid()}-")
-    running = tmp_path / f"{prefix}-{os.getppid()}-{files._birth(os.getppid())}"
-    reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}"
-    dead = tmp_path / f"{prefix}-{2**22 + 1}-5"
-    for leftover in (running, reused, dead):
+    prefix, _, rest = mine.rpartition(f"-{os.getpid()}-")
+    birth, number = rest.split(".")
+    running = tmp_path / f"{prefix}-{os.getppid()}-{files._birth(os.getppid())}.0"
+    ours = tmp_path / mine
+    over = tmp_path / f"{mine}0"  # another save of this process, which is none of those that run
+    reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}.{number}"
+    dead = tmp_path / f"{prefix}-{2**22 + 1}-5.0"
+    older = tmp_path / f"{prefix}-{2**22 + 1}-5"
+    for leftover in (running, ours, over, reused, dead, older):
         leftover.mkdir()
         (leftover / "__0_0.distcp").write_text("half")
         os.utime(leftover / "__0_0.distcp", (0, 0))
         os.utime(leftover, (0, 0))
     files.recover(path)
+    assert sorted(tmp_path.iterdir()) == sorted([running, ours])
+    files.release(ours)
+    files.recover(path)
     assert list(tmp_path.iterdir()) == [running]
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_reader_between_the_two_renames_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashed: bool) -> None:
+    path, temporary = tmp_path / "run.ckpt", files.temporary_name(tmp_path / "run.ckpt")
+    for folder in (path, temporary):
+        folder.mkdir()
+        (folder / ".metadata").write_text(folder.name)
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    between, rename = threading.Event(), os.rename
+
+    def slow(source: Path, target: Path) -> None:
+        if source == temporary:
+            between.set()
+            time.sleep(0.1)
+            if crashed:
+                return
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    writer = threading.Thread(target=files.commit, args=(temporary, path))
+    writer.start()
+    between.wait()
+    if crashed:
+        files.release(temporary)
+    files.recover(path)
+    found = (path / ".metadata").read_text()
+    writer.join()
+    assert found == ("run.ckpt" if crashed else temporary.name)
+    files.release(temporary)
