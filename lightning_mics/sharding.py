@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.apart import meet
 from lightning_mics.core.apply import checkpoint_activations, shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
@@ -91,6 +92,7 @@ def mics_shard(
     asked, whole = config, whole_parameters(model, config)
     config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
     units = _check_alone(model, config, topology, entries, bound)
+    meet("sharding a model with MiCS")
     topology = topology or detect_topology()
     layout = check_layout(config, topology)
     device = communication_device(device_type)

@@ -29,8 +29,10 @@ from lightning_mics.accelerate.saving import load_state, save_state, write_weigh
 from lightning_mics.accelerate.whole import WholeWeights
 from lightning_mics.core._torch import tree_map_only
 from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_, clip_parameters_by_value_
+from lightning_mics.core.failures import explaining
 from lightning_mics.core.groups import end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
@@ -230,6 +232,11 @@ class MiCSAccelerator(Accelerator):
         self.unscale_gradients()
         clip_parameters_by_value_([parameters] if isinstance(parameters, Tensor) else list(parameters), clip_value)  # type: ignore[list-item]
 
+    def wait_for_everyone(self) -> None:
+        """Waits for all ranks; ends with an error where they can never come."""
+        with explaining():
+            super().wait_for_everyone()
+
     @contextmanager
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
         """Not supported: ranks of a partition run every collective together.
@@ -260,7 +267,8 @@ class MiCSAccelerator(Accelerator):
         model = self.unwrap_model(model) if unwrap else model
         if not is_sharded(model):
             return super().get_state_dict(model, unwrap)
-        return checkpoints.model_state(model, full=True)
+        with on_all_ranks("accelerator.get_state_dict"):
+            return checkpoints.model_state(model, full=True)
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Saves an object on the main process; shards in it are gathered, for which every rank must call it."""
@@ -273,6 +281,7 @@ class MiCSAccelerator(Accelerator):
 
         super().save(tree_map_only(DTensor, gather, obj), f, safe_serialization=safe_serialization)
 
+    @on_all_ranks("accelerator.save_model")
     def save_model(
         self,
         model: nn.Module,
@@ -290,6 +299,7 @@ class MiCSAccelerator(Accelerator):
             write_weights(model, weights, Path(save_directory), max_shard_size, safe_serialization)
         self.wait_for_everyone()
 
+    @on_all_ranks("accelerator.save_state")
     def save_state(
         self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True, **kwargs: Any
     ) -> str:
@@ -306,6 +316,7 @@ class MiCSAccelerator(Accelerator):
         """
         return str(save_state(self, output_dir, safe_serialization))
 
+    @on_all_ranks("accelerator.load_state")
     def load_state(
         self,
         input_dir: str | os.PathLike[str] | None = None,

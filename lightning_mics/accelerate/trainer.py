@@ -23,6 +23,7 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.accelerator import MiCSAccelerator
 from lightning_mics.accelerate.plugin import MiCSPlugin
 from lightning_mics.accelerate.whole import given
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
@@ -62,7 +63,8 @@ class TrainerMethods:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         broadcast_buffers(self.model)
-        weights = self.accelerator.get_state_dict(self.model)
+        with on_all_ranks("trainer.save_model"):
+            weights = self.accelerator.get_state_dict(self.model)
         with given(self.model, weights):  # for a Trainer whose models save by themselves
             self._save(output_dir or self.args.output_dir, state_dict=_each_once(self.model, weights))
         self.accelerator.wait_for_everyone()

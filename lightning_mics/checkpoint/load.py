@@ -28,11 +28,13 @@ from lightning_mics.checkpoint.state import (
 )
 from lightning_mics.checkpoint.trust import is_trusted
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists
 
 
+@on_all_ranks("load_checkpoint")
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -62,6 +64,7 @@ def load_checkpoint(
     return meta
 
 
+@on_all_ranks("load_into")
 def load_into(
     path: str | os.PathLike[str],
     model: nn.Module,

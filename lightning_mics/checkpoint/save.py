@@ -25,11 +25,13 @@ from lightning_mics.checkpoint.state import (
 )
 from lightning_mics.checkpoint.writer import NotingFileSystem
 from lightning_mics.core._torch import tree_leaves
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
 
+@on_all_ranks("save_checkpoint")
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -63,6 +65,7 @@ def save_checkpoint(
         save_full(path, {**meta, "state_dict": weights, "optimizer_states": states})
 
 
+@on_all_ranks("save_sharded")
 def save_sharded(
     path: str | os.PathLike[str],
     state: dict[str, Any],
@@ -102,6 +105,7 @@ def save_sharded(
         files.release(temporary)
 
 
+@on_all_ranks("save_full")
 def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
     """Writes one whole file on rank 0. Collective over the world.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint import ranks
 from lightning_mics.core._torch import plain_name, tree_leaves, tree_map_only
 from lightning_mics.core._torch import shard_like as shard_like
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.class_names import class_of
 from lightning_mics.errors import CheckpointError
 
@@ -26,8 +28,10 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         full: Whether to return whole tensors in host memory, on rank 0 only (the others get none); collective then.
             Otherwise each rank gets its shards, which share memory with the model.
     """
-    state = get_model_state_dict(model)
-    return _gathered_state(model, state) if full else state
+    gathers = full and any(isinstance(param, DTensor) for param in model.parameters())
+    with on_all_ranks("model_state(full=True)") if gathers else nullcontext():
+        state = get_model_state_dict(model)
+        return _gathered_state(model, state) if full else state
 
 
 def _gathered_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +98,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
     plain = optimizer.state_dict()
     if full:
         # Every rank takes part in gathering; only rank 0 keeps the result.
-        states = {index: _on_first_rank(state) for index, state in plain["state"].items()}
+        with on_all_ranks("optimizer_state(full=True)"):
+            states = {index: _on_first_rank(state) for index, state in plain["state"].items()}
         return {**plain, "state": states} if ranks.rank() == 0 else {}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in plain["param_groups"]]
     return {"state": {names[index]: state for index, state in plain["state"].items()}, "param_groups": groups}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -39,6 +40,7 @@ from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.outputs import UnitOutputs
 from lightning_mics.core.parameters import Parameters
 from lightning_mics.core.passes import RootPasses
+from lightning_mics.core.places import Call, of_world
 from lightning_mics.core.row_norms import RowNorms
 from lightning_mics.core.runtime import MiCSRuntime, attach
 from lightning_mics.core.self_check import SelfCheck
@@ -167,6 +169,7 @@ def _set_collectives(
 ) -> list[ReduceScatter]:
     """Gives each unit its gather and its reduce-scatter; returns the latter."""
     reduce_scatters = []
+    calls = _calls(found, mesh)
     for index, unit in enumerate(found):
         on_gather, on_reduce = (
             _counting(unit, index, hop, ledger, order) for hop in (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
@@ -174,9 +177,10 @@ def _set_collectives(
         if prefetch is not None:
             on_gather = prefetch.noting(index, on_gather)
         stages = mesh.stages(unit.two_stages)
-        reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce))
+        gather, reduce = calls[index]
+        reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce, reduce))
         assert isinstance(unit.module, FSDPModule)
-        unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather))
+        unit.module.set_custom_all_gather(carrier.all_gather(stages, on_gather, gather))
         unit.module.set_custom_reduce_scatter(reduce_scatters[-1])
     return reduce_scatters
 
@@ -194,6 +198,18 @@ def _watch_outputs(found: Sequence[_Unit], units: Sequence[Unit], window: Accumu
         modules = owned_modules(unit.modules, units)
         for group in unit.groups:
             UnitOutputs(unit.modules, modules, group, told, is_root=index == 0)
+
+
+def _calls(found: Sequence[_Unit], mesh: MiCSMesh) -> list[tuple[Call, Call]]:
+    """Returns what each unit's gather and reduce-scatter are to the watch over ranks that wait."""
+    world = of_world()
+    world.models += 1
+    ranks = dist.get_process_group_ranks(mesh.partition_group)
+
+    def call(what: str, unit: _Unit) -> Call:
+        return Call("unit", f"the {what} of unit {unit.name!r}", ranks, mesh.stages(unit.two_stages), world.models)
+
+    return [(call("gather", unit), call("reduction", unit)) for unit in found]
 
 
 def _ignore_view_warnings() -> None:

@@ -28,10 +28,14 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_mics.core._torch import default_store
+from lightning_mics.core.apart import Watch, announce_end, ended_ranks, left_behind, told_to_all
+from lightning_mics.core.places import here
+from lightning_mics.errors import MiCSError
 
 _GRACE = 3.0  # seconds that a rank has for ending by itself
 _LAST = 10  # seconds that it has for destroying its groups, and for its destructors
 _POLL = 1.0
+_TICK = 0.2
 _KEY = "mics/first_error"
 # How backends tell that a peer is gone; most have no class of errors for that.
 _PEER_IS_GONE = re.compile(
@@ -72,7 +76,7 @@ def has_failed() -> bool:
 def watch() -> None:
     """Makes this process end as described above, and with a rank that fails. A process group must be there."""
     _take_over_hook()
-    if default_store() is not None and dist.get_world_size() > 1:
+    if dist.get_world_size() > 1:
         _follow_in_background()
 
 
@@ -87,8 +91,11 @@ def _follow_in_background() -> None:
 
 
 def stop_watching() -> None:
-    """Ends the watch, before the process group is destroyed."""
+    """Ends the watch, before the process group is destroyed; whoever still waits for this rank can say why."""
     _State.ending.set()
+    with suppress(Exception):  # the group or its store is going
+        if dist.is_initialized() and not _State.failed and default_store() is not None and _store_answers():
+            announce_end()
 
 
 def adopt(children: list[subprocess.Popen[Any]]) -> None:
@@ -106,7 +113,7 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
     report = "".join(traceback.format_exception(kind, error, trace))
     told = "".join(traceback.format_exception_only(error)).strip()
     mine = _Failure(_rank(), told, report)
-    follows = _tells_of_a_peer(error)
+    follows = _tells_of_a_peer(error)  # also where the watch has ended what this rank waited for
     first = _first_failure(mine, patience=2.0 if follows else 0.0)
     if first == mine:
         _write_error_file(report, earlier=1)
@@ -153,7 +160,7 @@ def _set_alarm(seconds: int) -> None:
 
 def _tells_of_a_peer(error: BaseException) -> bool:
     """Returns whether an error, or one that led to it, says that another rank is gone."""
-    return any(
+    return not isinstance(error, MiCSError) and any(
         isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and _PEER_IS_GONE.search(str(link)))
         for link in _chain(error)
     )
@@ -165,6 +172,37 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def explained(error: BaseException) -> BaseException:
+    """Returns what to raise for an error of a collective: one that says why, if another rank's place tells."""
+    if here.verdict is not None:
+        return here.verdict
+    if not _tells_of_a_peer(error) or not dist.is_initialized():
+        return error
+    end = time.monotonic() + 2.0
+    with suppress(Exception):  # the group or its store is going
+        while default_store() is None or _store_answers():
+            if (verdict := told_to_all()) is not None:
+                return verdict
+            if _look() is not None or default_store() is None or time.monotonic() > end:
+                break
+            if ended := ended_ranks():
+                return left_behind(ended)
+            time.sleep(0.1)
+    return error
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Raises, for an error of a collective inside, one that says why."""
+    try:
+        yield
+    except RuntimeError as problem:
+        error = problem
+    else:
+        return
+    raise explained(error)
 
 
 def _first_failure(mine: _Failure, patience: float) -> _Failure:
@@ -220,8 +258,17 @@ def _write_error_file(message: str, *, earlier: int) -> None:
 
 
 def _follow() -> None:
-    """Ends this process some seconds after another rank has failed, also from within a collective that hangs."""
-    while not _State.ending.wait(_POLL):
+    """Ends this process some seconds after another rank has failed, also from within a collective that hangs.
+
+    In between it looks whether such a collective can never end.
+    """
+    watch, looked = Watch(), 0.0
+    while not _State.ending.wait(_TICK):
+        with suppress(Exception):  # the group or its store is going
+            watch.tick()
+        if time.monotonic() - looked < _POLL or default_store() is None:
+            continue
+        looked = time.monotonic()
         first = _look() if _store_answers() else None
         if first is None or first.rank == _rank():
             continue

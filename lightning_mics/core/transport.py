@@ -22,22 +22,24 @@ from lightning_mics.core.cpu.deferred import DeferredReduction
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.gradients.reductions import Reduction
 from lightning_mics.core.mesh import Stages
+from lightning_mics.core.places import Call
 
 
 class Transport(ABC):
     """One way for collectives to travel."""
 
     @abstractmethod
-    def all_gather(self, stages: Stages, on_call: OnCall | None = None) -> AllGather:
+    def all_gather(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> AllGather:
         """Returns a gather.
 
         Args:
             stages: The groups it runs in, as :meth:`MiCSMesh.stages` has them.
             on_call: Told the bytes of each message.
+            call: Which one it is, for the watch; on a device it is the host's waits that are watched.
         """
 
     @abstractmethod
-    def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None) -> ReduceScatter:
+    def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> ReduceScatter:
         """Returns a reduce-scatter; the arguments are those of :meth:`all_gather`."""
 
     def reductions(self, group: UnitParamGroup, reduce_scatter: ReduceScatter) -> list[Reduction]:
@@ -55,14 +57,14 @@ class DeviceTransport(Transport):
     def __init__(self) -> None:
         self._stream = StageStream()
 
-    def all_gather(self, stages: Stages, on_call: OnCall | None = None) -> AllGather:
+    def all_gather(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> AllGather:
         """Returns a gather."""
         if len(stages) == 1:
             return FlatAllGather(on_call)
         inter, intra = stages
         return HierarchicalAllGather(intra, inter, on_call, self._stream)
 
-    def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None) -> ReduceScatter:
+    def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> ReduceScatter:
         """Returns a reduce-scatter."""
         if len(stages) == 1:
             return FlatReduceScatter(on_call)
@@ -80,13 +82,15 @@ class RingTransport(Transport):
     def __init__(self, *, overlaps: bool) -> None:
         self._overlaps = overlaps
 
-    def all_gather(self, stages: Stages, on_call: OnCall | None = None) -> RingAllGather:
+    def all_gather(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> RingAllGather:
         """Returns a gather."""
-        return RingAllGather(stages, on_call)
+        return RingAllGather(stages, on_call, call)
 
-    def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None) -> RingReduceScatter:
+    def reduce_scatter(
+        self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None
+    ) -> RingReduceScatter:
         """Returns a reduce-scatter."""
-        return RingReduceScatter(stages, on_call)
+        return RingReduceScatter(stages, on_call, call)
 
     def reductions(self, group: UnitParamGroup, reduce_scatter: ReduceScatter) -> list[Reduction]:
         """Lets hop one run on beside the backward pass."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mics.config import MiCSConfig, check_switch
 from lightning_mics.core.checks import check_layout
+from lightning_mics.core.failures import explaining
 from lightning_mics.core.groups import backend_for, check_backends, end_well
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.runtime import register_forward_method
@@ -193,10 +194,11 @@ def barrier(device: torch.device) -> None:
     """Waits for all ranks, if there are others."""
     if not _is_initialized():
         return
-    if "cpu:" in dist.get_backend_config():
-        dist.barrier()
-    else:
-        dist.barrier(device_ids=[device.index])
+    with explaining():
+        if "cpu:" in dist.get_backend_config():
+            dist.barrier()
+        else:
+            dist.barrier(device_ids=[device.index])
 
 
 def broadcast(value: Any, src: int = 0) -> Any:
@@ -204,13 +206,15 @@ def broadcast(value: Any, src: int = 0) -> Any:
     if not _is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src)
+    with explaining():
+        dist.broadcast_object_list(values, src)
     return values[0]
 
 
 def all_reduce(value: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
     """Reduces a tensor over all ranks; returns anything else as it is."""
-    return _sync_ddp_if_available(value, group, reduce_op=reduce_op) if isinstance(value, Tensor) else value
+    with explaining():
+        return _sync_ddp_if_available(value, group, reduce_op=reduce_op) if isinstance(value, Tensor) else value
 
 
 def _is_initialized() -> bool:

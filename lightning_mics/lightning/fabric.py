@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.clipping import clip_parameters_
 from lightning_mics.core.plain import adopt
@@ -230,6 +231,7 @@ class MiCSStrategy(ParallelStrategy):
         params = list(self.precision.main_params(optimizer))
         return clip_parameters_(params, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
+    @on_all_ranks("fabric.save")
     def save_checkpoint(
         self,
         path: str | Path,
@@ -261,6 +263,7 @@ class MiCSStrategy(ParallelStrategy):
         else:
             checkpoints.save_sharded(path, tensors, meta)
 
+    @on_all_ranks("fabric.load")
     def load_checkpoint(
         self,
         path: str | Path,

@@ -32,6 +32,7 @@ from lightning_mics import checkpoint as checkpoints
 from lightning_mics.config import MiCSConfig, Settings, build_config, takes_settings
 from lightning_mics.core._torch import MODULE_REGISTRIES
 from lightning_mics.core.accumulation import defer_replication_sync
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import is_sharded, own_runtime, runtime_of
@@ -320,6 +321,7 @@ class MiCSStrategy(ParallelStrategy):
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return checkpoints.optimizer_state(self.model, inner, full=not self._save_distributed_checkpoint)
 
+    @on_all_ranks("trainer.save_checkpoint")
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
         if storage_options is not None:
@@ -335,6 +337,7 @@ class MiCSStrategy(ParallelStrategy):
             state[f"optimizer_{index}"] = optimizer_state
         checkpoints.save_sharded(path, state, checkpoint)
 
+    @on_all_ranks("trainer.load_checkpoint")
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint of any shard size, sharded or full, into the model and its optimizers."""
         assert self.lightning_module is not None and self.model is not None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed import distributed_c10d as _c10d
 
 from lightning_mics.core._needs import require
 
-require(_c10d, "_process_group_name", "_coalescing_manager", "_get_default_store", "_abort_process_group")
+require(_c10d, "_process_group_name", "_coalescing_manager", "_get_default_store", "_abort_process_group", "_world")
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -23,6 +24,28 @@ all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None)
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _group_name = _c10d._process_group_name
+
+# Those that take all ranks of a group.
+_COLLECTIVES = frozenset(
+    [
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "gather",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
+        "scatter",
+    ]
+)
+
+_UNUSED_TAG = 19_783
 
 
 def batched(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
@@ -67,10 +90,13 @@ def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) 
         _c10d._process_group_name = _group_name
 
 
-def default_store() -> dist.Store | None:
+def default_store(kinds: tuple[type[dist.Store], ...] = (dist.TCPStore,)) -> dist.Store | None:
     """Returns the world's store if that is a server that all ranks reach, and ``None`` else.
 
     Nobody may keep it: the server lives as long as a reference, and a new world must not meet its keys.
+
+    Args:
+        kinds: Which stores will do. Those of files never tell that a peer, or the file, is gone.
     """
     if not dist.is_initialized():
         return None
@@ -78,7 +104,38 @@ def default_store() -> dist.Store | None:
     inner: Any = store
     while isinstance(inner, dist.PrefixStore):
         inner = inner.underlying_store
-    return store if isinstance(inner, dist.TCPStore) else None
+    return store if isinstance(inner, kinds) else None
+
+
+def launched_by_group() -> dict[str, tuple[dist.ProcessGroup, int]]:
+    """Returns all groups of this rank by name, with the number of collectives and messages that it launched in each."""
+    found: dict[str, tuple[dist.ProcessGroup, int]] = {}
+    for group in list(_c10d._world.pg_map):
+        with suppress(RuntimeError):  # its backend does not count, or not yet
+            found[group.group_name] = group, group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return found
+
+
+def collective_of(frame: FrameType) -> tuple[str, dist.ProcessGroup] | None:
+    """Returns the collective that a frame of Python is in, and the group that it runs in."""
+    code = frame.f_code
+    if code.co_filename != _c10d.__file__ or code.co_name not in _COLLECTIVES:
+        return None
+    group = frame.f_locals.get("group") or dist.group.WORLD
+    return (code.co_name, group) if isinstance(group, dist.ProcessGroup) else None
+
+
+def break_group(group: dist.ProcessGroup) -> None:
+    """Ends, with an error, what this rank has in flight in a group and what others wait for it to do."""
+    if not is_gloo(group):
+        group.abort()
+        return
+    # A message that does not come in time takes all connections of a gloo group with it; one from a rank that is gone
+    # fails at once, and takes none.
+    for other in range(group.size()):
+        if other != group.rank():
+            with suppress(RuntimeError):
+                group.recv([torch.zeros(1)], other, _UNUSED_TAG).wait(timedelta(milliseconds=1))
 
 
 def abort_groups() -> None:

@@ -5,8 +5,10 @@ They run on the thread of communication, where one may run on beside the pass.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from lightning_mics.core._torch import AllGather, ReduceScatter, reduce_scatter_
 from lightning_mics.core.collectives import Allocating, OnCall
 from lightning_mics.core.cpu.rings import communication_thread, ring_all_gather, ring_reduce_scatter
 from lightning_mics.core.mesh import Stages
+from lightning_mics.core.places import Call
 
 # From here on the two stages run at once, a node's block in one while the next block is in the other; below, the
 # greater number of messages takes longer than what it saves.
@@ -28,10 +31,12 @@ class RingAllGather(Allocating, AllGather):
     Args:
         stages: The groups it runs in.
         on_call: Told the bytes of each gathered message.
+        call: Which one it is; those of different calls never meet.
     """
 
-    def __init__(self, stages: Stages, on_call: OnCall | None = None) -> None:
-        self._stages, self._on_call = stages, on_call
+    def __init__(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> None:
+        self._stages, self._on_call, self._call = stages, on_call, call
+        self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -42,21 +47,25 @@ class RingAllGather(Allocating, AllGather):
         place = output_tensor.view(group.size(), -1)[group.rank()]
         if input_tensor.data_ptr() != place.data_ptr():  # FSDP2 has it there already
             place.copy_(input_tensor)
-        return communication_thread.run(lambda: self._gather(output_tensor), async_op)
+        return communication_thread.run(lambda: self._gather(output_tensor), async_op, self._call)
 
     def _gather(self, output: Tensor) -> None:
         if len(self._stages) == 1:
             (group,) = self._stages
-            ring_all_gather([[shard] for shard in output.view(group.size(), -1)], group)
+            ring_all_gather([[shard] for shard in output.view(group.size(), -1)], group, **self._tag)
             return
         inter, intra = self._stages
         blocks = output.view(inter.size(), intra.size(), -1)
         mine = [[block[intra.rank()]] for block in blocks]
         if mine[0][0].nbytes < _MIN_CHUNK_BYTES:
-            ring_all_gather(mine, inter)
-            ring_all_gather([list(blocks[:, rank]) for rank in range(intra.size())], intra)
-        else:
-            ring_all_gather(mine, inter, lambda node: ring_all_gather([[shard] for shard in blocks[node]], intra))
+            ring_all_gather(mine, inter, **self._tag)
+            ring_all_gather([list(blocks[:, rank]) for rank in range(intra.size())], intra, **self._tag)
+            return
+
+        def inside(node: int) -> None:
+            ring_all_gather([[shard] for shard in blocks[node]], intra, **self._tag)
+
+        ring_all_gather(mine, inter, inside, **self._tag)
 
 
 class RingReduceScatter(Allocating, ReduceScatter):
@@ -68,14 +77,16 @@ class RingReduceScatter(Allocating, ReduceScatter):
     Args:
         stages: The groups it runs in, in the order of a gather.
         on_call: Told the bytes of each reduced message.
+        call: Which one it is; those of different calls never meet.
 
     Attributes:
         pending: The handle of a reduction that runs on.
     """
 
-    def __init__(self, stages: Stages, on_call: OnCall | None = None) -> None:
+    def __init__(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> None:
         self.pending: dist.Work | None = None
-        self._stages, self._on_call = stages, on_call
+        self._stages, self._on_call, self._call = stages, on_call, call
+        self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
         self._deferred_dtype: torch.dtype | None = None
 
     @contextmanager
@@ -108,7 +119,8 @@ class RingReduceScatter(Allocating, ReduceScatter):
             return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
         # As soon as the call returns, FSDP2 divides anything but an average, and casts another dtype to the gradient's.
         defers = output_tensor.dtype == self._deferred_dtype and op == dist.ReduceOp.AVG
-        work = communication_thread.run(lambda: self._reduce(output_tensor, input_tensor, op), async_op or defers)
+        run = functools.partial(self._reduce, output_tensor, input_tensor, op)
+        work = communication_thread.run(run, async_op or defers, self._call)
         if defers:
             self.pending = work
         return work
@@ -116,17 +128,17 @@ class RingReduceScatter(Allocating, ReduceScatter):
     def _reduce(self, output: Tensor, message: Tensor, op: object) -> None:
         if len(self._stages) == 1:
             (group,) = self._stages
-            ring_reduce_scatter(output, message.view(group.size(), -1).__getitem__, group, op)
+            ring_reduce_scatter(output, message.view(group.size(), -1).__getitem__, group, op, **self._tag)
             return
         inter, intra = self._stages
         blocks = message.view(inter.size(), intra.size(), -1)
         inside = message.new_empty(inter.size(), blocks.shape[-1])
 
         def reduced(node: int) -> Tensor:
-            ring_reduce_scatter(inside[node], blocks[node].__getitem__, intra, op)
+            ring_reduce_scatter(inside[node], blocks[node].__getitem__, intra, op, **self._tag)
             return inside[node]
 
         in_chunks = output.nbytes >= _MIN_CHUNK_BYTES
         if not in_chunks:
-            ring_reduce_scatter(inside, blocks.transpose(0, 1).__getitem__, intra, op)
-        ring_reduce_scatter(output, reduced if in_chunks else inside.__getitem__, inter, op)
+            ring_reduce_scatter(inside, blocks.transpose(0, 1).__getitem__, intra, op, **self._tag)
+        ring_reduce_scatter(output, reduced if in_chunks else inside.__getitem__, inter, op, **self._tag)

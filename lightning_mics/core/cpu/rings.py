@@ -11,13 +11,19 @@ import atexit
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_mics.core.failures import explained
+from lightning_mics.core.places import THREAD, Call, here, waiting
+from lightning_mics.errors import MiCSError
 
 # Users may send messages of their own over the same group.
 _GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
@@ -30,7 +36,10 @@ def _nothing(piece: int) -> None:
 
 
 def ring_all_gather(
-    pieces: Sequence[Sequence[Tensor]], group: dist.ProcessGroup, arrived: Callable[[int], None] = _nothing
+    pieces: Sequence[Sequence[Tensor]],
+    group: dist.ProcessGroup,
+    arrived: Callable[[int], None] = _nothing,
+    tag: int = _GATHER_TAG,
 ) -> None:
     """Fills in what the other ranks of a group contribute.
 
@@ -38,25 +47,33 @@ def ring_all_gather(
         pieces: Contiguous tensors for each rank of the group, of equal sizes; this rank's own hold their values.
         group: Who takes part.
         arrived: Called for each piece, this rank's own first, while the next one is under way.
+        tag: Rings of different tags never meet.
     """
     size, rank = group.size(), group.rank()
     following, preceding = (rank + 1) % size, (rank - 1) % size
     arriving = [(rank - step) % size for step in range(1, size)]
     # A fast neighbour's messages find their places waiting.
-    receives = [[group.recv([part], preceding, _GATHER_TAG) for part in pieces[piece]] for piece in arriving]
-    sends = [group.send([part], following, _GATHER_TAG) for part in pieces[rank] if size > 1]
+    receives = [[group.recv([part], preceding, tag) for part in pieces[piece]] for piece in arriving]
+    sends = [group.send([part], following, tag) for part in pieces[rank] if size > 1]
+    here.launched[id(group)] += 2 * len(arriving) * len(pieces[rank])
     arrived(rank)
     for step, piece in enumerate(arriving):
         for part, receive in zip(pieces[piece], receives[step], strict=True):
             receive.wait()
             if step + 2 < size:
-                sends.append(group.send([part], following, _GATHER_TAG))
+                sends.append(group.send([part], following, tag))
         arrived(piece)
     for send in sends:
         send.wait()
 
 
-def ring_reduce_scatter(output: Tensor, part_of: Callable[[int], Tensor], group: dist.ProcessGroup, op: object) -> None:
+def ring_reduce_scatter(
+    output: Tensor,
+    part_of: Callable[[int], Tensor],
+    group: dist.ProcessGroup,
+    op: object,
+    tag: int = _REDUCE_TAG,
+) -> None:
     """Sums (or averages) the parts that all ranks of a group hold for this one.
 
     Args:
@@ -65,18 +82,20 @@ def ring_reduce_scatter(output: Tensor, part_of: Callable[[int], Tensor], group:
             Called once for each, in the order in which parts are sent, the later ones while another is under way.
         group: Who takes part.
         op: ``SUM`` or ``AVG``.
+        tag: Rings of different tags never meet.
     """
     size, rank = group.size(), group.rank()
     following, preceding = (rank + 1) % size, (rank - 1) % size
     if size == 1:
         output.copy_(part_of(0))
         return
+    here.launched[id(group)] += 2 * (size - 1)
     spare = [torch.empty_like(output) for _ in range(min(2, size - 2))]
     outgoing = part_of(preceding).contiguous()
     for step in range(size - 1):
         incoming = output if step == size - 2 else spare[step % 2]
-        receive = group.recv([incoming], preceding, _REDUCE_TAG)
-        send = group.send([outgoing], following, _REDUCE_TAG)
+        receive = group.recv([incoming], preceding, tag)
+        send = group.send([outgoing], following, tag)
         part = part_of((rank - 2 - step) % size)
         receive.wait()
         incoming += part
@@ -84,6 +103,9 @@ def ring_reduce_scatter(output: Tensor, part_of: Callable[[int], Tensor], group:
         outgoing = incoming
     if op == dist.ReduceOp.AVG:
         output /= size
+
+
+_Task = tuple[Callable[[], None], "Future[None]", Call | None]
 
 
 class ThreadedWork(dist.Work):
@@ -95,8 +117,18 @@ class ThreadedWork(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Waits for the collective, and raises what it raised."""
-        self._future.result(timeout.total_seconds() or None)
-        return True
+        if not self._future.done():
+            here.turn += 1
+            here.waits = THREAD
+        try:
+            self._future.result(timeout.total_seconds() or None)
+        except RuntimeError as problem:
+            error = explained(problem)
+        else:
+            return True
+        finally:
+            here.waits = None
+        raise error
 
     def is_completed(self) -> bool:
         """Returns whether the collective has ended, well or not."""
@@ -114,23 +146,27 @@ class CommunicationThread:
         os.register_at_fork(after_in_child=self._start_afresh)  # a thread does not survive a fork
 
     def _start_afresh(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._last: Future[None] | None = None
+        self._open: deque[Future[None]] = deque()
 
-    def run(self, collective: Callable[[], None], async_op: bool) -> dist.Work | None:
+    def run(self, collective: Callable[[], None], async_op: bool, call: Call | None = None) -> dist.Work | None:
         """Runs a collective behind those submitted before.
+
+        Args:
+            collective: The collective.
+            async_op: Whether to return at once.
+            call: Which one it is, for others that wait.
 
         Returns:
             A handle with ``async_op``; otherwise ``None``, and the collective is done.
         """
-        is_idle = self._last is None or self._last.done()
-        if is_idle and not async_op:
-            collective()
+        if not self._open and not async_op:
+            self._run_here(collective, call)
             return None
         future: Future[None] = Future()
-        self._last = future
-        self._tasks.put((collective, future))
+        self._open.append(future)
+        self._tasks.put((collective, future, call))
         if self._thread is None:
             # A daemon: a collective whose peers are gone must not keep the process alive.
             self._thread = threading.Thread(target=self._work, name="mics-communication", daemon=True)
@@ -142,6 +178,25 @@ class CommunicationThread:
         work.wait()
         return None
 
+    def _run_here(self, collective: Callable[[], None], call: Call | None) -> None:
+        if call is None:
+            collective()
+            return
+        try:
+            with waiting(call):
+                collective()
+        except RuntimeError as problem:
+            error = explained(problem)
+        else:
+            return
+        raise error
+
+    def fail(self, error: MiCSError) -> None:
+        """Ends with an error what was submitted and is not done."""
+        for future in list(self._open):
+            with suppress(InvalidStateError):  # it has ended meanwhile
+                future.set_exception(error)
+
     def _end(self) -> None:
         """Ends the thread before Python does, which would abort the process where the thread is in foreign code."""
         if self._thread is not None:
@@ -150,16 +205,24 @@ class CommunicationThread:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            collective, future = task
+            collective, future, call = task
             del task
+            error = None
+            if call is not None:
+                call.begun += 1
+            here.runs = call
             try:
                 with torch.no_grad():
-                    collective()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-            del collective, future
+                    if not future.done():
+                        collective()
+            except BaseException as problem:
+                error = problem
+            here.runs = None
+            self._open.popleft()
+            with suppress(InvalidStateError):  # somebody has ended it
+                future.set_exception(error) if error is not None else future.set_result(None)
+            del collective, future, error
 
 
 communication_thread = CommunicationThread()
+here.breakers.append(communication_thread.fail)

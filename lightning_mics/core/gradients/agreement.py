@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics.core._torch import carries_cpu_tensors
+from lightning_mics.core.failures import explaining
 from lightning_mics.core.gradients.unit import Phase, UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh, communication_device
+from lightning_mics.core.places import Call, here, of_world, waiting
 from lightning_mics.errors import SelfCheckError
 
 _SLOT = 8  # bytes: a fingerprint and its complement
@@ -98,6 +100,7 @@ class HostChannel(Channel):
         """Reduces the message in place."""
         flags = torch.frombuffer(message, dtype=torch.uint8)
         for group in self._groups:
+            here.launched[id(group)] += 1
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
         return bytes(message)
 
@@ -119,6 +122,7 @@ class DeviceChannel(Channel):
         host = torch.frombuffer(message, dtype=torch.uint8).pin_memory()
         with self._handle.stream(self._stream):
             flags = host.to(self._device, non_blocking=True)
+            here.launched[id(self._group)] += 1
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
             host.copy_(flags, non_blocking=True)
             arrival = self._stream.record_event()
@@ -151,6 +155,8 @@ class Agreement:
         self._layout, self._units, self.order, self._whole = mesh.layout, units, order, whole
         self._mine = _SLOT * mesh.layout.replica_of(dist.get_rank())
         self._channel = channel_for(mesh)
+        groups = [mesh.partition_group, mesh.replication_group, mesh.host_group]
+        self._call = Call("window", "the end of a window", range(dist.get_world_size()), groups, of_world().models)
 
     def reach(self, asks: bool) -> tuple[list[int], list[UnitGradients], bool]:
         """Asks all ranks, and clears the gradients of whole parameters that none used. Collective over the world.
@@ -175,7 +181,10 @@ class Agreement:
         self.order.clear()
         outdated = bytes([unit.phase is Phase.OUTDATED for unit in units])
         whole = self._whole.used()
-        answer = self._channel.maximum(bytearray(whole + used + outdated + bytes([asks]) + slots + writes + hooks))
+        message = bytearray(whole + used + outdated + bytes([asks]) + slots + writes + hooks)
+        with explaining(), waiting(self._call):
+            answer = self._channel.maximum(message)
+        here.windows += 1
         self._whole.clear_unused(answer[: len(whole)])
         answer = answer[len(whole) :]
         rest = answer[len(used) :]

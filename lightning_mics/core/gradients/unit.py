@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, labelled, local_gradients, local_tensor
 from lightning_mics.core.gradients.layout import FlatLayout
 from lightning_mics.core.gradients.reductions import ExactReduction, PlainReduction, Reduction
+from lightning_mics.core.places import here
 
 
 class Phase(Enum):
@@ -262,6 +263,7 @@ class UnitGradients:
         with self.group.reduce_stream():
             source, flat = self._sums(layout)
             buffer = flat.to(device=self.group.device, dtype=self._dtype or flat.dtype)
+            here.launched[id(replication_group)] += 1
             work = dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=replication_group, async_op=True)
         self._flight = _Flight(work, layout, buffer, source)
         self.phase = Phase.REPLICATING
