@@ -50,7 +50,7 @@ def test_trainer_gpt2_and_its_resumption(tmp_path: Path, real: bool) -> None:
     assert losses(second)[-1] < losses(first)[-1] < GUESS
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_trainer_bert_is_better_than_chance(tmp_path: Path, real: bool) -> None:
     screen = lightning(tmp_path, EXAMPLES / "trainer_bert.py", *CPU, "--steps", 10, real=real)
     assert accuracy(screen) > 0.5  # chance is 0.25
@@ -128,7 +128,7 @@ def test_accelerate_gpt2_by_the_runner(tmp_path: Path, real: bool) -> None:
     GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_accelerate_trainer_bert(tmp_path: Path, real: bool) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -275,7 +275,7 @@ def prepare_by_environment(limit: int) -> tuple[int, list[str]]:
     return prepare(None)
 
 
-@pytest.mark.parametrize("shard_size", [2, 4])
+@pytest.mark.parametrize("shard_size", [2, pytest.param(4, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize(
     ("way_in", "options"),
     [

@@ -267,7 +267,11 @@ def named_units(model: nn.Module, wrap: object) -> list[str]:
     return unit_names(model, plan_units(model, wrap))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrap", ["auto", "Block", Block, lambda module: isinstance(module, Block)], ids=["auto", "name", "class", "function"])
+@pytest.mark.parametrize(
+    "wrap",
+    ["auto", "Block", Block, lambda module: isinstance(module, Block)],
+    ids=["auto", "name", "class", "function"],
+)
 def test_compiled_modules_are_the_units_that_plain_ones_are(wrap: object) -> None:
     whole, wrapped, outer = Regressor(), Regressor(), Regressor()
     whole.compile()

@@ -207,7 +207,9 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert profile.blocks[1].backward_flops < profile.blocks[0].backward_flops
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.campaign] * (name != "gpt2")) for name in MODELS]
+)
 def test_a_few_layers_stand_for_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample = MODELS[name](5), tokens()
     few = profile_model(model, sample, param_dtype="bfloat16")

@@ -45,6 +45,7 @@ def places(races: list[Race]) -> set[tuple[str, str, str]]:
     return {race.places for race in races}
 
 
+@pytest.mark.campaign
 def test_each_wait_left_out_is_found() -> None:
     whole = {run: WINDOWS[run[0]].run(CONFIGURATIONS[run[1]]) for run in _RUNS}
     sites = {site for checker in whole.values() for site in checker.timeline.waits.of_package}
