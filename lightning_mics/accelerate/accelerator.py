@@ -326,6 +326,7 @@ class MiCSAccelerator(Accelerator):
         """Loads what :meth:`save_state` saved, at any shard size and world size. Collective over the world.
 
         Of a checkpoint that Lightning or a bare loop wrote, it loads the weights and the optimizer.
+        ``load_kwargs={"weights_only": False}`` trusts the files, which may then hold any object.
 
         Raises:
             CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.checkpointing import (
     load_accelerator_state,
-    load_custom_state,
     save_accelerator_state,
     save_custom_state,
 )
@@ -95,7 +94,7 @@ def load_state(
         key = _model_key(index) if model in models else None
         meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=weights_only)
     if "accelerate" in meta:
-        _read_rest(accelerator, folder, load_kwargs)
+        _read_rest(accelerator, folder, load_kwargs, weights_only)
         accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
 
 
@@ -223,7 +222,9 @@ def _write_rest(
         save_custom_state(obj, str(folder), index)
 
 
-def _read_rest(accelerator: MiCSAccelerator, folder: Path, load_kwargs: dict[str, Any] | None) -> None:
+def _read_rest(
+    accelerator: MiCSAccelerator, folder: Path, load_kwargs: dict[str, Any] | None, weights_only: bool | None
+) -> None:
     load_accelerator_state(
         str(folder),
         [],
@@ -243,4 +244,4 @@ def _read_rest(accelerator: MiCSAccelerator, folder: Path, load_kwargs: dict[str
             "register_for_checkpointing with the same objects as when it was saved."
         )
     for index, obj in enumerate(objects):
-        load_custom_state(obj, str(folder), index)
+        obj.load_state_dict(checkpoints.read_file(folder / f"custom_checkpoint_{index}.pkl", weights_only))

@@ -12,6 +12,7 @@ from lightning_mics.checkpoint.files import recover, remove
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
 from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state, shard_like, whole
+from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
     "consolidate",
@@ -23,6 +24,7 @@ __all__ = [
     "load_rest",
     "model_state",
     "optimizer_state",
+    "read_file",
     "read_weights",
     "recover",
     "remove",

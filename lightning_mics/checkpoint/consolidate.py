@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_mics.checkpoint import files
-from lightning_mics.checkpoint.load import read, read_file, read_meta
-from lightning_mics.checkpoint.trust import is_trusted
+from lightning_mics.checkpoint.generation import Generation, read_generation
+from lightning_mics.checkpoint.load import read
 from lightning_mics.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -55,15 +55,15 @@ def consolidate(
     source, destination = Path(source), Path(destination)
     ending = destination.suffix.lower()
     _check_destination(source, destination, ending, force)
-    if source.parent.is_dir():
-        files.recover(source)
-    kind = files.find_kind(source)
     everything = ending in _FILE_ENDINGS
-    content = (
-        _read_full(source, weights_only)
-        if kind == "full"
-        else _read_sharded(source, everything, _meta_for(everything, weights_only), progress, is_trusted(weights_only))
-    )
+
+    def read_all(generation: Generation) -> dict[str, Any]:
+        if generation.kind == "full":
+            generation.check(alone=True)
+            return generation.meta()
+        return _read_sharded(generation, everything, progress)
+
+    content = read_generation(source, weights_only, read_all, alone=True)
     _weights(content)
     temporary = files.temporary_name(destination)
     try:
@@ -126,24 +126,15 @@ def read_weights(source: str | os.PathLike[str], *, weights_only: bool | None = 
     Raises:
         CheckpointError: If it is missing, damaged, or holds objects that ``weights_only`` forbids.
     """
-    files.find_kind(Path(source))
-    trusted = is_trusted(weights_only)
-    return _read_sharded(Path(source), False, lambda path: read_meta(path, weights_only), None, trusted)
-
-
-def _read_full(source: Path, weights_only: bool | None) -> dict[str, Any]:
-    files.check_content(source, "full")
-    return read_file(source, weights_only)
+    return read_generation(
+        source, weights_only, lambda generation: _read_sharded(generation, False, None, with_rest=True), alone=True
+    )
 
 
 def _read_sharded(
-    source: Path,
-    everything: bool,
-    read_rest: Callable[[Path], dict[str, Any]],
-    progress: Progress | None,
-    trusted: bool,
+    generation: Generation, everything: bool, progress: Progress | None, *, with_rest: bool = False
 ) -> dict[str, Any]:
-    total, done = 2 * files.total_bytes(source, trusted=trusted), 0
+    total, done = 2 * generation.total_bytes(), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -151,8 +142,11 @@ def _read_sharded(
         if progress is not None:
             progress(done, total)
 
-    files.check_content(source, "sharded", progress=advance, trusted=trusted)  # before anything is unpickled
-    metadata, meta = files.read_metadata(source), read_rest(source)
+    generation.check(alone=True, progress=advance)
+    metadata = generation.metadata()
+    # Only for everything are the classes of the script needed.
+    manifest = None if everything or with_rest else generation.manifest
+    meta: dict[str, Any] = generation.meta() if manifest is None else {"mics": dict(manifest.model)}
     wanted = [
         name for name in metadata.state_dict_metadata if everything or not _is_optimizer(_top(metadata, name), metadata)
     ]
@@ -160,7 +154,7 @@ def _read_sharded(
     nested: dict[str, Any] = {}
     for batch in _batches(metadata, wanted):
         flat = {name: _empty(metadata, name) for name in batch}
-        read(source, flat, alone=True)
+        read(generation, flat, metadata, alone=True)
         for name, value in flat.items():
             _put(nested, _path(metadata, name), value)
         advance(sum(_nbytes(metadata, name) for name in batch))
@@ -168,18 +162,6 @@ def _read_sharded(
         key, _, name = flat_name.partition(".")
         nested.setdefault(key, {})[name] = value
     return {**meta, **_as_lightning(_lists(nested))}
-
-
-def _meta_for(everything: bool, weights_only: bool | None) -> Callable[[Path], dict[str, Any]]:
-    """Returns what reads the part beside the tensors; only for everything it needs the classes of the script."""
-
-    def read_rest(source: Path) -> dict[str, Any]:
-        manifest = files.read_manifest(source, trusted=is_trusted(weights_only))
-        if everything or manifest is None:
-            return read_meta(source, weights_only)
-        return {"mics": dict(manifest.model)}
-
-    return read_rest
 
 
 def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:

@@ -16,17 +16,13 @@ import re
 import shutil
 import socket
 import time
-import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
-
-from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest, parse
+from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest
 from lightning_mics.errors import CheckpointError
 
 META, INDEX = "meta.pt", ".metadata"
@@ -236,16 +232,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     sync_folder(folder)
 
 
-def read_manifest(folder: Path, *, trusted: bool = False) -> Manifest | None:
-    """Reads what a checkpoint consists of; ``None`` for one that another program wrote.
-
-    Raises:
-        CheckpointError: If the manifest is damaged, or there is no way to tell; see :func:`manifest.parse`.
-    """
-    path = folder / MANIFEST
-    return parse(path.read_bytes(), str(path), trusted=trusted) if path.is_file() else None
-
-
 def find_kind(path: Path) -> Kind:
     """Tells a sharded checkpoint from a full one by a glance.
 
@@ -253,143 +239,28 @@ def find_kind(path: Path) -> Kind:
         CheckpointError: If ``path`` is missing, or a folder that lacks what every checkpoint has.
     """
     if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}.{_others(path)}")
+        raise CheckpointError(f"There is no checkpoint at {path}.{others(path)}")
     if path.is_file():
         return "full"
     if not (path / INDEX).is_file():
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {INDEX} file, so it is half-written or belongs to something else."
-            f"{_others(path)}"
+            f"{others(path)}"
         )
     if not (path / META).is_file():
-        raise CheckpointError(f"{path} is incomplete: {META} is missing.{_others(path)}")
+        raise CheckpointError(f"{path} is incomplete: {META} is missing.{others(path)}")
     return "sharded"
 
 
-def check_content(
-    path: Path,
-    kind: Kind,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int], None] = lambda size: None,
-    *,
-    trusted: bool = False,
-) -> None:
-    """Compares this rank's part of a checkpoint with its checksums.
-
-    Args:
-        path: The checkpoint.
-        kind: Its kind.
-        rank: Which of the parts to check.
-        world_size: Number of parts.
-        progress: Told the size of what was checked, in bytes.
-        trusted: Whether to take a manifest that cannot be checked itself.
-
-    Raises:
-        CheckpointError: Naming a file that is missing or whose content changed.
-    """
-    part = slice(rank, None, world_size)
-    if kind == "full":
-        _check_records(path, part)
-        return
-    for name, expected in sorted(_expected_files(path, trusted).items())[part]:
-        _check_size(path, name, expected)
-        if "crc32" in expected and _crc32(path / name) != expected["crc32"]:
-            raise CheckpointError(
-                f"{path / name} is damaged: its content does not match its checksum. Copy it again from where it is "
-                f"whole.{_others(path)}"
-            )
-        progress(expected["bytes"])
-
-
-def is_archive(path: Path) -> bool:
-    """Returns whether ``path`` is a zip file, as ``torch.save`` writes."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # damage can make it look like one of several volumes
-        return False
-
-
-def _check_records(path: Path, part: slice) -> None:
-    """Compares records of a file that ``torch.save`` wrote with the checksums that it left there."""
-    if not is_archive(path):
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.{_others(path)}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch writes 0 where it was told to skip checksums (torch.serialization.set_crc32_options).
-            for record in [record for record in archive.infolist() if record.CRC][part]:
-                with archive.open(record) as content:
-                    while content.read(_BLOCK_BYTES):
-                        pass
-    except Exception as error:  # a damaged archive makes zipfile raise almost anything
-        raise CheckpointError(f"{path} is damaged ({error}).{_others(path)}") from error
-
-
-def _check_size(folder: Path, name: str, expected: Facts) -> None:
-    file = folder / name
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} is incomplete: {name} is missing. If you copied the checkpoint, copy it again; on several "
-            f"nodes, keep it on storage that all of them share.{_others(folder)}"
-        )
-    size = file.stat().st_size
-    if size < expected["bytes"] or ("crc32" in expected and size != expected["bytes"]):
-        raise CheckpointError(
-            f"{file} is damaged: it has {size} bytes instead of {expected['bytes']}. Copy it again from where it is "
-            f"whole.{_others(folder)}"
-        )
-
-
-def _expected_files(folder: Path, trusted: bool) -> dict[str, Facts]:
-    """Returns what a sharded checkpoint consists of; without a manifest, how far its index reaches into each file."""
-    if manifest := read_manifest(folder, trusted=trusted):
-        return manifest.files
-    reaches: dict[str, int] = {}
-    for place in read_metadata(folder).storage_data.values():
-        reaches[place.relative_path] = max(reaches.get(place.relative_path, 0), place.offset + place.length)
-    return {name: {"bytes": reach} for name, reach in reaches.items()}
-
-
-def total_bytes(folder: Path, *, trusted: bool = False) -> int:
-    """Returns the size of a sharded checkpoint."""
-    return sum(expected["bytes"] for expected in _expected_files(folder, trusted).values())
-
-
-def check_origin(folder: Path, meta: dict[str, Any], *, trusted: bool = False) -> None:
-    """Checks that a checkpoint of ours has the manifest that it was written with.
-
-    Raises:
-        CheckpointError: If it has none, and is not trusted.
-    """
-    if "mics" in meta and not trusted and not (folder / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{folder} is incomplete: {MANIFEST} is missing, which shows damage. Copy it again from where it "
-            f"is whole or, if you trust it, load it with weights_only=False.{_others(folder)}"
-        )
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """Reads the index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    try:
-        return dcp.FileSystemReader(folder).read_metadata()
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{folder / INDEX} is damaged ({error}).{_others(folder)}") from error
-
-
-def _others(path: Path) -> str:
-    """Names whole checkpoints beside ``path``, newest first."""
+def others(path: Path) -> str:
+    """Names whole checkpoints beside ``path``, newest first, for messages."""
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist, either."
-    found = [
-        entry
-        for entry in path.parent.iterdir()
-        if entry != path and not entry.name.startswith(".") and ((entry / INDEX).is_file() or entry.suffix == ".ckpt")
-    ]
-    if not found:
-        return ""
-    newest = sorted(found, key=lambda entry: entry.stat().st_mtime, reverse=True)[:3]
-    return f" Checkpoints beside it: {', '.join(entry.name for entry in newest)}."
+    found = []
+    for entry in path.parent.iterdir():
+        named = not entry.name.startswith(".") and entry != path
+        with suppress(OSError):  # a link to nowhere, or somebody deletes it
+            if named and ((entry / INDEX).is_file() or entry.suffix == ".ckpt"):
+                found.append((entry.stat().st_mtime, entry.name))
+    newest = [name for _, name in sorted(found, reverse=True)[:3]]
+    return f" Checkpoints beside it: {', '.join(newest)}." if newest else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.state import (
     empty_like,
     is_extra_state,
@@ -26,7 +30,7 @@ from lightning_mics.checkpoint.state import (
     shard_like,
     trained_parameters,
 )
-from lightning_mics.checkpoint.trust import is_trusted
+from lightning_mics.checkpoint.trust import read_file, unpickle
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.errors import CheckpointError
@@ -91,46 +95,60 @@ def load_into(
     Raises:
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
     """
-    path = Path(path)
-    ranks.on_first_rank(lambda: files.recover(path) if path.parent.is_dir() else None)
-    kind = ranks.together(lambda: files.find_kind(path))[0]
-    trusted = is_trusted(weights_only)
-    ranks.together(lambda: files.check_content(path, kind, ranks.rank(), ranks.world_size(), trusted=trusted))
-    if kind == "full":
-        return _load_full(path, model, optimizers or {}, model_key, strict, weights_only)
-    return _load_sharded(path, model, optimizers or {}, model_key, strict, weights_only)
+    wanted = _Wanted(model, dict(optimizers or {}), model_key, strict)
+    return read_generation(path, weights_only, wanted.load)
 
 
-def _load_sharded(
-    path: Path,
-    model: nn.Module,
-    optimizers: Mapping[str, Optimizer],
-    model_key: str | None,
-    strict: bool,
-    weights_only: bool | None,
-) -> dict[str, Any]:
-    metadata = ranks.on_each_rank(lambda: files.read_metadata(path))
-    meta = ranks.on_each_rank(lambda: read_meta(path, weights_only))
-    weights = {} if model_key is None else model_state(model)
-    targets = _Targets(path, metadata)
-    if model_key is not None:
-        ranks.together(lambda: targets.add_weights(weights, model_key, strict))
-    for key, optimizer in optimizers.items():
-        ranks.together(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, model, optimizer))  # type: ignore[misc]
-    try:
-        read(path, targets.flat)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path} cannot be read: {ranks.describe_error(error)}") from error
-    extra_states = meta.get("mics", {}).pop("extra_states", {})
-    for name, tensor in weights.items():
-        saved_name = f"{model_key}.{targets.names.to_saved(name)}"
-        if not isinstance(tensor, Tensor):
-            weights[name] = extra_states.get(saved_name, targets.flat.get(saved_name, tensor))
-    _hand_over(model, weights)
-    for key, optimizer in optimizers.items():
-        states, groups = targets.optimizer_parts(key)
-        set_optimizer_state(model, optimizer, states, groups)
-    return meta
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be filled from a checkpoint."""
+
+    model: nn.Module
+    optimizers: dict[str, Optimizer]
+    model_key: str | None
+    strict: bool
+
+    def load(self, generation: Generation) -> dict[str, Any]:
+        """Fills everything, and returns the rest. Raises on all ranks or on none."""
+        generation.check()
+        if generation.kind == "full":
+            return ranks.on_each_rank(lambda: self._fill(generation))
+        weights = {} if self.model_key is None else model_state(self.model)
+        metadata, meta = ranks.on_each_rank(lambda: (generation.metadata(), generation.meta()))
+        targets = _Targets(generation.path, metadata)
+        if self.model_key is not None:
+            ranks.on_each_rank(lambda: targets.add_weights(weights, str(self.model_key), self.strict))
+        for key, optimizer in self.optimizers.items():
+            ranks.on_each_rank(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, self.model, optimizer))  # type: ignore[misc]
+        read(generation, targets.flat, metadata)
+        ranks.on_each_rank(lambda: self._set(targets, weights, meta))
+        return meta
+
+    def _set(self, targets: _Targets, weights: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Hands over what could not be filled in place."""
+        extra_states = meta.get("mics", {}).pop("extra_states", {})
+        for name, tensor in weights.items():
+            saved_name = f"{self.model_key}.{targets.names.to_saved(name)}"
+            if not isinstance(tensor, Tensor):
+                weights[name] = extra_states.get(saved_name, targets.flat.get(saved_name, tensor))
+        _hand_over(self.model, weights)
+        for key, optimizer in self.optimizers.items():
+            states, groups = targets.optimizer_parts(key)
+            set_optimizer_state(self.model, optimizer, states, groups)
+
+    def _fill(self, generation: Generation) -> dict[str, Any]:
+        path, checkpoint = generation.path, generation.meta()
+        if self.model_key is not None:
+            if self.model_key not in checkpoint:
+                raise CheckpointError(f"{path} holds no {self.model_key!r}, only {', '.join(map(str, checkpoint))}.")
+            fill_weights(path, self.model, checkpoint.pop(self.model_key), self.strict)
+        numbered = checkpoint.pop("optimizer_states", [])
+        for index, (key, optimizer) in enumerate(self.optimizers.items()):
+            state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
+            if state is None:
+                raise _no_states(path, key)
+            _fill_optimizer(self.model, optimizer, state)
+        return checkpoint
 
 
 def _hand_over(model: nn.Module, weights: dict[str, Any]) -> None:
@@ -280,82 +298,61 @@ def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[in
         )
 
 
-def read(path: Path, targets: dict[str, Any], *, alone: bool = False) -> None:
+def read(generation: Generation, targets: dict[str, Any], metadata: Metadata, *, alone: bool = False) -> None:
     """Reads entries of a sharded checkpoint by their flat names: tensors in place, the rest into the dictionary.
 
     Args:
-        path: The checkpoint.
+        generation: The checkpoint.
         targets: Where to put the entries, by name.
+        metadata: Its index.
         alone: Whether other ranks, if there are any, do not take part.
+
+    Raises:
+        CheckpointError: On every rank, if it cannot be read.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     alone = alone or not ranks.is_distributed()
-    with ranks.quiet_dcp(alone):
-        dcp.load(targets, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=alone)
-
-
-def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Reads a file that ``torch.save`` wrote; tensors stay on disk until they are used.
-
-    Raises:
-        CheckpointError: If it is damaged, no such file, or holds objects that ``weights_only`` forbids.
-    """
-    if not files.is_archive(path):
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint. Use another one.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower():
-            raise CheckpointError(
-                f"{path} holds objects other than tensors. If you trust it, load it with weights_only=False."
-            ) from error
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} holds an object whose class cannot be imported ({error}). Run this where it can, for example with "
-            "the folder of the training script in PYTHONPATH."
-        ) from error
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
-    return content
+        with ranks.quiet_dcp(alone):
+            dcp.load(targets, storage_reader=_Reader(generation, metadata), planner=_Planner(generation), no_dist=alone)
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{generation.path} cannot be read: {ranks.describe_error(error)}") from error
 
 
-def read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Reads what a sharded checkpoint holds beside its shards.
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, with the index and the files of one generation."""
 
-    Raises:
-        CheckpointError: As :func:`read_file`, and if a checkpoint of ours has lost its manifest.
-    """
-    meta = read_file(path / files.META, weights_only)
-    files.check_origin(path, meta, trusted=is_trusted(weights_only))
-    return meta
+    def __init__(self, generation: Generation, metadata: Metadata) -> None:
+        super().__init__(generation.path)
+        self.fs = _Files(generation)
+        self._index = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
 
 
-def _load_full(
-    path: Path,
-    model: nn.Module,
-    optimizers: Mapping[str, Optimizer],
-    model_key: str | None,
-    strict: bool,
-    weights_only: bool | None,
-) -> dict[str, Any]:
-    def fill() -> dict[str, Any]:
-        checkpoint = read_file(path, weights_only)
-        if model_key is not None:
-            if model_key not in checkpoint:
-                raise CheckpointError(f"{path} holds no {model_key!r}, only {', '.join(map(str, checkpoint))}.")
-            fill_weights(path, model, checkpoint.pop(model_key), strict)
-        numbered = checkpoint.pop("optimizer_states", [])
-        for index, (key, optimizer) in enumerate(optimizers.items()):
-            state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
-            if state is None:
-                raise _no_states(path, key)
-            _fill_optimizer(model, optimizer, state)
-        return checkpoint
+class _Files(FileSystem):
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
 
-    return ranks.on_each_rank(fill)
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return suffix
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        yield self._generation.open(str(path))
+
+
+class _Planner(DefaultLoadPlanner):
+    """DCP's planner, for flat names, which reads nothing but plain values beside tensors."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._generation = generation
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        where = f"{self._generation.path}: {name}"
+        self.state_dict[name] = unpickle(value, where, self._generation.weights_only)
 
 
 def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None) -> dict[str, Any]:
@@ -368,12 +365,7 @@ def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None)
     Raises:
         CheckpointError: On every rank, if the checkpoint is missing or damaged.
     """
-    path = Path(path)
-
-    def read_rest() -> dict[str, Any]:
-        return (read_meta if files.find_kind(path) == "sharded" else read_file)(path, weights_only)
-
-    return ranks.on_each_rank(read_rest)
+    return read_generation(path, weights_only, lambda generation: ranks.on_each_rank(generation.meta))
 
 
 def load_raw(
@@ -411,12 +403,7 @@ def load_raw(
 
 def _read_raw(path: Path, weights_only: bool | None) -> dict[str, Any]:
     """Reads a file of ``torch.save``, also of a PyTorch older than 1.6, as public weights are."""
-    if files.is_archive(path):
-        return read_file(path, weights_only)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged or not a PyTorch file ({error}).") from error
+    content = read_file(path, weights_only)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state_dict.")
     return content

@@ -74,8 +74,8 @@ def _unchecked(content: dict[str, Any], where: str, trusted: bool) -> Manifest:
     if not trusted:
         raise CheckpointError(
             f"{where} says that an older lightning-mics wrote it, which left no checksum of this file, so that damage "
-            "to it would not be seen. If you trust the checkpoint, load it with weights_only=False; saving it again "
-            "makes it checked."
+            "to it would not be seen. If you trust the checkpoint, load it with weights_only=False "
+            "(mics consolidate: --trust); saving it again makes it checked."
         )
     listed = {
         name: {"bytes": int(facts["bytes"]), "crc32": int(facts["crc32"])} for name, facts in content["files"].items()
@@ -86,3 +86,12 @@ def _unchecked(content: dict[str, Any], where: str, trusted: bool) -> Manifest:
 def _digest(content: dict[str, Any]) -> str:
     """Returns a checksum of what a manifest says, however it is laid out."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def step_of(meta: dict[str, Any]) -> int | None:
+    """Returns the step of training that is saved, under whatever name it goes."""
+    accelerate = meta.get("accelerate")
+    of_accelerate = accelerate.get("step") if isinstance(accelerate, dict) else None
+    return next(
+        (step for step in (meta.get("global_step"), meta.get("step"), of_accelerate) if type(step) is int), None
+    )

@@ -49,11 +49,11 @@ def describe_error(error: BaseException) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def together(step: Callable[[], T]) -> list[T]:
-    """Runs ``step`` on every rank. Collective over the world.
+def together(step: Callable[[], T], *, alone: bool = False) -> list[T]:
+    """Runs ``step`` on every rank. Collective over the world, unless ``alone``.
 
     Returns:
-        The results of all ranks, in rank order.
+        The results of all ranks, in rank order; only this one's if it is alone.
 
     Raises:
         CheckpointError: On every rank, with the first rank's error, if ``step`` raised anywhere.
@@ -64,7 +64,7 @@ def together(step: Callable[[], T]) -> list[T]:
     except (Exception, CheckpointException) as problem:
         error = describe_error(problem)
     outcomes: list[Any] = [(error, result)]
-    if is_distributed():
+    if is_distributed() and not alone:
         outcomes = [None] * world_size()
         dist.all_gather_object(outcomes, (error, result))
     for source, (message, _) in enumerate(outcomes):

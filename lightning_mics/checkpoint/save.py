@@ -13,8 +13,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint import files, ranks
-from lightning_mics.checkpoint.manifest import Facts, Manifest
+from lightning_mics.checkpoint import files, index, ranks
+from lightning_mics.checkpoint.manifest import Facts, Manifest, step_of
 from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.state import (
     huggingface_metadata,
@@ -97,7 +97,7 @@ def save_sharded(
         meta = _with_extra_states(state, {**meta, "mics": meta.get("mics", {})})
         written = ranks.together(lambda: _write(temporary, _without_extra_states(state), meta))
         listed = added | {name: facts for part in written for name, facts in part.items()}
-        manifest = Manifest(listed, ranks.world_size(), _shard_size(state), _step(meta), _of_model(meta))
+        manifest = Manifest(listed, ranks.world_size(), _shard_size(state), step_of(meta), _of_model(meta))
         ranks.on_first_rank(lambda: _finish(temporary, path, manifest))
     except CheckpointError as error:
         _give_up(temporary, path, error)
@@ -179,8 +179,11 @@ def _write(temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> dict
     writer.fs = noting = NotingFileSystem()
     alone = not ranks.is_distributed()
     with ranks.quiet_dcp(alone):
-        dcp.save(mine, storage_writer=writer, no_dist=alone)
+        metadata = dcp.save(mine, storage_writer=writer, no_dist=alone)
     if ranks.rank() == 0:
+        with noting.create_stream(temporary / index.NAME, "wb") as stream:
+            stream.write(index.encode(metadata).encode())
+            os.fsync(stream.fileno())
         with noting.create_stream(temporary / files.META, "wb") as stream:
             torch.save(meta, stream)  # type: ignore[arg-type]
             os.fsync(stream.fileno())
@@ -198,12 +201,6 @@ def _is_sharded(value: Any) -> bool:
 
 def _shard_size(state: dict[str, Any]) -> int | None:
     return next((leaf.device_mesh.size() for leaf in tree_leaves(state) if isinstance(leaf, DTensor)), None)
-
-
-def _step(meta: dict[str, Any]) -> int | None:
-    """Returns the step of training that is saved, under whatever name it goes."""
-    found = [meta.get("global_step"), meta.get("step"), meta.get("accelerate", {}).get("step")]
-    return next((step for step in found if type(step) is int), None)
 
 
 def _of_model(meta: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,358 @@
+"""One generation of a checkpoint: what was written together is read together, or not at all.
+
+A checkpoint may be replaced while it is read, and ranks may see different folders under one path. So all ranks load by
+the manifest that rank 0 read, and a file is checked against it through the very handle by which it is then read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from lightning_mics.checkpoint import files, index, ranks
+from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest, parse, step_of
+from lightning_mics.checkpoint.trust import is_archive, is_trusted, unpickle
+from lightning_mics.core.log import inform
+from lightning_mics.errors import CheckpointError
+
+_BLOCK_BYTES = 1 << 22
+_MAX_OPEN = 256
+_TRIES, _OPENINGS, _PAUSE_SECONDS = 50, 4, 0.02  # in all; where ranks differ; between the latter
+_NAMED = 5
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+Identity = tuple[int, int, int]
+
+
+class Generation:
+    """A checkpoint as it was when it was opened.
+
+    Args:
+        path: Where it is.
+        weights_only: ``False`` if it is trusted.
+        hold: Whether to open all files at once, so that a writer who replaces the checkpoint cannot take them away.
+
+    Attributes:
+        path: Where it was.
+        kind: Sharded or full.
+        manifest: What it consists of; ``None`` for a full file, and where another program wrote it.
+        digest: The same for two generations only if they hold the same.
+    """
+
+    def __init__(self, path: Path, weights_only: bool | None, *, hold: bool = False) -> None:
+        self.path, self.weights_only = path, weights_only
+        self.kind = files.find_kind(path)
+        self.manifest: Manifest | None = None
+        self._handles: dict[str, BinaryIO] = {}
+        self._checked: dict[str, Identity] = {}
+        self._meta: dict[str, Any] | None = None
+        try:
+            if self.kind == "full":
+                self._listed: dict[str, Facts] = {"": {}}
+                self.digest = _archive_digest(path, self._open(""))
+            else:
+                self._open_folder()
+            for name in sorted(self._listed)[: _MAX_OPEN if hold else 0]:
+                self._open(name)
+        except FileNotFoundError as error:
+            self.close()
+            raise CheckpointError(f"{path} is incomplete: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_folder(self) -> None:
+        text = None
+        with suppress(FileNotFoundError), (self.path / MANIFEST).open("rb") as file:
+            text = file.read()
+        if text is None:
+            self._listed = {files.INDEX: {}, files.META: {}}
+            self._listed |= index.reaches(self.metadata())
+            text = self._open(files.INDEX).read()
+        else:
+            self.manifest = parse(text, str(self.path / MANIFEST), trusted=is_trusted(self.weights_only))
+            self._listed = self.manifest.files
+        self.digest = hashlib.sha256(text).hexdigest()
+
+    def identity(self) -> Identity | None:
+        """Returns which file a full checkpoint is, and in which state."""
+        return _identity(self._open("")) if self.kind == "full" else None
+
+    def close(self) -> None:
+        """Closes all files."""
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
+
+    def total_bytes(self) -> int:
+        """Returns the size of what there is to check."""
+        return sum(facts.get("bytes", 0) for facts in self._listed.values())
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens one of the files, which is as it was written.
+
+        Raises:
+            CheckpointError: If it is missing or another one.
+        """
+        handle = self._open(name)
+        if self._checked.get(name) != _identity(handle):
+            self._check(name, handle)
+            self._checked[name] = _identity(handle)
+        handle.seek(0)
+        return handle
+
+    def _open(self, name: str) -> BinaryIO:
+        if name in self._handles:
+            return self._handles[name]
+        if name not in self._listed or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{self.path} names the file {name!r}, which is none of its own. Use another one.")
+        try:
+            handle = (self.path / name if name else self.path).open("rb")
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.path} is incomplete: {name} is missing. If you copied the checkpoint, copy it again; on "
+                f"several nodes, keep it on storage that all of them share.{files.others(self.path)}"
+            ) from error
+        if len(self._handles) >= _MAX_OPEN:
+            self._handles.pop(next(iter(self._handles))).close()
+        self._handles[name] = handle
+        return handle
+
+    def _check(self, name: str, handle: BinaryIO) -> None:
+        if self.kind == "full":
+            _check_archive(self.path, handle, slice(None))
+            return
+        facts, size = self._listed[name], os.fstat(handle.fileno()).st_size
+        if size < facts.get("bytes", 0) or ("crc32" in facts and size != facts["bytes"]):
+            raise CheckpointError(
+                f"{self.path / name} is damaged: it has {size} bytes instead of {facts['bytes']}. Copy it again from "
+                f"where it is whole.{files.others(self.path)}"
+            )
+        if "crc32" in facts and _crc32(handle) != facts["crc32"]:
+            raise CheckpointError(
+                f"{self.path / name} is damaged: its content does not match its checksum. Copy it again from where it "
+                f"is whole.{files.others(self.path)}"
+            )
+
+    def check(self, *, alone: bool = False, progress: Progress = lambda size: None) -> None:
+        """Checks all files, each by one of the ranks. Collective over the world, unless ``alone``.
+
+        What another rank has checked counts for this one where it finds the very same file.
+
+        Args:
+            alone: Whether other ranks, if there are any, do not take part.
+            progress: Told the size of what was checked, in bytes.
+
+        Raises:
+            CheckpointError: Naming a file that is missing or whose content is another one.
+        """
+        rank, world_size = (0, 1) if alone else (ranks.rank(), ranks.world_size())
+
+        def check_part() -> dict[str, Identity]:
+            names = sorted(self._listed)[rank::world_size]
+            for name in names[:_MAX_OPEN]:
+                self._open(name)  # a writer who now replaces the checkpoint does not take them away
+            for name in names:
+                self.open(name)
+                progress(self._listed[name].get("bytes", 0))
+            return {name: self._checked[name] for name in names}
+
+        if self.kind == "full":
+            self._check_full(rank, world_size, alone)
+            return
+        for part in ranks.together(check_part, alone=alone):
+            self._checked |= part
+
+    def _check_full(self, rank: int, world_size: int, alone: bool) -> None:
+        seen = ranks.together(self.identity, alone=alone)
+        part = slice(rank, None, world_size) if len(set(seen)) == 1 else slice(None)
+        ranks.together(lambda: _check_archive(self.path, self._open(""), part), alone=alone)
+        self._checked[""] = _identity(self._open(""))
+
+    def metadata(self) -> Metadata:
+        """Returns DCP's index of a sharded checkpoint.
+
+        Raises:
+            CheckpointError: If it is damaged, or more than an index.
+        """
+        if index.NAME in self._listed:
+            return index.decode(self.open(index.NAME).read(), str(self.path / index.NAME))
+        return index.unpickle_index(self.open(files.INDEX), str(self.path / files.INDEX), self.weights_only)
+
+    def meta(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside its shards: of a full file, everything.
+
+        Raises:
+            CheckpointError: If it is damaged, holds objects that ``weights_only`` forbids, or lost its manifest.
+        """
+        name = files.META if self.kind == "sharded" else ""
+        where = self.path / name if name else self.path
+        if not is_archive(self.open(name)):
+            raise CheckpointError(f"{where} is damaged or not a PyTorch checkpoint. Use another one.")
+        content = unpickle(self.open(name), str(where), self.weights_only)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{where} holds a {type(content).__name__}, not a checkpoint.")
+        if self.kind == "sharded" and self.manifest is None and "mics" in content and not is_trusted(self.weights_only):
+            raise CheckpointError(
+                f"{self.path} is incomplete: {MANIFEST} is missing, which shows damage. Copy it again from where it "
+                f"is whole or, if you trust it, load it with weights_only=False.{files.others(self.path)}"
+            )
+        self._meta = content
+        return content
+
+    def describe(self) -> str:
+        """Says what this is: step, number of ranks and shard size, as far as they are known."""
+        if self.manifest is None:
+            step = step_of(self._meta or {})
+            return ", ".join([*([] if step is None else [f"step {step}"]), f"a {self.kind} checkpoint"])
+        known = {
+            "step": self.manifest.step,
+            "world size": self.manifest.world_size,
+            "shard size": self.manifest.shard_size,
+        }
+        return ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+
+
+def read_generation(
+    path: str | os.PathLike[str],
+    weights_only: bool | None,
+    use: Callable[[Generation], T],
+    *,
+    alone: bool = False,
+) -> T:
+    """Reads a checkpoint that may be replaced meanwhile. Collective over the world, unless ``alone``.
+
+    Args:
+        path: The checkpoint.
+        weights_only: ``False`` if it is trusted.
+        use: Reads it; once more, from the next generation, where it was replaced. Raises on all ranks or on none.
+        alone: Whether other ranks, if there are any, do not take part.
+
+    Returns:
+        What ``use`` returned.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit, or is another one on
+            some ranks.
+    """
+    path = Path(path)
+    for attempt in range(_TRIES):
+        opened: list[Generation] = []
+        try:
+            _open_same(path, weights_only, alone, opened, again=attempt > 0)
+            result = use(opened[0])
+        except CheckpointError:
+            if attempt + 1 == _TRIES or not _is_replaced(path, weights_only, alone, opened, attempt):
+                raise
+            continue
+        finally:
+            for generation in opened:
+                generation.close()
+        if not alone:
+            inform(f"Loaded {path}: {generation.describe()}.")
+        return result
+    raise AssertionError
+
+
+def _open_same(path: Path, weights_only: bool | None, alone: bool, opened: list[Generation], *, again: bool) -> None:
+    """Opens what all ranks see.
+
+    Raises:
+        CheckpointError: On every rank, if they do not see the same.
+    """
+    if not again:
+        ranks.together(lambda: _recover(path) if alone or ranks.rank() == 0 else None, alone=alone)
+
+    def step() -> tuple[str, str]:
+        opened.append(Generation(path, weights_only, hold=again))
+        return opened[0].digest, opened[0].describe()
+
+    (digest, said), *others = ranks.together(step, alone=alone)
+    strangers = [rank for rank, (seen, _) in enumerate(others, 1) if seen != digest]
+    if strangers:
+        named = ", ".join(map(str, strangers[:_NAMED])) + (" and others" if len(strangers) > _NAMED else "")
+        raise CheckpointError(
+            f"Not all ranks see the same checkpoint under {path}: rank 0 sees {said}; {len(strangers)} of "
+            f"{len(others) + 1} ranks ({named}) see another, rank {strangers[0]} {others[strangers[0] - 1][1]}. Give "
+            "an absolute path on storage that all nodes share, or copy one checkpoint to all of them."
+        )
+
+
+def _is_replaced(path: Path, weights_only: bool | None, alone: bool, opened: list[Generation], attempt: int) -> bool:
+    """Returns, on every rank the same, whether something else can be read by now than what just could not."""
+
+    def look() -> tuple[str | None, str | None]:
+        now = None
+        with suppress(CheckpointError, OSError):
+            fresh = Generation(path, weights_only)
+            now = fresh.digest
+            fresh.close()
+        return (opened[0].digest if opened else None), now
+
+    looks = ranks.together(look, alone=alone)
+    seen, now = looks[0]
+    differed = len({digest for digest, _ in looks}) > 1
+    if differed and attempt < _OPENINGS:
+        time.sleep(_PAUSE_SECONDS)
+        return True
+    return now is not None and now != seen
+
+
+def _recover(path: Path) -> None:
+    if path.parent.is_dir():
+        files.recover(path)
+
+
+# Files.
+
+
+def _identity(handle: BinaryIO) -> Identity:
+    """Returns what tells a file from others, and from itself after a change."""
+    state = os.fstat(handle.fileno())
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _crc32(handle: BinaryIO) -> int:
+    value = 0
+    handle.seek(0)
+    while block := handle.read(_BLOCK_BYTES):
+        value = zlib.crc32(block, value)
+    return value
+
+
+def _archive_digest(path: Path, handle: BinaryIO) -> str:
+    """Returns a digest of names, sizes and checksums of the records of a file that ``torch.save`` wrote."""
+    with _archive(path, handle) as archive:
+        records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+    return hashlib.sha256(repr(records).encode()).hexdigest()
+
+
+def _check_archive(path: Path, handle: BinaryIO, part: slice) -> None:
+    """Compares records of a file that ``torch.save`` wrote with the checksums that it left there."""
+    with _archive(path, handle) as archive:
+        # PyTorch writes 0 where it was told to skip checksums (torch.serialization.set_crc32_options).
+        for record in [record for record in archive.infolist() if record.CRC][part]:
+            with archive.open(record) as content:
+                while content.read(_BLOCK_BYTES):
+                    pass
+
+
+@contextmanager
+def _archive(path: Path, handle: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    if not is_archive(handle):
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.{files.others(path)}")
+    try:
+        with zipfile.ZipFile(handle) as archive:
+            yield archive
+    except Exception as error:  # a damaged archive makes zipfile raise almost anything
+        raise CheckpointError(f"{path} is damaged ({error}).{files.others(path)}") from error
