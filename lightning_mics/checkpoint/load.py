@@ -194,9 +194,9 @@ class _Names:
         return self.own_prefix + saved.removeprefix(self.saved_prefix)
 
 
-def _prefixes(short: Collection[str], long: Collection[str]) -> set[str]:
-    first = next(iter(short))
-    return {name.removesuffix(first) for name in long if name.endswith(f".{first}")}
+def _prefixes(short: Collection[str], long: Collection[str]) -> list[str]:
+    first = min(short)  # on every rank the same, and in the same order
+    return sorted(name.removesuffix(first) for name in long if name.endswith(f".{first}"))
 
 
 class _Targets:

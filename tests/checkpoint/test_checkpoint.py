@@ -15,7 +15,7 @@ from lightning_tools import Net, cross_entropy
 from torch import Tensor, nn
 
 from lightning_mics import CheckpointError, MiCSConfig, consolidate, load_checkpoint, mics_shard, save_checkpoint
-from lightning_mics.checkpoint import optimizer_state
+from lightning_mics.checkpoint import load_into, optimizer_state
 from lightning_mics.testing import WorkerPool
 
 
@@ -139,6 +139,20 @@ def test_checkpoints_that_do_not_fit_are_refused(pool: WorkerPool, tmp_path: Pat
     for failure in pool.attempt(load_with_other_groups, path, world_size=2):
         assert failure.kind == "CheckpointError"
         assert "1 parameter group(s)" in failure.message and "has 2" in failure.message
+
+
+def save_several(path: str) -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "zyxwvutsrqponmlkjihgfedcba"})
+    for name, part in model.items():
+        nn.init.constant_(part.weight, ord(name))
+    save_checkpoint(path, model)
+
+
+def test_of_several_models_that_fit_every_rank_takes_the_first_by_name(tmp_path: Path) -> None:
+    save_several(str(tmp_path / "saved.ckpt"))
+    model = nn.Linear(2, 2)
+    load_into(tmp_path / "saved.ckpt", model, strict=False)
+    assert float(model.weight[0, 0]) == ord("a")
 
 
 def test_saving_does_not_destroy_a_foreign_folder(pool: WorkerPool, tmp_path: Path) -> None:
