@@ -236,6 +236,19 @@ def disagree_in_the_model() -> None:
     mics_shard(Regressor(2 + dist.get_rank() // 3), MiCSConfig(shard_size=2, node_size=2, wrap="Linear"))
 
 
+def disagree_in_many_parameters() -> None:
+    mics_shard(nn.Sequential(*(nn.Linear(2, 2) for _ in range(90 if dist.get_rank() else 100))), MiCSConfig())
+
+
+def test_a_disagreement_in_much_is_told_by_its_beginning(pool: WorkerPool) -> None:
+    for failure in pool.attempt(disagree_in_many_parameters, world_size=2):
+        assert (
+            "rank 0 has 200 entries (90.weight (2, 2)" in failure.message and "17 more on it alone)" in failure.message
+        )
+        assert "rank 1 has 180 entries. Give every rank" in failure.message
+        assert len(failure.message) < 600
+
+
 @pytest.mark.parametrize("function", [disagree_in_settings, disagree_in_units, disagree_in_the_model])
 def test_ranks_that_disagree_hear_of_it(pool: WorkerPool, function: Callable[[], None]) -> None:
     for failure in pool.attempt(function, world_size=4):

@@ -14,6 +14,8 @@ from lightning_mics.core.fingerprints import fingerprint as fingerprint
 from lightning_mics.core.fingerprints import fingerprints
 from lightning_mics.errors import MiCSConfigError, MiCSError, SelfCheckError
 
+_MOST_TOLD = 3
+
 
 def differing(values: Tensor, group: dist.ProcessGroup | None = None) -> list[bool]:
     """Tells which of some integers differ between ranks. Collective over the group: one message, read once.
@@ -52,12 +54,32 @@ def _raise_difference(what: str, value: object) -> None:
     dist.all_gather_object(values, value)
     rank = next(rank for rank, other in enumerate(values) if repr(other) != repr(values[0]))
     first, other = values[0], values[rank]
-    if isinstance(first, list) and len(first) == len(other):
-        first, other = next(pair for pair in zip(first, other, strict=True) if pair[0] != pair[1])
+    if isinstance(first, list) and isinstance(other, list):
+        first, other = _what_differs(first, other)
     raise MiCSConfigError(
         f"Ranks differ in {what}: rank 0 has {first}, rank {rank} has {other}. "
         "Give every rank the same arguments and environment."
     )
+
+
+def _what_differs(first: list[Any], other: list[Any]) -> tuple[str, str]:
+    """Returns the first few entries that one list has and the other has not, or where their order differs."""
+    if len(first) == len(other):
+        pairs = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
+        return _some([pair[0] for pair in pairs]), _some([pair[1] for pair in pairs])
+    only_first, only_other = set(first) - set(other), set(other) - set(first)
+    return tuple(  # type: ignore[return-value]
+        f"{len(entries)} entries" + (f" ({_some(surplus)} on it alone)" if surplus else "")
+        for entries, surplus in (
+            (first, [entry for entry in first if entry in only_first]),
+            (other, [entry for entry in other if entry in only_other]),
+        )
+    )
+
+
+def _some(entries: Sequence[Any]) -> str:
+    more = len(entries) - _MOST_TOLD
+    return ", ".join(map(str, entries[:_MOST_TOLD])) + (f" and {more} more" if more > 0 else "")
 
 
 def raise_together(problems: Sequence[str], advice: str) -> None:
