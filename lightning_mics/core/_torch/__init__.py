@@ -24,6 +24,7 @@ from lightning_mics.core._torch.graphs import (
     adds_gradients,
     in_function_transform,
     is_newer,
+    run_backward_passes_by,
     sequence_number,
     watch_base,
 )
@@ -128,6 +129,7 @@ __all__ = [
     "reduce_scatter_single",
     "reduce_unused_params",
     "registered_hooks",
+    "run_backward_passes_by",
     "sequence_number",
     "shard_like",
     "tree_leaves",

@@ -1,4 +1,4 @@
-"""Where DTensor silently gives a shard's answer for the whole: ``.item()`` of what is not replicated, ``.data = x``.
+"""Where DTensor silently does less than is asked: ``.item()`` of what is not replicated, ``.data = x``, some writes.
 
 Tensors on meshes of sharded models answer for the whole; others are DTensor's own.
 """
@@ -20,6 +20,7 @@ from lightning_mics.core._needs import gone, require
 from lightning_mics.errors import MiCSError
 
 try:
+    from torch._ops import OpOverload
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._dispatch import OpDispatcher
 except ImportError as error:
@@ -27,6 +28,7 @@ except ImportError as error:
 
 require(DTensor, "_op_dispatcher", "_local_tensor", "_spec")
 require(OpDispatcher, "_custom_op_handlers")
+require(DTensor._op_dispatcher, "sharding_propagator")
 
 _MESHES: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
@@ -58,6 +60,8 @@ def follow_data(shard: Tensor, follower: Callable[[], None]) -> None:
 def _install() -> None:
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     handlers[_scalar] = _scalar_of_whole
+    for op in _in_place_operations():
+        handlers.setdefault(op, _write)
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
 
 
@@ -70,6 +74,47 @@ def _scalar_of_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         whole = DTensor.from_local(local.int(), value.device_mesh, value.placements, run_check=False)
         return bool(whole.full_tensor().item())
     return value.full_tensor().item()
+
+
+def _in_place_operations() -> set[Any]:
+    """Returns those that DTensor knows, which are what tables of its propagator of shardings have as keys."""
+    tables = [table for table in vars(DTensor._op_dispatcher.sharding_propagator).values() if isinstance(table, dict)]
+    names = {
+        op: op.name().split("::")[-1].split(".")[0] for table in tables for op in table if isinstance(op, OpOverload)
+    }
+    return {
+        op
+        for op, name in names.items()
+        if name.endswith("_") and (name.startswith("_foreach_") or not name.startswith("_"))
+    }
+
+
+def _write(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refuses a write that would be lost; has one to many tensors count for each, as it does for plain tensors."""
+    written = [args[0]] if isinstance(args[0], Tensor) else args[0]
+    for tensor in written:
+        _refuse_copy(tensor)
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    handlers.pop(op, None)  # or it would come back here
+    try:
+        result = op(*args, **kwargs)
+    finally:
+        handlers[op] = _write
+    if written is args[0]:
+        increment_version([tensor for tensor in written if isinstance(tensor, DTensor) and not tensor.is_inference()])
+    return result
+
+
+def _refuse_copy(written: Tensor) -> None:
+    base = written._base
+    if not isinstance(base, DTensor) or not isinstance(written, DTensor) or base.device_mesh not in _MESHES:
+        return
+    if written._local_tensor.untyped_storage()._cdata != base._local_tensor.untyped_storage()._cdata:
+        raise MiCSError(
+            f"A part of shape {tuple(written.shape)} of a sharded tensor of shape {tuple(base.shape)} was written. "
+            "Such a part is gathered from all ranks, a copy, so the write would be lost. Write the whole: "
+            "values = param.full_tensor(); values[0] = 0; param.data = values."
+        )
 
 
 def _get_data(tensor: DTensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from lightning_mics.core._needs import gone, require
+from lightning_mics.core._torch.aliases import DataAliases
 from lightning_mics.core._torch.dtensors import follow_data
 from lightning_mics.core._torch.units import UnitParamGroup
 from lightning_mics.errors import MiCSError
@@ -60,7 +61,8 @@ class GatheredParams:
 
     - Between passes the shards are registered, also while FSDP2 keeps the gathered parameters.
     - ``requires_grad`` set on either is set on both.
-    - What is written to a gathered parameter is written to the shard before anybody can see that one.
+    - What is written to a gathered parameter, also by way of ``.data``, is written to the shard before anybody can see
+      that one.
     - A gather that brings other values than the one before counts as a change of the gathered parameter, so that
       autograd refuses to use what an older graph has saved of it, as on one process.
 
@@ -87,6 +89,7 @@ class GatheredParams:
         self._versions: tuple[int, ...] | None = None
         self._wanted = unit.wanted()
         self._tracks_memory = False
+        self._aliases = DataAliases()
         places = [(param, *place) for param in self._params for place in _places(param)]
         self._registries, self._place_names = [held for _, held, _ in places], [name for *_, name in places]
         self._owners = [param for param, *_ in places]
@@ -158,19 +161,28 @@ class GatheredParams:
         if is_first:
             self._versions, self._wanted = self._gathered_versions(), self.unit.wanted()
             self._tracks_memory = not self._moved()  # extensions of FSDP2 make tensors of their own
+            self._aliases.watch(self.gathered)
 
     def _on_free(self) -> None:
         if self._group.is_unsharded:
             self._settle()
             self._shows_shards = False
-        self._free()
+        try:
+            self._free()
+        except RuntimeError as error:
+            if "not resizable" not in str(error):
+                raise
+            raise MiCSError(
+                f"A parameter among {self.name(0)!r} to {self.name(-1)!r} was given to NumPy inside a forward pass, "
+                "and its memory cannot be freed any more. Copy it first: param.detach().clone().numpy()."
+            ) from error
 
     def _settle(self) -> None:
         """Brings what was done to gathered parameters to the shards."""
         self._share_requires_grad()
-        versions = self._gathered_versions()
-        if versions != self._versions or (self._tracks_memory and self._moved()):
-            self._take_writes(versions)
+        versions, through_data = self._gathered_versions(), self._aliases.written()
+        if through_data or versions != self._versions or (self._tracks_memory and self._moved()):
+            self._take_writes(versions, through_data)
 
     def _gathered_versions(self) -> tuple[int, ...]:
         return tuple(map(_gathered_version, self._params))
@@ -229,14 +241,16 @@ class GatheredParams:
         outputs = map(_first, map(_output, params))
         return any(map(operator.ne, map(_address, map(_gathered, params)), map(_address, outputs)))
 
-    def _take_writes(self, versions: tuple[int, ...]) -> None:
+    def _take_writes(self, versions: tuple[int, ...], through_data: set[int]) -> None:
         before, self._versions = self._versions, versions
         assert before is not None
         written = [
             index
             for index, param in enumerate(self._params)
-            if (versions[index] != before[index] or (self._tracks_memory and _has_moved(param)))
-            and index not in self._skips
+            if index not in self._skips
+            and (
+                index in through_data or versions[index] != before[index] or (self._tracks_memory and _has_moved(param))
+            )
         ]
         if not written:
             return
@@ -286,7 +300,8 @@ class GatheredParams:
                     f"The module that had the parameter {full_name!r} when it was sharded has "
                     f"{'another one' if name in registry else 'none'} of that name now. Replace parameters, and apply "
                     "parametrizations such as weight_norm, before mics_shard; to change values, copy them into it: "
-                    "parameter.copy_(values) under torch.no_grad()."
+                    "parameter.copy_(values) under torch.no_grad(). torch.func.functional_call replaces parameters, "
+                    "and works with models that are not sharded."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_mics.core._needs import require
 
 require(torch._C, "_will_engine_execute_node", "_current_autograd_node", "_are_functorch_transforms_active")
 require(torch._C._autograd, "_get_sequence_nr")
+require(torch.autograd, "_engine_run_backward")
 
 
 def sequence_number() -> int:
@@ -68,3 +70,12 @@ def _goes_everywhere(start: Any) -> bool:
             return False
         waiting += [following for following, _ in node.next_functions]
     return True
+
+
+def run_backward_passes_by(around: Callable[..., Any]) -> None:
+    """Has ``around(run, outputs, grads, retain_graph, create_graph, inputs, allow_unused, accumulate_grad)`` run them.
+
+    ``run`` takes the rest, and is what ``torch.autograd.grad`` and every ``backward`` call.
+    """
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = functools.partial(around, autograd._engine_run_backward)

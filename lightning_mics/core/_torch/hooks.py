@@ -88,6 +88,7 @@ def divert_hooks(
     registered: ParamHooks,
     on_registered: Callable[[], None],
     own: Callable[[Tensor], Tensor | None] | None = None,
+    own_accumulated: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Keeps what users register on a parameter from being called by autograd.
 
@@ -96,9 +97,10 @@ def divert_hooks(
         registered: Where it goes: into the last dictionaries.
         on_registered: Called when something is registered.
         own: Called by autograd with a gradient on its way to the parameter, in place of users' hooks.
+        own_accumulated: Called by autograd when the gradient was added, with the parameter.
     """
     tensor: Any = param
     if own is not None:
         own.__torch_unserializable__ = True  # type: ignore[attr-defined]  # pickling the parameter warns of others
     tensor._backward_hooks = _Diverted(registered.on_gradient[-1], own, on_registered)
-    tensor._post_accumulate_grad_hooks = _Diverted(registered.on_accumulated[-1], None, on_registered)
+    tensor._post_accumulate_grad_hooks = _Diverted(registered.on_accumulated[-1], own_accumulated, on_registered)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._torch import (
     ParamHooks,
@@ -31,6 +32,7 @@ from lightning_mics.core._torch import (
     registered_hooks,
 )
 from lightning_mics.core.gradients.unit import UnitGradients
+from lightning_mics.core.gradients.whole import WholeGradients
 
 # Hooks of parameters, by the module that owns one and its name there.
 ModuleHooks = dict[tuple[nn.Module, str], ParamHooks]
@@ -48,10 +50,21 @@ def hooks_in(model: nn.Module) -> ModuleHooks:
 
 
 class _Place(NamedTuple):
-    """A parameter: the number of its unit, and its own in that. All ranks go through them in one order."""
+    """A parameter: the number of its unit, and its own in that. All ranks go through them in one order.
+
+    Behind the last unit are parameters that every rank holds whole.
+    """
 
     unit: int
     param: int
+
+
+class _Hooked(NamedTuple):
+    """A parameter, a shard or a whole one, and users' hooks on it."""
+
+    name: str
+    param: nn.Parameter
+    hooks: ParamHooks
 
 
 class OutsideGradients:
@@ -59,6 +72,7 @@ class OutsideGradients:
 
     Args:
         units: The gradients of each FSDP unit, the same ones in the same order on all ranks.
+        whole: Those of parameters that are not sharded.
         is_running: Tells whether a backward pass of the model is under way.
         only_looks: Tells whether the last one is a ``torch.autograd.grad``, which adds to no gradient.
         end_pass: Called at the end of a backward pass that reached shards, but not the model.
@@ -70,6 +84,7 @@ class OutsideGradients:
     def __init__(
         self,
         units: Sequence[UnitGradients],
+        whole: WholeGradients,
         is_running: Callable[[], bool],
         only_looks: Callable[[], bool],
         end_pass: Callable[[], None],
@@ -80,10 +95,10 @@ class OutsideGradients:
             for number, unit in enumerate(units)
             for index, param in enumerate(unit.group.params)
         }
-        self._units = units
+        self._units, self._whole = units, whole
         self._hooks = {place: ParamHooks.none() for place in self._params}
-        self._hooked: set[_Place] = set()
-        self._earlier: dict[_Place, Tensor | None] = {}
+        self._hooked_shards: set[_Place] = set()
+        self._earlier: dict[_Place, tuple[_Hooked, Tensor | None]] = {}
         self.is_calling = False
         self._task = -1  # the backward pass that the following is about
         self._before: dict[_Place, tuple[int, ...] | None] = {}
@@ -119,19 +134,34 @@ class OutsideGradients:
     def _carry(self, place: _Place, hooks: ParamHooks | None) -> None:
         if hooks is not None:
             self._hooks[place].carry(hooks)
-            self._hooked.add(place)
+            self._hooked_shards.add(place)
 
     def _note_hook(self, place: _Place) -> None:
-        self._hooked.add(place)
+        self._hooked_shards.add(place)
+
+    def _hooked(self) -> dict[_Place, _Hooked]:
+        """Returns the parameters with hooks, in the order of all ranks."""
+        found: dict[_Place, _Hooked] = {}
+        if not self._hooked_shards and not self._whole.hooked:
+            return found
+        for place in sorted(self._hooked_shards):
+            param, hooks = self._params[place][1], self._hooks[place]
+            if hooks.are_there:
+                found[place] = _Hooked(param.name, param.sharded, hooks)
+        for index, name in enumerate(self._whole.params):
+            hooks = self._whole.hooks[name]
+            if hooks.are_there:
+                found[_Place(len(self._units), index)] = _Hooked(name, self._whole.params[name], hooks)
+        return found
 
     @property
     def has_hooks(self) -> bool:
         """Whether users' hooks want to see gradients; one that is taken out in a pass does until its end."""
-        return bool(self._earlier) or (bool(self._hooked) and any(self._hooks[at].are_there for at in self._hooked))
+        return bool(self._earlier) or bool(self._hooked())
 
     def hooked(self) -> list[str]:
         """Returns the names of parameters with hooks, in the order of all ranks."""
-        return [self._params[place][1].name for place in sorted(self._hooked) if self._hooks[place].are_there]
+        return [hooked.name for hooked in self._hooked().values()]
 
     # What autograd adds.
 
@@ -169,15 +199,15 @@ class OutsideGradients:
 
     def begin(self) -> None:
         """Sets aside the gradients of earlier microsteps where a hook wants that of this one."""
-        for place in self._hooked if self._hooked else ():
-            if place not in self._earlier and self._hooks[place].are_there:
-                shard = self._params[place][1].sharded
-                self._earlier[place], shard.grad = shard.grad, None
+        for place, hooked in self._hooked().items():
+            if place not in self._earlier:
+                self._earlier[place] = hooked, hooked.param.grad
+                hooked.param.grad = None
 
     def restore(self) -> None:
         """Forgets the gradients of a microstep that came to nothing."""
-        for place, grad in self._earlier.items():
-            self._params[place][1].sharded.grad = grad
+        for hooked, grad in self._earlier.values():
+            hooked.param.grad = grad
         self._earlier.clear()
 
     @torch.no_grad()
@@ -186,40 +216,39 @@ class OutsideGradients:
         earlier, self._earlier = self._earlier, {}
         accumulated = []
         for place in sorted(earlier):
-            param, hooks = self._params[place][1], self._hooks[place]
-            if param.sharded.grad is None:
-                param.sharded.grad = earlier[place]
+            hooked, before = earlier[place]
+            if hooked.param.grad is None:
+                hooked.param.grad = before
                 continue
-            self._add(param, hooks, earlier[place])
-            accumulated.append((param, hooks))
+            grad = _called(hooked)
+            hooked.param.grad = grad if before is None else _added(before, grad)
+            accumulated.append(hooked)
         self.is_calling = True
         try:
-            for param, hooks in accumulated:
-                for hook in [hook for registered in hooks.on_accumulated for hook in registered.values()]:
-                    hook(param.sharded)
+            for hooked in accumulated:
+                for hook in [hook for registered in hooked.hooks.on_accumulated for hook in registered.values()]:
+                    hook(hooked.param)
         finally:
             self.is_calling = False
 
-    def _add(self, param: UnitParam, hooks: ParamHooks, earlier: Tensor | None) -> None:
-        grad = _called(hooks, param.sharded)
-        if earlier is not None:
-            local_tensor(earlier).add_(local_tensor(grad))
-            grad = earlier
-        param.sharded.grad = grad
+
+def _added(earlier: Tensor, grad: Tensor) -> Tensor:
+    local_tensor(earlier).add_(local_tensor(grad))
+    return earlier
 
 
-def _called(hooks: ParamHooks, shard: nn.Parameter) -> Tensor:
-    """Returns what hooks make of a shard's gradient."""
-    grad: torch.Tensor | None = shard.grad
+def _called(hooked: _Hooked) -> Tensor:
+    """Returns what hooks make of a gradient."""
+    grad: torch.Tensor | None = hooked.param.grad
     assert grad is not None
-    if not any(hooks.on_gradient):
+    if not any(hooked.hooks.on_gradient):
         return grad
-    whole = grad.full_tensor()  # type: ignore[attr-defined]
+    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
     with implicit_replication():  # they may also ask the shard, as pruning does
-        for hook in [hook for registered in hooks.on_gradient for hook in registered.values()]:
+        for hook in [hook for registered in hooked.hooks.on_gradient for hook in registered.values()]:
             result = hook(whole)
             whole = whole if result is None else result
-    return placed_like(whole, grad)
+    return placed_like(whole, grad) if isinstance(grad, DTensor) else whole
 
 
 def _state(param: UnitParam) -> tuple[int, ...] | None:

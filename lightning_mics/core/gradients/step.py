@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_mics.core.gradients.inputs import answer_for_shards
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step_on_whole, steps_on_whole
 from lightning_mics.errors import MiCSError
@@ -39,6 +40,7 @@ def _install() -> None:
     # One hook for all, and for good: PyTorch goes through its hooks while windows may be collected.
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    answer_for_shards(lambda: list(_WINDOWS.values()))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

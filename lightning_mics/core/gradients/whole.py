@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_mics.core._torch import all_gather_single, reduce_scatter_single
+from lightning_mics.core._torch import (
+    ParamHooks,
+    adds_gradients,
+    all_gather_single,
+    divert_hooks,
+    reduce_scatter_single,
+    registered_hooks,
+)
 from lightning_mics.core.mesh import MiCSMesh, communication_device
 from lightning_mics.errors import MiCSError
 from lightning_mics.metrics import CommLedger, Hop
@@ -35,7 +42,9 @@ class WholeGradients:
 
     Attributes:
         params: The parameters by name.
-        on_backward: A method that is called when a backward pass brings one of these gradients.
+        hooks: Users' hooks on them, by name. Autograd does not call them.
+        hooked: Names of those on which users registered hooks at any time.
+        on_backward: A method that is called before a backward pass adds to one of these gradients.
     """
 
     def __init__(
@@ -45,6 +54,8 @@ class WholeGradients:
         reduce_dtype: torch.dtype | None,
     ) -> None:
         self.params: dict[str, nn.Parameter] = {}
+        self.hooks: dict[str, ParamHooks] = {}
+        self.hooked: set[str] = set()
         self._mesh, self._ledger, self._dtype = mesh, ledger, reduce_dtype
         self._sums: dict[str, _ExactSum] = {}
         self._used = b""
@@ -61,19 +72,32 @@ class WholeGradients:
                 self._watch(unique, param)
 
     def _watch(self, name: str, param: nn.Parameter) -> None:
-        wants = param.requires_grad
-        param.requires_grad_(True)  # hooks are refused otherwise, and a frozen parameter may want them later
+        exact = None
         if self._dtype is not None and self._dtype.itemsize > param.dtype.itemsize and param.is_floating_point():
-            self._sums[name] = _ExactSum(param, self._dtype)
-        this = weakref.ref(self)
+            exact = self._sums[name] = _ExactSum(param, self._dtype)
+        hooks, earlier = self.hooks.setdefault(name, ParamHooks.none()), registered_hooks(param)
+        if earlier is not None:
+            hooks.carry(earlier)
+            self.hooked.add(name)
+        this, leaf = weakref.ref(self), weakref.ref(param)
 
-        def arrived(param: Tensor) -> None:
-            owner = this()
-            on_backward = None if owner is None or owner.on_backward is None else owner.on_backward()
+        def arrives(grad: Tensor) -> Tensor | None:
+            owner, param = this(), leaf()
+            if owner is None or param is None or not adds_gradients([param]):
+                return None
+            on_backward = None if owner.on_backward is None else owner.on_backward()
             if on_backward is not None:
                 on_backward()
+            return None if exact is None else exact.add(grad)
 
-        param.register_post_accumulate_grad_hook(arrived)
+        def registered() -> None:
+            owner = this()
+            if owner is not None:
+                owner.hooked.add(name)
+
+        wants = param.requires_grad
+        param.requires_grad_(True)  # hooks are refused otherwise, and a frozen parameter may want them later
+        divert_hooks(param, hooks, registered, arrives, None if exact is None else exact.remember)
         param.requires_grad_(wants)
 
     @property
@@ -183,19 +207,6 @@ class _ExactSum:
         self._sum: Tensor | None = None
         self._rounded: Tensor | None = None
         self._version = 0
-        this = weakref.ref(self)
-
-        def add(grad: Tensor) -> Tensor:
-            own = this()
-            return grad if own is None else own._add(grad)
-
-        def remember(param: Tensor) -> None:
-            own = this()
-            if own is not None and own._sum is not None:
-                own._remember(param.grad)
-
-        param.register_hook(add)
-        param.register_post_accumulate_grad_hook(remember)
 
     @property
     def value(self) -> Tensor | None:
@@ -206,7 +217,8 @@ class _ExactSum:
         return self._sum if is_known else None
 
     @torch.no_grad()
-    def _add(self, grad: Tensor) -> Tensor:
+    def add(self, grad: Tensor) -> Tensor:
+        """Adds a gradient on its way to the parameter; returns what is to be its ``.grad``."""
         param = self._param()
         earlier = None if param is None else param.grad
         if param is None or earlier is None or grad.layout != torch.strided:
@@ -221,10 +233,13 @@ class _ExactSum:
         param = self._param()
         self._sum = total
         if param is not None:
-            self._remember(param.grad)
+            self.remember(param)
 
-    def _remember(self, grad: Tensor | None) -> None:
-        self._rounded, self._version = grad, 0 if grad is None else grad._version
+    def remember(self, param: Tensor) -> None:
+        """Notes that the parameter's ``.grad`` is what the sum rounds to."""
+        grad = param.grad
+        if self._sum is not None:
+            self._rounded, self._version = grad, 0 if grad is None else grad._version
 
     def drop(self) -> None:
         """Forgets the sum."""

@@ -118,6 +118,7 @@ class AccumulationWindow:
         observers: What watches the first windows.
 
     Attributes:
+        mesh: See above.
         whole: See above.
         deferring: Whether backward passes leave out hop two.
         is_asked: Whether an observer on any rank wanted to look at the window that ends now.
@@ -142,20 +143,20 @@ class AccumulationWindow:
         self.deferring = self.pending = self.is_asked = False
         self.num_modes, self._mode = 0, True
         self.before_backward: Callable[[], None] = _nothing
-        self._mesh, self._ledger = mesh, ledger
+        self.mesh, self._ledger = mesh, ledger
         self._agreement = Agreement(mesh, units, order, whole)
         self._may_run_on = any(unit.may_run_on for unit in units)
         self._observers = list(observers)
         self._queue = LaunchQueue(units, early=overlap and self.has_replicas)
         self._pass = _BackwardPass(self)
-        self.outside = OutsideGradients(units, self._pass.runs, self._pass.only_looks, self._pass.end_lone)
+        self.outside = OutsideGradients(units, whole, self._pass.runs, self._pass.only_looks, self._pass.end_lone)
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
 
     @property
     def has_replicas(self) -> bool:
         """Whether there is a second hop at all."""
-        return self._mesh.layout.num_replicas > 1
+        return self.mesh.layout.num_replicas > 1
 
     @property
     def _defers(self) -> bool:
@@ -188,7 +189,7 @@ class AccumulationWindow:
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
         may_run_on = self._may_run_on and unit.is_reducing
-        if not may_run_on or (self.has_replicas and not self._defers and not self._mesh.layout.spans_nodes):
+        if not may_run_on or (self.has_replicas and not self._defers and not self.mesh.layout.spans_nodes):
             self._finish_reduction()
 
     def _finish_reduction(self) -> None:
@@ -205,7 +206,7 @@ class AccumulationWindow:
     def _launch(self, unit: UnitGradients) -> None:
         if unit.participants.params:
             self._before_averaging()
-            message_bytes = unit.launch(self._mesh.replication_group)
+            message_bytes = unit.launch(self.mesh.replication_group)
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 
     @property
