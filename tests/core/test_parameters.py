@@ -65,7 +65,10 @@ class NormedPart(Part):
 
 @torch.no_grad()
 def normalise(model: Net) -> None:
+    """Also by way of aliases, of which autograd keeps no version."""
     model.last.weight.copy_(F.normalize(model.last.weight, dim=1))
+    model.first.weight.data.copy_(F.normalize(model.first.weight.data, dim=1))
+    model.first.bias.data[:2].clamp_(-0.1, 0.1)
 
 
 @torch.no_grad()
@@ -97,6 +100,11 @@ def assign_data(model: nn.Module) -> None:
     for param in model.parameters():
         param.data = param.data * 0.9
         param.data = param.data.clamp(-0.2, 0.2)
+
+
+@torch.no_grad()
+def clamp_together(model: nn.Module) -> None:
+    torch._foreach_clamp_max_(list(model.parameters()), 0.2)
 
 
 @torch.no_grad()
@@ -162,7 +170,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "frozen in forward": (partial(Net, freeze), {}),
     "a weight frozen in forward": (partial(Net, freeze_layer), {}),
     "clamped": (Net, {"before": clamp}),
-    "clamped after an evaluation": (Net, {"before": clamp, "evaluates": torch.no_grad}),
+    "clamped after an evaluation": (Net, {"before": clamp_together, "evaluates": torch.no_grad}),
     "data clamped": (Net, {"before": clamp_data}),
     "data assigned": (Net, {"before": assign_data}),
     "whole data assigned": (Net, {"before": assign_whole}),
@@ -205,12 +213,13 @@ def _every_case() -> None:
 
 
 @works("Training loops", "Parameters clamped, frozen, assigned or swapped (`p.data = x`) between passes")
-@works("Training loops", "Weights normalised, assigned or frozen inside of `forward`")
+@works("Training loops", "Weights normalised, assigned or frozen inside of `forward`, also by way of `p.data`")
+@works("Training loops", "`torch._foreach_` operations on `parameters()`")
 @works("Training loops", "An optimizer made after a forward pass")
 @works("Training loops", "LARS and LAMB code with `p.grad.norm().item()`")
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_what_is_done_to_parameters_counts(pool: WorkerPool, world_size: int) -> None:
-    pool.run(_every_case, world_size=world_size)
+    pool.run(_every_case, world_size=world_size, timeout=150)
 
 
 def _adversaries(ranks: Iterable[int], generator: nn.Module, judge: nn.Module, average: nn.Module) -> None:
@@ -266,6 +275,9 @@ GATHERED = refused(
 REPLACED = refused("Training loops", "Parameters replaced after `mics_shard`", says="was sharded has")
 DEEPCOPY = refused("Savers", "`copy.deepcopy(model)`", says="cannot copy a module that is sharded by MiCS")
 PICKLED = refused("Savers", "`torch.save(model)`, pickle", says="pickle (torch.save of a whole module) cannot copy")
+PART = refused("Training loops", "Writing to rows, slices or diagonals of a shard", says="so the write would be lost")
+FUNCTIONAL = refused("Training loops", "`torch.func.functional_call`", says="works with models that are not sharded")
+NUMPY = refused("Training loops", "`p.numpy()` inside of `forward`", says="Copy it first")
 OTHER_SHAPE = refused("Training loops", "`p.data = x` of another dtype", says="Assign the same shape and dtype")
 
 
@@ -292,11 +304,16 @@ def _refusals() -> list[str]:
         note(lambda copied=copied: copy.deepcopy(copied))
     note(lambda: pickle.dumps(model))
     note(lambda: setattr(model.last.weight, "data", model.last.weight.data.bfloat16()))
+    note(lambda: model.last.weight.data[0].zero_())
+    note(lambda: torch._foreach_mul_([model.parts[0].up.weight.detach()[:2]], 2.0))
+    note(lambda: torch.func.functional_call(model, {"last.bias": torch.zeros(5)}, (rows,)))
     torch.nn.utils.parametrizations.weight_norm(model.last)
     note(lambda: model(rows))
     other = mics_shard(build(Net), MiCSConfig(wrap=Part, shard_size=2))
     other.parts[1].up.weight = nn.Parameter(torch.zeros(9, WIDTH))
     note(lambda: other(rows))
+    looks = build(partial(Net, lambda model: model.last.weight.detach().numpy().sum()))
+    note(lambda: mics_shard(looks, MiCSConfig(wrap=Part, shard_size=2))(rows).sum().backward())
     return said
 
 
@@ -306,6 +323,9 @@ def _refusals() -> list[str]:
 @DEEPCOPY
 @PICKLED
 @OTHER_SHAPE
+@PART
+@FUNCTIONAL
+@NUMPY
 def test_what_cannot_count_is_refused(pool: WorkerPool) -> None:
     for said in pool.run(_refusals, world_size=2):
         LOW_PRECISION.check(said[0])
@@ -314,7 +334,11 @@ def test_what_cannot_count_is_refused(pool: WorkerPool) -> None:
             DEEPCOPY.check(text)
         PICKLED.check(said[5])
         OTHER_SHAPE.check(said[6])
-        for text, name in zip(said[7:], ("last.weight", "parts.1.up.weight"), strict=True):
+        for text in said[7:9]:
+            PART.check(text)
+        FUNCTIONAL.check(said[9])
+        NUMPY.check(said[12])
+        for text, name in zip(said[10:12], ("last.weight", "parts.1.up.weight"), strict=True):
             REPLACED.check(text)
             assert name in text
 

@@ -30,18 +30,19 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Uneven shards, a unit that no rank runs, and a loss that may look at another unit's weights."""
+    """Uneven shards, scalars, a unit that no rank runs, and a loss that may look at another unit's weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(6, 1)
+        self.scale, self.level = nn.Parameter(torch.tensor(1.2)), nn.Parameter(torch.tensor(0.3))
         self.looks_inside = False
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks[:2]:
             x = block(x)
-        y = self.head(x)
+        y = self.head(x) * self.scale + self.level
         return y + 0.1 * whole(self.blocks[0].a.weight).pow(2).sum() * x.mean() if self.looks_inside else y
 
 
@@ -232,6 +233,9 @@ def hook_all(model: Any) -> None:
     b.bias.register_hook(lambda grad: model.seen.append(grad.norm().item()))
     model.head.weight.register_hook(lambda grad: grad + 1)
     model.head.bias.register_post_accumulate_grad_hook(halve)
+    model.scale.register_hook(lambda grad: grad.clamp(-1e-2, 1e-2))
+    model.level.register_hook(lambda grad: grad / (grad.abs() + 0.1))
+    model.level.register_post_accumulate_grad_hook(halve)
     model.blocks[2].a.weight.register_hook(lambda grad: grad + 1)  # no gradient, so it is never called
     model.removed = a.weight.register_hook(lambda grad: grad * 0)
 
