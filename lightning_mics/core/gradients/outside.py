@@ -4,9 +4,9 @@ Autograd adds to a shard's gradient by itself what comes of ``full_tensor()`` an
 any moment of a backward pass. It tells so here, before it does: what writes into the gradient ends first, and hop two,
 if it was launched already, is launched once more.
 
-What users register on a parameter, gathered or not, is called here as well, once a backward pass, with the gradient
-that one process would have: the whole mean over all ranks. So with such a hook every microstep is synchronised, as a
-function of the mean need not be the mean of the function.
+What users register on a parameter, sharded, gathered or whole on every rank, is called here as well, once a backward
+pass, with the gradient that one process would have: the whole mean over all ranks. So with such a hook every microstep
+is synchronised, as a function of the mean need not be the mean of the function.
 """
 
 from __future__ import annotations
