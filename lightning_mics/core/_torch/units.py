@@ -438,10 +438,10 @@ class UnitParamGroup:
     def end_without_reduction(self, post_backward: Callable[[], None]) -> None:
         """Ends a backward pass of the unit by FSDP2's step, without hop one.
 
-        Not where the pass is nested in a forward pass of the unit, which goes on.
+        Not where the pass is nested in a forward pass of the unit, which goes on, nor before the unit's first one.
         """
         group = self._group
-        if group._training_state is TrainingState.FORWARD:
+        if group._training_state is TrainingState.FORWARD or not self.has_run:
             return
         reduces, group.reduce_grads = group.reduce_grads, False
         try:

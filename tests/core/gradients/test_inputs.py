@@ -18,12 +18,12 @@ from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict
 
 
 class Net(nn.Module):
-    """Uneven shards, a scalar, a layer that only the first rank's rows reach, and one that none do."""
+    """Uneven shards, a scalar, a layer that only the first rank's rows reach, and a unit that never runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6)) for _ in range(2))
-        self.first, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.first, self.unused = nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 3))
         self.scale = nn.Parameter(torch.tensor(1.2))
 
     def forward(self, x: Tensor) -> Tensor:
