@@ -237,7 +237,7 @@ def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
     position = {name: index for index, name in enumerate(names)}
     groups = [{**group, "params": [position[name] for name in group["params"]]} for group in optimizer["param_groups"]]
     states = {position[name]: state for name, state in optimizer.get("state", {}).items()}
-    return {"state": states, "param_groups": groups}
+    return {"state": states, "param_groups": groups, "names": names}
 
 
 def _weights(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from lightning_mics.checkpoint.state import (
 from lightning_mics.checkpoint.trust import read_file, unpickle
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.core.apart import on_all_ranks
+from lightning_mics.core.log import inform
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists
@@ -137,17 +138,19 @@ class _Wanted:
             set_optimizer_state(self.model, optimizer, states, groups)
 
     def _fill(self, generation: Generation) -> dict[str, Any]:
-        path, checkpoint = generation.path, generation.meta()
+        path, checkpoint, names = generation.path, generation.meta(), _Names()
         if self.model_key is not None:
             if self.model_key not in checkpoint:
                 raise CheckpointError(f"{path} holds no {self.model_key!r}, only {', '.join(map(str, checkpoint))}.")
-            fill_weights(path, self.model, checkpoint.pop(self.model_key), self.strict)
+            weights = checkpoint.pop(self.model_key)
+            names = _Names.match(model_state(self.model).keys(), weights.keys())
+            fill_weights(path, self.model, weights, self.strict)
         numbered = checkpoint.pop("optimizer_states", [])
         for index, (key, optimizer) in enumerate(self.optimizers.items()):
             state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
             if state is None:
                 raise _no_states(path, key)
-            _fill_optimizer(self.model, optimizer, state)
+            _fill_optimizer(path, self.model, optimizer, state, names)
         return checkpoint
 
 
@@ -420,7 +423,7 @@ def _check_flat(path: Path, state: dict[str, Any]) -> None:
 
 def _fill_by_position(path: Path, optimizer: Optimizer, saved: dict[str, Any]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if saved.keys() != {"state", "param_groups"}:
+    if saved.keys() - {"names"} != {"state", "param_groups"}:
         raise CheckpointError(f"{path} holds no state_dict of an optimizer, only {', '.join(map(str, saved))}.")
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(params):
@@ -461,15 +464,36 @@ def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict:
     _hand_over(model, weights)
 
 
-def _fill_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _fill_optimizer(path: Path, model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], names: _Names) -> None:
     params = trained_parameters(model, optimizer)
-    names = list(params)
     order = [index for group in saved["param_groups"] for index in group["params"]]
-    # A full file numbers parameters in the order of their groups; some programs use names instead.
-    name_of = {index: index if isinstance(index, str) else names[place] for place, index in enumerate(order)}
-    states = {name_of[index]: _shard_state(state, params[name_of[index]]) for index, state in saved["state"].items()}
+    if "names" in saved or all(isinstance(index, str) for index in order):
+        owners = [names.to_own(name) for name in saved.get("names", order)]
+    else:  # of another program: by the order of groups
+        owners = list(params)
+    if len(owners) != len(order):
+        raise CheckpointError(
+            f"{path} has an optimizer's states of {len(order)} parameter(s) without their names, "
+            f"{type(optimizer).__name__} trains {len(owners)}. Create the optimizer as it was saved."
+        )
+    name_of = dict(zip(order, owners, strict=True))
+    states = {}
+    for index, state in saved["state"].items():
+        if name_of[index] in params:
+            states[name_of[index]] = _shard_state(state, params[name_of[index]])
+    _tell_difference(path, optimizer, params.keys() - set(owners), set(owners) - params.keys())
     groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
     set_optimizer_state(model, optimizer, states, groups)
+
+
+def _tell_difference(path: Path, optimizer: Optimizer, missing: set[str], surplus: set[str]) -> None:
+    parts = [
+        f"{what} {', '.join(sorted(names)[:_NAMED])} ({len(names)})"
+        for what, names in (("begins anew for", missing), ("leaves out the states of", surplus))
+        if names
+    ]
+    if parts:
+        inform(f"{path} was saved with other trained parameters: {type(optimizer).__name__} {' and '.join(parts)}.")
 
 
 def _shard_state(value: Any, param: Tensor) -> Any:

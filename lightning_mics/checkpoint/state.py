@@ -88,8 +88,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
         model: The model whose parameters it trains.
         optimizer: The optimizer.
         full: Whether to return whole tensors in host memory, on rank 0 only (the others get none), keyed by position
-            as PyTorch's optimizers key them; collective then. Otherwise each rank gets its shards, keyed by parameter
-            name.
+            as PyTorch's optimizers key them, with ``names`` in that order; collective then. Otherwise each rank gets
+            its shards, keyed by parameter name.
 
     Raises:
         CheckpointError: If a parameter is not the model's.
@@ -100,7 +100,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
         # Every rank takes part in gathering; only rank 0 keeps the result.
         with on_all_ranks("optimizer_state(full=True)"):
             states = {index: _on_first_rank(state) for index, state in plain["state"].items()}
-        return {**plain, "state": states} if ranks.rank() == 0 else {}
+        return {**plain, "state": states, "names": names} if ranks.rank() == 0 else {}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in plain["param_groups"]]
     return {"state": {names[index]: state for index, state in plain["state"].items()}, "param_groups": groups}
 

@@ -141,6 +141,31 @@ def test_checkpoints_that_do_not_fit_are_refused(pool: WorkerPool, tmp_path: Pat
         assert "1 parameter group(s)" in failure.message and "has 2" in failure.message
 
 
+def three_layers(trained: tuple[int, ...]) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    return model, torch.optim.AdamW([param for place in trained for param in model[place].parameters()])
+
+
+@pytest.mark.parametrize("form", ["sharded", "full", "consolidated"])
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (0, 1, 2)), ((0, 1, 2), (2, 1)), ((0, 1), (1, 0))])
+def test_optimizer_states_go_to_parameters_by_name(
+    tmp_path: Path, form: str, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    path = tmp_path / "saved.ckpt"
+    model, optimizer = three_layers(before)
+    model(torch.randn(2, 4)).square().sum().backward()
+    optimizer.step()
+    saved = {place: optimizer.state[model[place].weight]["exp_avg"] for place in before}
+    save_checkpoint(path, model, optimizer, sharded=form != "full")
+    if form == "consolidated":
+        path = consolidate(path, tmp_path / "whole.ckpt")
+    model, optimizer = three_layers(after)
+    load_checkpoint(path, model, optimizer)
+    for place in after:
+        state = optimizer.state.get(model[place].weight, {})
+        assert torch.equal(state["exp_avg"], saved[place]) if place in saved else not state
+
+
 def save_several(path: str) -> None:
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "zyxwvutsrqponmlkjihgfedcba"})
     for name, part in model.items():
