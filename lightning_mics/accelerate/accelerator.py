@@ -267,7 +267,7 @@ class MiCSAccelerator(Accelerator):
         model = self.unwrap_model(model) if unwrap else model
         if not is_sharded(model):
             return super().get_state_dict(model, unwrap)
-        with on_all_ranks("accelerator.get_state_dict"):
+        with checkpoints.arrival("accelerator.get_state_dict", model.parameters()):
             return checkpoints.model_state(model, full=True)
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
@@ -276,7 +276,7 @@ class MiCSAccelerator(Accelerator):
 
         def gather(shard: DTensor) -> Tensor:
             if id(shard) not in whole:
-                whole[id(shard)] = checkpoints.whole(shard)
+                whole[id(shard)] = checkpoints.whole(shard, "accelerator.save")
             return whole[id(shard)]
 
         super().save(tree_map_only(DTensor, gather, obj), f, safe_serialization=safe_serialization)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.core._torch import plain_name
+from lightning_mics.core.class_names import class_of
 
 _ATTRIBUTE = "_mics_whole"
 # All ranks would write one folder; other methods run on each of them.
@@ -91,7 +92,10 @@ class WholeWeights:
         """Calls a method on the main process, with whole weights; collective, unless these are given."""
         if self._given is not None:
             return method(*args, **kwargs) if self._is_main else None
-        weights = {} if kwargs.get("state_dict") is not None else checkpoints.model_state(module, full=True)
+        weights = {}
+        if kwargs.get("state_dict") is None:
+            with checkpoints.arrival(f"{class_of(module).__name__}.{method.__name__}", module.parameters()):
+                weights = checkpoints.model_state(module, full=True)
         with self.given(module, weights):
             return method(*args, **kwargs) if self._is_main else None
 
@@ -108,7 +112,7 @@ class WholeWeights:
             elif first != name and first in entries:
                 entries[name] = entries[first]  # tied weights stay one tensor
             elif gathers:
-                entries[name] = checkpoints.whole(entries[name])
+                entries[name] = checkpoints.whole(entries[name], "state_dict of a model that is being saved")
 
 
 @contextmanager
@@ -154,5 +158,6 @@ def _shard_whole_entries(module: nn.Module, entries: dict[str, Any], prefix: str
 def _pickle(shard: DTensor) -> Any:
     """Pickles shards of prepared models as whole tensors, which whoever reads them expects; others as they are."""
     is_copy = sys._getframe(1).f_globals.get("__name__") == "copy"
-    tensor = shard if is_copy or shard.device_mesh not in _meshes else checkpoints.whole(shard)
+    stays = is_copy or shard.device_mesh not in _meshes
+    tensor = shard if stays else checkpoints.whole(shard, "saving a sharded tensor")
     return tensor.__reduce_ex__(2)

@@ -11,10 +11,18 @@ from lightning_mics.checkpoint.consolidate import consolidate, read_weights
 from lightning_mics.checkpoint.files import recover, remove
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
-from lightning_mics.checkpoint.state import huggingface_metadata, model_state, optimizer_state, shard_like, whole
+from lightning_mics.checkpoint.state import (
+    arrival,
+    huggingface_metadata,
+    model_state,
+    optimizer_state,
+    shard_like,
+    whole,
+)
 from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
+    "arrival",
     "consolidate",
     "fill_weights",
     "huggingface_metadata",

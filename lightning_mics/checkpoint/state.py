@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -28,8 +29,7 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
         full: Whether to return whole tensors in host memory, on rank 0 only (the others get none); collective then.
             Otherwise each rank gets its shards, which share memory with the model.
     """
-    gathers = full and any(isinstance(param, DTensor) for param in model.parameters())
-    with on_all_ranks("model_state(full=True)") if gathers else nullcontext():
+    with arrival("model_state(full=True)", model.parameters() if full else ()):
         state = get_model_state_dict(model)
         return _gathered_state(model, state) if full else state
 
@@ -98,7 +98,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
     plain = optimizer.state_dict()
     if full:
         # Every rank takes part in gathering; only rank 0 keeps the result.
-        with on_all_ranks("optimizer_state(full=True)"):
+        with arrival("optimizer_state(full=True)", tree_leaves(plain["state"])):
             states = {index: _on_first_rank(state) for index, state in plain["state"].items()}
         return {**plain, "state": states, "names": names} if ranks.rank() == 0 else {}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in plain["param_groups"]]
@@ -116,9 +116,26 @@ def _on_first_rank(value: Any) -> Any:
     return value
 
 
-def whole(shard: DTensor) -> Tensor:
-    """Returns the whole of a shard, in host memory and without padding. Collective over its mesh."""
-    return _on_host(_full(shard))
+def arrival(what: str, values: Iterable[Any]) -> AbstractContextManager[None]:
+    """Returns a context that all ranks must come to, if shards among the values cannot be gathered without them.
+
+    Args:
+        what: The call, as users write it.
+        values: What is to be gathered.
+    """
+    gathers = any(isinstance(value, DTensor) and value.device_mesh.size() > 1 for value in values)
+    return on_all_ranks(what) if gathers else nullcontext()
+
+
+def whole(shard: DTensor, what: str) -> Tensor:
+    """Returns the whole of a shard, in host memory and without padding. Collective.
+
+    Args:
+        shard: The shard.
+        what: The call that needs it, as users write it.
+    """
+    with arrival(what, [shard]):
+        return _on_host(_full(shard))
 
 
 def _full(shard: DTensor) -> Tensor:

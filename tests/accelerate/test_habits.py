@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from works import refused, works
 
-from lightning_mics import Hop
+from lightning_mics import Hop, MiCSError
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
 
@@ -125,6 +125,36 @@ def save_tied(folder: str) -> None:
         whole = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             torch.save(whole, f"{folder}/{name}/whole.pt")
+
+
+def save_alone(folder: str, shard: int) -> list[str]:
+    accelerator = make_accelerator(settings={"shard_size": shard, "node_size": 1})
+    model = accelerator.prepare(gpt2())
+    entries = [
+        lambda: accelerator.save(model.state_dict(), f"{folder}/a"),
+        lambda: torch.save(model.state_dict(), f"{folder}/b"),
+        lambda: model.save_pretrained(f"{folder}/c"),
+        lambda: accelerator.get_state_dict(model),
+    ]
+    said = []
+    for entry in entries:
+        if accelerator.is_main_process:
+            try:
+                entry()
+            except MiCSError as error:
+                said.append(str(error))
+        dist.barrier()
+    return said
+
+
+@works("Savers", "Whole weights on the main process alone, with shard_size=1")
+def test_savers_that_the_main_process_calls_alone(pool: WorkerPool, tmp_path: Path) -> None:
+    said, nothing = pool.run(save_alone, str(tmp_path), 2, world_size=2)
+    names = ["accelerator.save", "saving a sharded tensor", "GPT2LMHeadModel.save_pretrained", "accelerator.get_state"]
+    assert nothing == [] and len(said) == len(names)
+    for words, name in zip(said, names, strict=True):
+        assert words.startswith(name) and "was called on rank 0 and not on rank 1" in words
+    assert pool.run(save_alone, str(tmp_path), 1, world_size=2) == [[], []]
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:
