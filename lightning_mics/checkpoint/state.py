@@ -127,7 +127,7 @@ def arrival(what: str, values: Iterable[Any]) -> AbstractContextManager[None]:
     return on_all_ranks(what) if gathers else nullcontext()
 
 
-def whole(shard: DTensor, what: str) -> Tensor:
+def whole(shard: DTensor, what: str = "gathering a shard") -> Tensor:
     """Returns the whole of a shard, in host memory and without padding. Collective.
 
     Args:
