@@ -196,7 +196,7 @@ def told(kinds: str, total: int, refused: int) -> str:
     return f"{total} damages ({kinds}): {refused} refused, {total - refused} without any effect"
 
 
-@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp", "mics.json"])
+@pytest.mark.parametrize("name", ["index.json", ".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp", "mics.json"])
 def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, name: str) -> None:
     assert refusals(saved, saved / name, 20, 6, must_raise=True) == (26, 26)
 
@@ -204,7 +204,14 @@ def test_any_damaged_byte_is_a_checkpoint_error(saved: Path, name: str) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize(
     ("name", "flips"),
-    [(".metadata", 1000), ("meta.pt", None), ("__0_0.distcp", 1000), ("__1_0.distcp", 1000), ("mics.json", None)],
+    [
+        ("index.json", 1000),
+        (".metadata", 1000),
+        ("meta.pt", None),
+        ("__0_0.distcp", 1000),
+        ("__1_0.distcp", 1000),
+        ("mics.json", None),
+    ],
 )
 def test_hundreds_of_damaged_bytes_are_checkpoint_errors(
     saved: Path, name: str, flips: int | None, record_property: Callable[[str, object], None]
