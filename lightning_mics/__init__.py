@@ -37,6 +37,7 @@ _HOMES = {
     "register_forward_method": "core.runtime",
     "save_checkpoint": "checkpoint",
     "sync_gradients": "core.accumulation",
+    "unequal_passes": "core.unequal",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lightning_mics.core.buffers import broadcast_buffers
     from lightning_mics.core.clipping import clip_grad_norm_
     from lightning_mics.core.runtime import communication_ledger, register_forward_method
+    from lightning_mics.core.unequal import unequal_passes
     from lightning_mics.errors import (
         CheckpointError,
         MiCSConfigError,

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
 from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import attach, compile_units, is_sharded, own_runtime, runtime_of
+from lightning_mics.core.unequal import unequal_passes
 from lightning_mics.errors import MiCSConfigError, MiCSError
 from lightning_mics.metrics import CommLedger
 from lightning_mics.precision import ACCELERATE_PRECISIONS
@@ -239,17 +240,31 @@ class MiCSAccelerator(Accelerator):
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
-        """Not supported: ranks of a partition run every collective together.
+        """Lets ranks evaluate different numbers of batches.
+
+        Args:
+            joinables: The models, in ``eval()`` mode: backward passes must be as many on all ranks.
+            even_batches: Overrides that of the prepared loaders inside this context.
 
         Raises:
-            MiCSError: Where there are other processes.
+            MiCSError: Where there are other processes and models are trained.
         """
-        if self.use_distributed:
+        models = [model for model in joinables if isinstance(model, nn.Module) and is_sharded(model)]
+        if self.use_distributed and (not models or any(model.training for model in models)):
             raise MiCSError(
                 "join_uneven_inputs lets ranks stop early, but the ranks of a partition gather parameters together. "
-                "Give every rank the same number of batches: DataLoaderConfiguration(even_batches=True), the default."
+                "Train with the same number of batches on every rank: DataLoaderConfiguration(even_batches=True), the "
+                "default. To evaluate, call model.eval() before it."
             )
-        yield
+        with ExitStack() as stack:
+            samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
+            for sampler in samplers if even_batches is not None else []:
+                if hasattr(sampler, "even_batches"):
+                    stack.callback(setattr, sampler, "even_batches", sampler.even_batches)
+                    sampler.even_batches = even_batches
+            if models:
+                stack.enter_context(unequal_passes(nn.ModuleList(models)))
+            yield
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduces tensors over all ranks.

@@ -30,6 +30,7 @@ from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.copies import refuse_copies
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.drift import DriftCheck
+from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
@@ -114,7 +115,8 @@ def connect(
         mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
     )
     prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
-    reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order)
+    gathers = Gathers([group for unit in found for group in unit.groups], mesh.layout.shard_size)
+    reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order, gathers)
     name_params(model)
     reduce_unused_params(model)
     average_gradients_over(mesh.shard_mesh)
@@ -135,13 +137,12 @@ def connect(
     )
     guard_steps(window)
     answer_for_the_whole(model.parameters())
-    groups = [group for unit in found for group in unit.groups]
-    parameters = Parameters(groups, list(map(row_norms.owned, groups)), order)
+    parameters = Parameters(gathers.groups, list(map(row_norms.owned, gathers.groups)), order)
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)
     whole_gradients.on_backward = weakref.WeakMethod(passes.begin_backward_outside)
     names = tuple(unit.name for unit in found)
-    runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, choice)
+    runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, gathers, choice)
     attach(model, runtime)
     refuse_copies(model)
     return runtime
@@ -166,6 +167,7 @@ def _set_collectives(
     prefetch: ForwardPrefetch | None,
     ledger: CommLedger,
     order: CollectiveOrder,
+    gathers: Gathers,
 ) -> list[ReduceScatter]:
     """Gives each unit its gather and its reduce-scatter; returns the latter."""
     reduce_scatters = []
@@ -176,6 +178,8 @@ def _set_collectives(
         )
         if prefetch is not None:
             on_gather = prefetch.noting(index, on_gather)
+        if unit.only_group is not None:
+            on_gather = gathers.telling(unit.only_group, on_gather)
         stages = mesh.stages(unit.two_stages)
         gather, reduce = calls[index]
         reduce_scatters.append(carrier.reduce_scatter(stages, on_reduce, reduce))

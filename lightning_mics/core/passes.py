@@ -174,6 +174,11 @@ class RootPasses:
         self._state.expect_backward()
         self._window.begin_backward()
 
+    def expect_gathers(self) -> None:
+        """Gathers of units come, maybe before any forward pass of the root."""
+        self.recover()
+        self._state.begin()
+
     def _begin_backward(self, grad: Tensor) -> Tensor:
         self._running = [call for call in self._running if call.tells]
         grad = self._state.pre_backward(grad)

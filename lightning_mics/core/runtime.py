@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from lightning_mics.config import MiCSConfig
 from lightning_mics.core._torch import is_compiled
+from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.passes import RootPasses
@@ -33,6 +34,7 @@ class MiCSRuntime:
         unit_names: Names of its FSDP units, root first (the root's name is ``"(root)"``).
         window: Its gradients.
         passes: What watches the root's forward and backward passes.
+        gathers: What its units gather.
         choice: What ``shard_size="auto"`` decided, and why; ``config`` holds the number.
     """
 
@@ -42,6 +44,7 @@ class MiCSRuntime:
     unit_names: tuple[str, ...]
     window: AccumulationWindow = field(repr=False)
     passes: RootPasses = field(repr=False)
+    gathers: Gathers = field(repr=False)
     choice: Any = None
 
 
@@ -150,6 +153,22 @@ def prepare_generation(model: nn.Module) -> None:
         if "GenerationMixin" in kinds:  # no backward pass comes: the root is freed then
             method: Any = module.generate
             module.generate = MethodType(torch.no_grad()(method.__func__), module)  # type: ignore[assignment]
+            _end_sequences_together(module)
+
+
+def _end_sequences_together(module: Any) -> None:
+    """Lets ``generate`` ask the ranks that run it, where some may run none: transformers asks the whole world."""
+    if not hasattr(module, "_has_unfinished_sequences"):
+        return
+
+    def has_unfinished_sequences(module: nn.Module, is_done: Any, synced_gpus: bool, *args: Any, **kwargs: Any) -> bool:
+        root = _root_of(module)
+        runtime = None if root is None else own_runtime(root)
+        if not synced_gpus or runtime is None or runtime.gathers.any_unfinished is None:
+            return type(module)._has_unfinished_sequences(module, is_done, synced_gpus, *args, **kwargs)  # type: ignore
+        return runtime.gathers.any_unfinished(not is_done)
+
+    module._has_unfinished_sequences = MethodType(has_unfinished_sequences, module)
 
 
 def compile_units(model: nn.Module, **options: Any) -> None:

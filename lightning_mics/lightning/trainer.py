@@ -43,6 +43,7 @@ from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.lightning.reading import read_folders
+from lightning_mics.lightning.unequal import allow_unequal_batches
 from lightning_mics.metrics import CommLedger
 from lightning_mics.topology import GroupLayout
 
@@ -292,16 +293,21 @@ class MiCSStrategy(ParallelStrategy):
     # Ranks evaluate the same model, also where batch norms saw other data; it is the one that is saved.
 
     def on_validation_start(self) -> None:
-        """Makes buffers rank 0's on every rank."""
-        self._agree_on_buffers()
+        """Makes buffers rank 0's on every rank, and lets ranks have different numbers of batches."""
+        self._begin_evaluation()
 
     def on_test_start(self) -> None:
-        """Makes buffers rank 0's on every rank."""
-        self._agree_on_buffers()
+        """Makes buffers rank 0's on every rank, and lets ranks have different numbers of batches."""
+        self._begin_evaluation()
 
     def on_predict_start(self) -> None:
-        """Makes buffers rank 0's on every rank."""
-        self._agree_on_buffers()
+        """Makes buffers rank 0's on every rank, and lets ranks have different numbers of batches."""
+        self._begin_evaluation()
+
+    def _begin_evaluation(self) -> None:
+        if self.model is not None and is_sharded(self.model):
+            broadcast_buffers(self.model)
+            allow_unequal_batches(self.lightning_module.trainer._active_loop, self.model)  # type: ignore[union-attr]
 
     def _agree_on_buffers(self) -> None:
         if self.model is not None and is_sharded(self.model):

@@ -103,8 +103,12 @@ class RootState:
 
     def expect_backward(self) -> None:
         """Lets FSDP2 end the backward pass in progress, maybe before any forward pass, which makes its streams."""
-        self._state._lazy_init()
+        self.begin()
         self.queue_end_of_backward()
+
+    def begin(self) -> None:
+        """Makes what FSDP2 makes in the first forward pass: its streams, and who is the root."""
+        self._state._lazy_init()
 
     def reshard(self) -> None:
         """Frees the root's own parameters."""

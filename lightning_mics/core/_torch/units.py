@@ -482,6 +482,13 @@ class UnitParamGroup:
         self._group._all_gather_result = None
         return True
 
+    def join_gather(self) -> None:
+        """Takes part in a gather that other ranks need, and frees what it brings. The root must have begun."""
+        self._group.reshard()
+        self._group.unshard()
+        self._group.wait_for_unshard()
+        self._group.reshard()
+
     def unshard_outside_inference_mode(self) -> None:
         """Makes gathered parameters normal tensors, also if the first forward pass runs under ``inference_mode``.
 

@@ -30,16 +30,19 @@ class CollectiveOrder:
     Attributes:
         written: Names of the gathered parameters that this rank wrote.
         hooked: Names of the parameters whose gradients hooks of this rank want to see.
+        is_compared: Whether collectives count now: partitions may run different numbers of passes in an evaluation.
     """
 
     def __init__(self) -> None:
         self._hash = self._writes = 0
         self.written: set[str] = set()
         self.hooked: list[str] = []
+        self.is_compared = True
 
     def note(self, unit_index: int, kind: int) -> None:
         """Folds in a collective: which unit's, and 0 for a gather or 1 for a reduction."""
-        self._hash = (self._hash * 1_000_003 + unit_index * 2 + kind + 1) & 0xFFFFFFFF
+        if self.is_compared:
+            self._hash = (self._hash * 1_000_003 + unit_index * 2 + kind + 1) & 0xFFFFFFFF
 
     def note_write(self, name: str, checksum: int) -> None:
         """Folds in a write to a gathered parameter: the sum of what it holds then."""
