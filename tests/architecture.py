@@ -48,8 +48,20 @@ OTHERS = {
         *("_custom_objects", "_dataloaders", "_models", "_schedulers", "_shared_state", "_reset_state"),
         *("_load_model_state_pre_hook", "_save_model_state_pre_hook"),
     },
-    "lightning": {"_data_source", "_device_mesh", "_layer_sync", "_optimizer", "_reset_optimizers_and_schedulers"},
+    "lightning": {
+        *(
+            "_active_loop",
+            "_combined_loader",
+            "_data_fetcher",
+            "_data_source",
+            "_device_mesh",
+            "_layer_sync",
+            "_optimizer",
+        ),
+        "_reset_optimizers_and_schedulers",
+    },
     "transformers": {
+        "_has_unfinished_sequences",
         *("_attn_implementation", "_init_weights", "_is_fsdp_managed_module", "_model_mapping", "_no_split_modules"),
         *("_hf_peft_config_loaded",),
     },
