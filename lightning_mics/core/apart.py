@@ -30,6 +30,7 @@ _UNEVEN = (
     "DistributedSampler, even_batches=True, a fixed number of steps)."
 )
 _TOLD = "mics/told"
+_NOT_OURS = ("foreign", "shard")
 _KINDS = (dist.TCPStore, dist.FileStore)
 
 
@@ -118,9 +119,19 @@ def verdict(places: Mapping[int, Place]) -> MiCSError:
             f"{what} was called on {_ranks(inside)} and not on {_ranks(missing)}, and takes all ranks: {everywhere}. "
             f"Call {what} on every rank, not behind `if is_main_process` or `if rank == 0`: each of them holds a part."
         )
+    asking = [rank for rank, wait in waits.items() if wait.kind == "shard"]
+    if asking:
+        missing = sorted({rank for asker in asking for rank in waits[asker].ranks} - {*asking})
+        return MiCSError(
+            f"full_tensor() or .item() of a shard was called on {_ranks(asking)} and not on {_ranks(missing)}, and "
+            f"takes all ranks of a partition: {everywhere}. Call it on every rank, not behind `if is_main_process` or "
+            "`if rank == 0`; to_local() is this rank's part."
+        )
     windows = [place.windows for place in places.values()]
     if {wait.kind for wait in waits.values()} <= {"unit", "window"} and len(waits) == len(places):
         hint = f"{_UNEVEN} " if min(windows) != max(windows) else ""
+        if len({wait.kind for wait in waits.values()}) > 1:
+            hint += "Where gradients have hooks on some ranks only, register them on every rank. "
         return SelfCheckError(
             f"Ranks run different units of the model, and wait for each other for ever: {everywhere}. {hint}Let every "
             "rank of a partition take the same path through the model, make the module that holds the branches (such "
@@ -158,7 +169,7 @@ class Watch:
             self._speak_sometimes(place, now)
             return
         waited = now - self._since
-        is_short = waited < (FOREIGN_MOMENT if place.waits.kind == "foreign" else MOMENT)
+        is_short = waited < (FOREIGN_MOMENT if place.waits.kind in _NOT_OURS else MOMENT)
         store = None if is_short or now < self._next or here.verdict is not None else default_store(_KINDS)
         if store is None:
             return
@@ -245,7 +256,7 @@ def _end_waiting(error: MiCSError, mine: Place) -> None:
     """Ends this rank's wait with an error."""
     calls = [call for call in (here.waits, here.runs) if isinstance(call, Call)]
     groups = {id(group): group for call in calls for group in call.groups}
-    if mine.main is not None and mine.main.kind == "foreign" and mine.main.key in (launched := launched_by_group()):
+    if mine.main is not None and mine.main.kind in _NOT_OURS and mine.main.key in (launched := launched_by_group()):
         groups[0] = launched[mine.main.key][0]
     if look_around().serial != mine.serial:
         return

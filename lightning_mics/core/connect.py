@@ -30,6 +30,7 @@ from lightning_mics.core.collectives import OnCall
 from lightning_mics.core.copies import refuse_copies
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.drift import DriftCheck
+from lightning_mics.core.failures import explaining
 from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.agreement import CollectiveOrder
 from lightning_mics.core.gradients.step import guard_steps
@@ -136,7 +137,7 @@ def connect(
         observers=[*_checks(found, config, mesh, ledger), *observers, row_norms],
     )
     guard_steps(window)
-    answer_for_the_whole(model.parameters())
+    answer_for_the_whole(model.parameters(), explaining)
     parameters = Parameters(gathers.groups, list(map(row_norms.owned, gathers.groups)), order)
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)

@@ -126,7 +126,8 @@ class Waiting:
         key: The call; ranks that wait for one key can meet.
         turn: The how manieth time.
         ranks: Who must come.
-        kind: As :class:`Call` has it, or ``"foreign"``.
+        kind: As :class:`Call` has it; ``"shard"`` for what asks the ranks of a partition for the whole of a shard;
+            ``"foreign"`` for other collectives that are not ours.
         what: The call in words.
     """
 
@@ -218,7 +219,9 @@ def _foreign(frame: FrameType | None, counts: dict[str, int]) -> Waiting | None:
             name, group = found
             ranks = tuple(dist.get_process_group_ranks(group))
             key = group.group_name
-            return Waiting(key, counts.get(key, 0), ranks, "foreign", f"torch.distributed.{name}")
+            of_shard = name == "full_tensor"
+            kind, what = ("shard", name) if of_shard else ("foreign", f"torch.distributed.{name}")
+            return Waiting(key, counts.get(key, 0), ranks, kind, what)
         frame = frame.f_back
     return None
 

@@ -219,6 +219,27 @@ def test_a_forward_pass_that_one_rank_runs_alone(pool: WorkerPool) -> None:
     SAMPLING.check(words)
 
 
+def ask_alone(item: bool) -> tuple[str, str, float]:
+    model = sharded(2)
+    param = next(model.parameters())
+
+    def run() -> None:
+        step(model)
+        if dist.get_rank() == 0:
+            _ = param.norm().item() if item else param.full_tensor()  # type: ignore[operator]
+        dist.barrier()
+
+    return outcome(run)
+
+
+@pytest.mark.parametrize("item", [False, True])
+def test_the_whole_of_a_shard_that_one_rank_asks_for(pool: WorkerPool, item: bool) -> None:
+    (name, words, seconds), *_ = pool.run(ask_alone, item, world_size=4)
+    assert name == "MiCSError" and seconds < SECONDS, words
+    assert "was called on rank 0 and not on rank 1, and takes all ranks of a partition" in words
+    assert "in torch.distributed.barrier (test_ranks_apart.py:" in words
+
+
 def wait_for_slow_ranks(folder: str) -> None:
     apart.MOMENT, apart.FOREIGN_MOMENT, apart.NOTICE = 0.1, 0.1, 0.5
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as _c10d
+from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._needs import require
 
@@ -119,6 +120,8 @@ def launched_by_group() -> dict[str, tuple[dist.ProcessGroup, int]]:
 def collective_of(frame: FrameType) -> tuple[str, dist.ProcessGroup] | None:
     """Returns the collective that a frame of Python is in, and the group that it runs in."""
     code = frame.f_code
+    if code.co_name == "full_tensor" and isinstance(tensor := frame.f_locals.get("self"), DTensor):
+        return ("full_tensor", tensor.device_mesh.get_group()) if tensor.device_mesh.ndim == 1 else None
     if code.co_filename != _c10d.__file__ or code.co_name not in _COLLECTIVES:
         return None
     group = frame.f_locals.get("group") or dist.group.WORLD

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ require(DTensor, "_op_dispatcher", "_local_tensor", "_spec")
 require(OpDispatcher, "_custom_op_handlers")
 require(DTensor._op_dispatcher, "sharding_propagator")
 
-_MESHES: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+_MESHES: weakref.WeakKeyDictionary[DeviceMesh, Callable[[], AbstractContextManager[None]]]
+_MESHES = weakref.WeakKeyDictionary()
 
 # What follows the local tensor of a shard; by identity, as tensors compare element by element.
 _FOLLOWERS: Any = WeakIdKeyDictionary()
@@ -40,17 +42,25 @@ _OF_OPTIMIZERS = {"addcmul_", "addcdiv_", "lerp_"}
 
 _plain_data: Any = torch.Tensor.data
 
+_plain_full_tensor = DTensor.full_tensor
+
 _scalar = torch.ops.aten._local_scalar_dense.default
 
 
-def answer_for_the_whole(shards: Iterable[Tensor]) -> None:
+def answer_for_the_whole(
+    shards: Iterable[Tensor], around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Makes DTensors on the meshes of shards give the value of the whole where DTensor gives that of the shard.
 
     ``.item()``, ``float()`` and ``if`` reduce over the mesh, a collective; ``.data = x`` has effect.
+
+    Args:
+        shards: Shards of the meshes.
+        around: Makes the context in which ``full_tensor()`` communicates.
     """
     for shard in shards:
         if isinstance(shard, DTensor):
-            _MESHES.add(shard.device_mesh)  # which lives as long as shards on it
+            _MESHES[shard.device_mesh] = around  # which lives as long as shards on it
     _install()
 
 
@@ -66,6 +76,13 @@ def _install() -> None:
     for op in _in_place_operations():
         handlers.setdefault(op, _write)
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
+    DTensor.full_tensor = _full_tensor  # type: ignore[assignment,method-assign]
+
+
+@functools.wraps(_plain_full_tensor)
+def _full_tensor(tensor: DTensor, **kwargs: Any) -> Tensor:
+    with _MESHES.get(tensor.device_mesh, nullcontext)():
+        return _plain_full_tensor(tensor, **kwargs)
 
 
 def _scalar_of_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
