@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.core._torch import plain_name
 from lightning_mics.core.class_names import class_of
+from lightning_mics.errors import MiCSError
 
 _ATTRIBUTE = "_mics_whole"
 # All ranks would write one folder; other methods run on each of them.
@@ -90,14 +91,18 @@ class WholeWeights:
 
     def _once(self, module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a method on the main process, with whole weights; collective, unless these are given."""
-        if self._given is not None:
-            return method(*args, **kwargs) if self._is_main else None
-        weights = {}
-        if kwargs.get("state_dict") is None:
-            with checkpoints.arrival(f"{class_of(module).__name__}.{method.__name__}", module.parameters()):
-                weights = checkpoints.model_state(module, full=True)
-        with self.given(module, weights):
-            return method(*args, **kwargs) if self._is_main else None
+        call = f"{class_of(module).__name__}.{method.__name__}"
+        if self._given is None:
+            weights = {}
+            if kwargs.get("state_dict") is None:
+                with checkpoints.arrival(call, module.parameters()):
+                    weights = checkpoints.model_state(module, full=True)
+            with self.given(module, weights):
+                return self._once(module, method, *args, **kwargs)
+        if not self._is_main:
+            return None
+        with _no_passes(module, call):
+            return method(*args, **kwargs)
 
     def _after_state_dict(self, module: nn.Module, entries: dict[str, Any], prefix: str, _metadata: Any) -> None:
         own = module.named_parameters(recurse=False, remove_duplicate=False)
@@ -113,6 +118,29 @@ class WholeWeights:
                 entries[name] = entries[first]  # tied weights stay one tensor
             elif gathers:
                 entries[name] = checkpoints.whole(entries[name], "state_dict of a model that is being saved")
+
+
+@contextmanager
+def _no_passes(model: nn.Module, call: str) -> Iterator[None]:
+    """Refuses forward passes of a model that other ranks would have to gather for. Models may catch that.
+
+    sentence-transformers do: they run the model for an example in its card, which is left out then.
+    """
+
+    def refuse(module: nn.Module, _inputs: Any) -> None:
+        raise MiCSError(
+            f"{call} runs {type(module).__name__} on the main process alone, but its ranks gather parameters together. "
+            "Run the model before it, on every rank."
+        )
+
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    alone = all(param.device_mesh.size() == 1 for param in model.parameters() if isinstance(param, DTensor))
+    handles = [] if alone else [unit.register_forward_pre_hook(refuse, prepend=True) for unit in units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
