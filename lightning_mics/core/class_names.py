@@ -31,9 +31,22 @@ def _renamed(fsdp_class: type) -> type:
     if fsdp_class not in _CLASSES:
         users = fsdp_class.__mro__[2]
         own: dict[str, Any] = {k: v for k, v in vars(fsdp_class).items() if k not in _OWN_TO_EACH_CLASS}
+        own["__new__"] = _new
+        kind = type("MiCSClass", (type(fsdp_class),), {"__call__": _construct})
         # Only renamed afterwards: classes that keep a register of their subclasses see no second one of the name.
-        made = type(f"MiCS{users.__name__}", (FSDPModule, users), own)
+        made: type = kind(f"MiCS{users.__name__}", (FSDPModule, users), own)
         made.__name__, made.__qualname__ = users.__name__, users.__qualname__
         made.__module__, made.__doc__ = users.__module__, users.__doc__
         _CLASSES[fsdp_class] = made
     return _CLASSES[fsdp_class]
+
+
+def _construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``type(module)(...)`` makes a module of the user's class, which is not sharded."""
+    return cls.__mro__[2](*args, **kwargs)
+
+
+def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """So does ``type(module).__new__``, without ``__init__``, as for any class; FSDP2's would run it."""
+    users = cls.__mro__[2]
+    return users.__new__(users, *args, **kwargs)

@@ -50,6 +50,8 @@ def names() -> None:
         assert (found.__module__, found.__doc__) == (cls.__module__, cls.__doc__)
         assert str(found) == str(cls)
         assert type(found() if cls is Block else module[:2]) is cls  # what it makes is no sharded module
+    blank = type(model[0]).__new__(type(model[0]))
+    assert type(blank) is Block and not hasattr(blank, "_parameters")  # without __init__, as for any class
     assert Registered.known["Block"] is Block
     model(torch.ones(2, 4)).sum().backward()
     theirs = fully_shard(Block())
