@@ -47,6 +47,7 @@ _ELSEWHERE = {
     "precision": "Give precision='bf16-mixed' to the Trainer or to Fabric",
     "checkpoint_io": "MiCS writes checkpoints itself; save_distributed_checkpoint= chooses folders or single files",
     "process_group": "MiCS makes its own groups from shard_size= and node_size=",
+    "dp_mesh_dims": "MiCS makes its own mesh from shard_size= and node_size=",
     "parallelize_fn": "MiCS shards the module itself; wrap= chooses the units",
     "process_group_backend": "Give MiCSAccelerator kwargs_handlers=[InitProcessGroupKwargs(backend=...)]",
     "timeout": "Give MiCSAccelerator kwargs_handlers=[InitProcessGroupKwargs(timeout=...)]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,8 +269,7 @@ if __name__ == "__main__":
 def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED)
-    folder = tmp_path / "tmp"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp())  # the name of a socket in it must be short
     environ = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script)]
     # A test run in the background of a shell ignores Ctrl-C, and would hand that down.
@@ -283,7 +283,9 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
             parent.send_signal(number)
             first_ended()
             second_ended()
-    assert number == signal.SIGKILL or not list(folder.glob("mics-pool-*"))
+    left = list(folder.glob("mics-pool-*"))
+    shutil.rmtree(folder)
+    assert number == signal.SIGKILL or not left
 
 
 def shard_and_gather() -> dict[str, Tensor]:

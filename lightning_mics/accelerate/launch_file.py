@@ -134,7 +134,7 @@ def _render(name: str, settings: LaunchSettings, environment: Mapping[str, str])
     if settings.wrap is not None:
         wrap = (
             "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
-            f"  fsdp_transformer_layer_cls_to_wrap: {yaml_scalar(str(settings.wrap))}\n"
+            f"  fsdp_transformer_layer_cls_to_wrap: {yaml_scalar(settings.wrap)}\n"
         )
     return f"""\
 # Written by the `mics` command.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class LaunchSettings:
         activation_checkpointing: Whether units recompute their activations in the backward pass.
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         full_checkpoint: Whether ``save_state`` also writes the whole weights, for ``from_pretrained``.
-        wrap: Class names of the modules that become FSDP units: a collection, or separated by commas.
+        wrap: Class names of the modules that become FSDP units, separated by commas.
 
     Raises:
         MiCSConfigError: If a value is wrong, or the sizes do not fit together.
@@ -88,7 +88,7 @@ class LaunchSettings:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     full_checkpoint: bool = False
-    wrap: str | Collection[str] | None = None
+    wrap: str | None = None
 
     def __post_init__(self) -> None:
         topology = launch_topology(self.num_processes, self.num_machines)
@@ -136,9 +136,7 @@ class LaunchSettings:
             self._refuse("main_process_port", f"is not a port{why}. Try main_process_port={DEFAULT_PORT}.")
 
     def _check_wrap(self) -> str:
-        entries = self.wrap.split(",") if isinstance(self.wrap, str) else self.wrap or []
-        names = [name.strip() if isinstance(name, str) else "" for name in entries]
-        names = names if isinstance(entries, Sequence) else sorted(names)
+        names = [name.strip() for name in self.wrap.split(",")] if isinstance(self.wrap, str) else []
         if not names or not all(name.isidentifier() for name in names):
             self._refuse(
                 "wrap", "is not a list of class names. Separate them by commas, as in wrap='GPT2Block,Embedding'."
@@ -151,7 +149,7 @@ class LaunchSettings:
         from lightning_mics.config import MiCSConfig
 
         carried = {name: getattr(self, name) for name in mics_settings() if hasattr(self, name)}
-        carried["wrap"] = "auto" if self.wrap is None else str(self.wrap).split(",")
+        carried["wrap"] = "auto" if self.wrap is None else self.wrap.split(",")
         return MiCSConfig(**carried).with_precision(ACCELERATE_PRECISIONS[self.mixed_precision].name)
 
     @property

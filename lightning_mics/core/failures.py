@@ -76,7 +76,7 @@ def has_failed() -> bool:
 def watch() -> None:
     """Makes this process end as described above, and with a rank that fails. A process group must be there."""
     _take_over_hook()
-    if dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         _follow_in_background()
 
 
