@@ -94,9 +94,16 @@ def trained(way: str, shard_size: int, accumulate: int) -> float:
     return differences(Everything, way, {**settings, "verify_every": 1}, optimize=optimize, accumulate=accumulate)
 
 
+SHAPES = ((4, 2, 3), (2, 1, 1))
+OTHER_SHAPES = ((4, 4, 3), (4, 4, 1), (4, 2, 1), (4, 1, 3), (4, 1, 1), (2, 2, 3), (2, 2, 1), (2, 1, 3))
+
+
 @works("Training loops", "Freezing, writes, penalties, hooks and distributions together, in every way in")
+@pytest.mark.parametrize("shapes", [SHAPES, pytest.param(OTHER_SHAPES, marks=pytest.mark.campaign)], ids=["few", "all"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_easily_lost_counts_in_every_way(pool: WorkerPool, way: str) -> None:
-    for world_size, shard_size, accumulate in ((4, 2, 3), (2, 1, 1)):
+def test_what_is_easily_lost_counts_in_every_way(
+    pool: WorkerPool, way: str, shapes: tuple[tuple[int, int, int], ...]
+) -> None:
+    for world_size, shard_size, accumulate in shapes:
         found = pool.run(trained, way, shard_size, accumulate, world_size=world_size, timeout=120)
         assert max(found) <= BOUND, (world_size, found)
