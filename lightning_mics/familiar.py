@@ -154,8 +154,7 @@ def _wrap(name: str, value: Any) -> dict[str, Any]:
 
 
 def _classes(name: str, value: Any) -> dict[str, Any]:
-    by_name = sorted(_several(name, value), key=lambda entry: getattr(entry, "__qualname__", str(entry)))
-    return {"wrap": tuple(by_name)}
+    return {"wrap": frozenset(_several(name, value))}
 
 
 def _several(name: str, value: Any) -> Iterable[Any]:
