@@ -67,14 +67,13 @@ def _what_differs(first: list[Any], other: list[Any]) -> tuple[str, str]:
     if len(first) == len(other):
         pairs = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
         return _some([pair[0] for pair in pairs]), _some([pair[1] for pair in pairs])
-    only_first, only_other = set(first) - set(other), set(other) - set(first)
-    return tuple(  # type: ignore[return-value]
-        f"{len(entries)} entries" + (f" ({_some(surplus)} on it alone)" if surplus else "")
-        for entries, surplus in (
-            (first, [entry for entry in first if entry in only_first]),
-            (other, [entry for entry in other if entry in only_other]),
-        )
-    )
+    return _with_surplus(first, other), _with_surplus(other, first)
+
+
+def _with_surplus(entries: list[Any], others: list[Any]) -> str:
+    known = set(others)
+    surplus = [entry for entry in entries if entry not in known]
+    return f"{len(entries)} entries" + (f" ({_some(surplus)} on it alone)" if surplus else "")
 
 
 def _some(entries: Sequence[Any]) -> str:

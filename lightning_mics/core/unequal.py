@@ -140,13 +140,9 @@ def lengths_differ(model: nn.Module, lengths: Sequence[int | None]) -> bool:
     if mesh.layout.shard_size == 1:
         return False
     known = [-1 if length is None else length for length in lengths]
-    ends = torch.tensor([*known, *(-length for length in known), max(map(_is_none, lengths), default=0)])
+    ends = torch.tensor([*known, *(-length for length in known), int(None in lengths)])
     ends = ends.to(communication_device(mesh.device_mesh.device_type))
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     *found, is_unknown = ends.tolist()
     highest, lowest = found[: len(known)], [-length for length in found[len(known) :]]
     return bool(is_unknown) or highest != lowest
-
-
-def _is_none(length: int | None) -> int:
-    return int(length is None)
