@@ -42,8 +42,6 @@ _OF_OPTIMIZERS = {"addcmul_", "addcdiv_", "lerp_"}
 
 _plain_data: Any = torch.Tensor.data
 
-_plain_full_tensor = DTensor.full_tensor
-
 _scalar = torch.ops.aten._local_scalar_dense.default
 
 
@@ -76,13 +74,14 @@ def _install() -> None:
     for op in _in_place_operations():
         handlers.setdefault(op, _write)
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
-    DTensor.full_tensor = _full_tensor  # type: ignore[assignment,method-assign]
+    whole = DTensor.full_tensor  # as it is now: others wrap it too, before or after
 
+    @functools.wraps(whole)
+    def full_tensor(tensor: DTensor, **kwargs: Any) -> Tensor:
+        with _MESHES.get(tensor.device_mesh, nullcontext)():
+            return whole(tensor, **kwargs)
 
-@functools.wraps(_plain_full_tensor)
-def _full_tensor(tensor: DTensor, **kwargs: Any) -> Tensor:
-    with _MESHES.get(tensor.device_mesh, nullcontext)():
-        return _plain_full_tensor(tensor, **kwargs)
+    DTensor.full_tensor = full_tensor  # type: ignore[assignment,method-assign]
 
 
 def _scalar_of_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._api import _ToTorchTensor
 from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
+from lightning_mics.core._torch import dtensor_gradients, dtensors
 from lightning_mics.errors import SelfCheckError
 from lightning_mics.testing import WorkerPool
 
@@ -336,3 +339,21 @@ def look_without_adding() -> list[float]:
 def test_autograd_grad_of_a_penalty_adds_nothing(pool: WorkerPool) -> None:
     for differences in pool.run(look_without_adding, world_size=4):
         assert max(differences) <= BOUND
+
+
+@pytest.mark.parametrize("averages_first", [True, False])
+def test_what_wraps_full_tensor_stays_whichever_comes_first(
+    averages_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or ranks whose first models differ would send other collectives for one gradient."""
+    for owner, name in ((_ToTorchTensor, "forward"), (_ToTorchTensor, "backward"), (DTensor, "data")):
+        monkeypatch.setattr(owner, name, vars(owner).get(name, getattr(owner, name)))
+    monkeypatch.setattr(DTensor, "full_tensor", inspect.unwrap(DTensor.full_tensor))
+    installs = [dtensor_gradients._install.__wrapped__, dtensors._install.__wrapped__]
+    for install in installs if averages_first else reversed(installs):
+        install()
+    wrappers, function = set(), DTensor.full_tensor
+    while hasattr(function, "__wrapped__"):
+        wrappers.add(function.__code__.co_filename)
+        function = function.__wrapped__
+    assert wrappers == {dtensor_gradients.__file__, dtensors.__file__}
