@@ -8,6 +8,12 @@ sizes and checksums.
 from __future__ import annotations
 
 from lightning_mics.checkpoint.consolidate import consolidate, read_weights
+from lightning_mics.checkpoint.content import (
+    compare_checkpoints,
+    describe_checkpoint,
+    list_checkpoints,
+    verify_checkpoint,
+)
 from lightning_mics.checkpoint.files import recover, remove
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
@@ -23,9 +29,12 @@ from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
     "arrival",
+    "compare_checkpoints",
     "consolidate",
+    "describe_checkpoint",
     "fill_weights",
     "huggingface_metadata",
+    "list_checkpoints",
     "load_checkpoint",
     "load_into",
     "load_raw",
@@ -40,5 +49,6 @@ __all__ = [
     "save_full",
     "save_sharded",
     "shard_like",
+    "verify_checkpoint",
     "whole",
 ]

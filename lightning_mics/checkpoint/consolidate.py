@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_mics.checkpoint import files
+from lightning_mics.checkpoint.content import batches
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.load import read
 from lightning_mics.errors import CheckpointError
@@ -152,7 +153,7 @@ def _read_sharded(
     ]
     total = done + sum(_nbytes(metadata, name) for name in wanted)
     nested: dict[str, Any] = {}
-    for batch in _batches(metadata, wanted):
+    for batch in batches(wanted, lambda name: _nbytes(metadata, name), _BATCH_BYTES):
         flat = {name: _empty(metadata, name) for name in batch}
         read(generation, flat, metadata, alone=True)
         for name, value in flat.items():
@@ -162,18 +163,6 @@ def _read_sharded(
         key, _, name = flat_name.partition(".")
         nested.setdefault(key, {})[name] = value
     return {**meta, **_as_lightning(_lists(nested))}
-
-
-def _batches(metadata: Metadata, names: list[str]) -> list[list[str]]:
-    batches: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        size += _nbytes(metadata, name)
-        batches[-1].append(name)
-        if size >= _BATCH_BYTES:
-            batches.append([])
-            size = 0
-    return [batch for batch in batches if batch]
 
 
 def _path(metadata: Metadata, name: str) -> tuple[Any, ...]:

@@ -126,8 +126,20 @@ def recover(path: str | os.PathLike[str]) -> None:
     while not _settle(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     for leftover in path.parent.glob(f".*{_INCOMPLETE}*"):
-        if _is_abandoned(leftover, _newest_change, _STALE_SECONDS):
+        if is_leftover(leftover):
             delete(leftover)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Returns whether this is the hidden name of a checkpoint that is, or was, being written or replaced."""
+    return path.name.startswith(".") and any(mark in path.name for mark in (_INCOMPLETE, _REPLACED))
+
+
+def is_leftover(path: Path) -> bool:
+    """Returns whether nobody works on what is unfinished any more."""
+    if _REPLACED in path.name:
+        return _is_abandoned(path, _renamed, _REPLACING_SECONDS)
+    return _is_abandoned(path, _newest_change, _STALE_SECONDS)
 
 
 def _settle(path: Path) -> bool:
@@ -136,7 +148,7 @@ def _settle(path: Path) -> bool:
     for aside in path.parent.glob(f".*{_REPLACED}*"):
         if not aside.name.startswith(f"{_hidden(path)}{_REPLACED}"):
             continue
-        if not _is_abandoned(aside, _renamed, _REPLACING_SECONDS):
+        if not is_leftover(aside):
             settled = path.exists()
             continue
         with suppress(OSError):

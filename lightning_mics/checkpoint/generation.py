@@ -46,6 +46,7 @@ class Generation:
         path: Where it was.
         kind: Sharded or full.
         manifest: What it consists of; ``None`` for a full file, and where another program wrote it.
+        listed: What is known of each file, by its name in the folder; a full file has none.
         digest: The same for two generations only if they hold the same.
     """
 
@@ -58,11 +59,11 @@ class Generation:
         self._meta: dict[str, Any] | None = None
         try:
             if self.kind == "full":
-                self._listed: dict[str, Facts] = {"": {}}
+                self.listed: dict[str, Facts] = {"": {}}
                 self.digest = _archive_digest(path, self._open(""))
             else:
                 self._open_folder()
-            for name in sorted(self._listed)[: _MAX_OPEN if hold else 0]:
+            for name in sorted(self.listed)[: _MAX_OPEN if hold else 0]:
                 self._open(name)
         except FileNotFoundError as error:
             self.close()
@@ -76,12 +77,12 @@ class Generation:
         with suppress(FileNotFoundError), (self.path / MANIFEST).open("rb") as file:
             text = file.read()
         if text is None:
-            self._listed = {files.INDEX: {}, files.META: {}}
-            self._listed |= index.reaches(self.metadata())
+            self.listed = {files.INDEX: {}, files.META: {}}
+            self.listed |= index.reaches(self.metadata())
             text = self._open(files.INDEX).read()
         else:
             self.manifest = parse(text, str(self.path / MANIFEST), trusted=is_trusted(self.weights_only))
-            self._listed = self.manifest.files
+            self.listed = self.manifest.files
         self.digest = hashlib.sha256(text).hexdigest()
 
     def identity(self) -> Identity | None:
@@ -94,9 +95,22 @@ class Generation:
             handle.close()
         self._handles.clear()
 
+    def step(self) -> int | None:
+        """Returns the step of training that is saved, if it is known."""
+        return step_of(self.meta()) if self.manifest is None else self.manifest.step
+
+    def glance(self) -> None:
+        """Checks that all files are there and as long as they were written.
+
+        Raises:
+            CheckpointError: Naming one that is not.
+        """
+        for name in self.listed:
+            self._check_size(name, self._open(name))
+
     def total_bytes(self) -> int:
         """Returns the size of what there is to check."""
-        return sum(facts.get("bytes", 0) for facts in self._listed.values())
+        return sum(facts.get("bytes", 0) for facts in self.listed.values())
 
     def open(self, name: str) -> BinaryIO:
         """Opens one of the files, which is as it was written.
@@ -114,7 +128,7 @@ class Generation:
     def _open(self, name: str) -> BinaryIO:
         if name in self._handles:
             return self._handles[name]
-        if name not in self._listed or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if name not in self.listed or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{self.path} names the file {name!r}, which is none of its own. Use another one.")
         try:
             handle = (self.path / name if name else self.path).open("rb")
@@ -132,16 +146,20 @@ class Generation:
         if self.kind == "full":
             _check_archive(self.path, handle, slice(None))
             return
-        facts, size = self._listed[name], os.fstat(handle.fileno()).st_size
-        if size < facts.get("bytes", 0) or ("crc32" in facts and size != facts["bytes"]):
-            raise CheckpointError(
-                f"{self.path / name} is damaged: it has {size} bytes instead of {facts['bytes']}. Copy it again from "
-                f"where it is whole.{files.others(self.path)}"
-            )
+        facts = self.listed[name]
+        self._check_size(name, handle)
         if "crc32" in facts and _crc32(handle) != facts["crc32"]:
             raise CheckpointError(
                 f"{self.path / name} is damaged: its content does not match its checksum. Copy it again from where it "
                 f"is whole.{files.others(self.path)}"
+            )
+
+    def _check_size(self, name: str, handle: BinaryIO) -> None:
+        facts, size = self.listed[name], os.fstat(handle.fileno()).st_size
+        if size < facts.get("bytes", 0) or ("crc32" in facts and size != facts["bytes"]):
+            raise CheckpointError(
+                f"{self.path / name} is damaged: it has {size} bytes instead of {facts['bytes']}. Copy it again from "
+                f"where it is whole.{files.others(self.path)}"
             )
 
     def check(self, *, alone: bool = False, progress: Progress = lambda size: None) -> None:
@@ -159,12 +177,12 @@ class Generation:
         rank, world_size = (0, 1) if alone else (ranks.rank(), ranks.world_size())
 
         def check_part() -> dict[str, Identity]:
-            names = sorted(self._listed)[rank::world_size]
+            names = sorted(self.listed)[rank::world_size]
             for name in names[:_MAX_OPEN]:
                 self._open(name)  # a writer who now replaces the checkpoint does not take them away
             for name in names:
                 self.open(name)
-                progress(self._listed[name].get("bytes", 0))
+                progress(self.listed[name].get("bytes", 0))
             return {name: self._checked[name] for name in names}
 
         if self.kind == "full":
@@ -185,7 +203,7 @@ class Generation:
         Raises:
             CheckpointError: If it is damaged, or more than an index.
         """
-        if index.NAME in self._listed:
+        if index.NAME in self.listed:
             return index.decode(self.open(index.NAME).read(), str(self.path / index.NAME))
         return index.unpickle_index(self.open(files.INDEX), str(self.path / files.INDEX), self.weights_only)
 

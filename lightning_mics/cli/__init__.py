@@ -89,20 +89,13 @@ def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argpars
 
 
 def _consolidate(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from lightning_mics.checkpoint import consolidate
+    from lightning_mics.cli.bar import byte_bar
 
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading", total=None, visible=False)
+    trusted = False if options.trust else None
+    with byte_bar("reading") as progress:
         written = consolidate(
-            options.checkpoint,
-            options.out,
-            force=options.force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
-            weights_only=False if options.trust else None,
+            options.checkpoint, options.out, force=options.force, progress=progress, weights_only=trusted
         )
     size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
     print(f"Wrote {written} ({format_bytes(size)}). {_next_step(written)}")
@@ -115,6 +108,12 @@ def _next_step(written: Path) -> str:
     if written.suffix == ".safetensors":
         return f"Load it with safetensors.torch.load_file({str(written)!r})."
     return f"Resume it on one device with Trainer.fit(..., ckpt_path={str(written)!r})."
+
+
+def _configure_checkpoint(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    from lightning_mics.cli.checkpoint import configure
+
+    return configure(parser)
 
 
 def _configure_config(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
@@ -143,6 +142,7 @@ def _configure_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Names
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]]] = {
     "demo": ("train, save and resume a small GPT-2 on this machine, to see MiCS at work", _configure_demo),
+    "checkpoint": ("list, show, verify and compare checkpoints", _configure_checkpoint),
     "consolidate": ("turn a sharded checkpoint into one file or a Hugging Face folder", _configure_consolidate),
     "config": ("write or check a file for accelerate launch --config_file", _configure_config),
     "convert-config": ("turn a DeepSpeed configuration into MiCS settings, with a report", _configure_convert_config),
