@@ -38,12 +38,13 @@ _HOMES = {
     "save_checkpoint": "checkpoint",
     "sync_gradients": "core.accumulation",
     "unequal_passes": "core.unequal",
+    "wait_for_checkpoints": "checkpoint",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])
 
 if TYPE_CHECKING:
-    from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint
+    from lightning_mics.checkpoint import consolidate, load_checkpoint, save_checkpoint, wait_for_checkpoints
     from lightning_mics.config import MiCSConfig
     from lightning_mics.core.accumulation import defer_replication_sync, sync_gradients
     from lightning_mics.core.buffers import broadcast_buffers

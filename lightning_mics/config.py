@@ -34,7 +34,15 @@ Ignore = (
 )
 _ENV_PREFIX = "MICS_"
 # Constructors that take settings have these behind their own arguments, so that older positions keep their meaning.
-_LATER = ("memory_limit", "output_dtype", "cast_forward_inputs", "ignore", "verify_every", "on_mismatch")
+_LATER = (
+    "memory_limit",
+    "output_dtype",
+    "cast_forward_inputs",
+    "ignore",
+    "verify_every",
+    "on_mismatch",
+    "async_checkpoint",
+)
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -74,6 +82,8 @@ class MiCSConfig:
             states from the majority (of three replicas or more) before the next forward pass.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
+        async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
+            to host memory, which takes as much of it as a rank's shards.
 
     Raises:
         MiCSConfigError: If a value has the wrong type or range.
@@ -95,6 +105,7 @@ class MiCSConfig:
     memory_limit: int | str | None = None
     verify_every: int | None = None
     on_mismatch: Literal["raise", "repair"] = "raise"
+    async_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -106,7 +117,7 @@ class MiCSConfig:
             )
         if self.cast_forward_inputs != "units":
             check_switch("cast_forward_inputs", self.cast_forward_inputs, "True, False or 'units'")
-        for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify"):
+        for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify", "async_checkpoint"):
             check_switch(name, getattr(self, name))
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             object.__setattr__(self, name, as_dtype(getattr(self, name), name))
@@ -291,6 +302,7 @@ class Settings(TypedDict, total=False):
     memory_limit: int | str | None
     verify_every: int | None
     on_mismatch: Literal["raise", "repair"] | None
+    async_checkpoint: bool | None
 
 
 def takes_settings(init: _Init) -> _Init:

@@ -24,6 +24,7 @@ OTHER_VALUES: dict[str, Any] = {
     "memory_limit": "36GiB",
     "verify_every": 100,
     "on_mismatch": "repair",
+    "async_checkpoint": True,
 }
 
 

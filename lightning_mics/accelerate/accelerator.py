@@ -238,6 +238,11 @@ class MiCSAccelerator(Accelerator):
         with explaining():
             super().wait_for_everyone()
 
+    def end_training(self) -> None:
+        """Ends the run, when the checkpoint that is being written is whole."""
+        checkpoints.wait_for_checkpoints()
+        super().end_training()
+
     @contextmanager
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
         """Lets ranks evaluate different numbers of batches.

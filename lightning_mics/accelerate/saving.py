@@ -67,7 +67,8 @@ def save_state(
         "mics": checkpoints.huggingface_metadata(models[0]) if models else {},
         "accelerate": {"step": accelerator.step},
     }
-    checkpoints.save_sharded(folder, state, meta, add_files)
+    background = accelerator.mics_plugin.config.async_checkpoint
+    checkpoints.save_sharded(folder, state, meta, add_files, background=background)
     accelerator.project_configuration.iteration += 1
     _delete_oldest(accelerator, folder.parent)
     return folder
@@ -77,6 +78,7 @@ def load_state(
     accelerator: MiCSAccelerator, input_dir: str | os.PathLike[str] | None, load_kwargs: dict[str, Any] | None
 ) -> None:
     """Loads what was saved; see :meth:`MiCSAccelerator.load_state`."""
+    checkpoints.wait_for_checkpoints()
     folder = Path(input_dir).expanduser() if input_dir is not None else _newest_folder(accelerator)
     models = list(accelerator._models)
     for hook in accelerator._load_model_state_pre_hook.values():
@@ -183,11 +185,15 @@ def _newest_folder(accelerator: MiCSAccelerator) -> Path:
 
 
 def _delete_oldest(accelerator: MiCSAccelerator, parent: Path) -> None:
-    """Keeps to ``total_limit``; only now that the new checkpoint is whole."""
+    """Keeps to ``total_limit``; only when the new checkpoint is whole."""
     limit = accelerator.project_configuration.total_limit
-    if _names_checkpoints(accelerator) and limit is not None and accelerator.is_main_process:
+
+    def delete() -> None:
         for folder in _named_folders(parent)[: -max(limit, 1)]:
             checkpoints.remove(folder)
+
+    if _names_checkpoints(accelerator) and limit is not None and accelerator.is_main_process:
+        checkpoints.afterwards(delete)
     accelerator.wait_for_everyone()
 
 

@@ -7,6 +7,7 @@ sizes and checksums.
 
 from __future__ import annotations
 
+from lightning_mics.checkpoint.background import PendingCheckpoint, afterwards, remove, wait_for_checkpoints
 from lightning_mics.checkpoint.consolidate import consolidate, read_weights
 from lightning_mics.checkpoint.content import (
     compare_checkpoints,
@@ -14,7 +15,7 @@ from lightning_mics.checkpoint.content import (
     list_checkpoints,
     verify_checkpoint,
 )
-from lightning_mics.checkpoint.files import recover, remove
+from lightning_mics.checkpoint.files import recover
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
 from lightning_mics.checkpoint.state import (
@@ -28,6 +29,8 @@ from lightning_mics.checkpoint.state import (
 from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
+    "PendingCheckpoint",
+    "afterwards",
     "arrival",
     "compare_checkpoints",
     "consolidate",
@@ -50,5 +53,6 @@ __all__ = [
     "save_sharded",
     "shard_like",
     "verify_checkpoint",
+    "wait_for_checkpoints",
     "whole",
 ]

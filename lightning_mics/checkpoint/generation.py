@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_mics.checkpoint import files, index, ranks
+from lightning_mics.checkpoint.background import settle, wait_for_checkpoints
 from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest, parse, step_of
 from lightning_mics.checkpoint.trust import is_archive, is_trusted, unpickle
 from lightning_mics.core.log import inform
@@ -263,6 +264,7 @@ def read_generation(
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit, or is another one on
             some ranks.
     """
+    settle() if alone else wait_for_checkpoints()
     path = Path(path)
     for attempt in range(_TRIES):
         opened: list[Generation] = []

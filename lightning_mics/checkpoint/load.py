@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint.background import wait_for_checkpoints
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.state import (
     empty_like,
@@ -389,6 +390,7 @@ def load_raw(
     Raises:
         CheckpointError: On every rank, if the file is missing, damaged or does not fit.
     """
+    wait_for_checkpoints()
     path = Path(path)
 
     def fill() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +14,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_mics.errors import CheckpointError
 
 T = TypeVar("T")
+
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("_group", default=None)
+
+
+@contextmanager
+def meeting_in(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Has this thread meet the other ranks in a group of all of them; ``None`` is the world."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def meeting_place() -> dist.ProcessGroup | None:
+    """Returns the group in which this thread meets the other ranks; ``None`` is the world."""
+    return _group.get()
 
 
 def is_distributed() -> bool:
@@ -66,7 +84,7 @@ def together(step: Callable[[], T], *, alone: bool = False) -> list[T]:
     outcomes: list[Any] = [(error, result)]
     if is_distributed() and not alone:
         outcomes = [None] * world_size()
-        dist.all_gather_object(outcomes, (error, result))
+        dist.all_gather_object(outcomes, (error, result), group=meeting_place())
     for source, (message, _) in enumerate(outcomes):
         if message is not None:
             where = f" (on rank {source})" if len(outcomes) > 1 else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, index, ranks
+from lightning_mics.checkpoint.background import (
+    PendingCheckpoint,
+    carry_out,
+    host_copies,
+    pickled,
+    wait_for_checkpoints,
+)
 from lightning_mics.checkpoint.manifest import Facts, Manifest, step_of
 from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.state import (
@@ -27,7 +36,7 @@ from lightning_mics.checkpoint.writer import NotingFileSystem
 from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
-from lightning_mics.core.runtime import is_sharded
+from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.errors import CheckpointError
 
 
@@ -39,7 +48,8 @@ def save_checkpoint(
     meta: dict[str, Any] | None = None,
     *,
     sharded: bool = True,
-) -> None:
+    background: bool | None = None,
+) -> PendingCheckpoint:
     """Saves a model, its optimizers and anything else. Collective over the world.
 
     Args:
@@ -48,6 +58,13 @@ def save_checkpoint(
         optimizers: One or several optimizers over its parameters.
         meta: More to remember, such as the step; anything that ``torch.save`` takes. Rank 0's counts.
         sharded: Whether each rank writes its part of a folder, or rank 0 one whole file.
+        background: Whether to return as soon as everything is copied to host memory, and write while training goes
+            on. ``None`` for what the model's ``async_checkpoint`` says. It may change at once; what is written is its
+            state at the call.
+
+    Returns:
+        A handle that can wait for the checkpoint. A failure in the background is raised there, or by the next save,
+        load or :func:`wait_for_checkpoints`, on every rank.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
@@ -55,14 +72,15 @@ def save_checkpoint(
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if is_sharded(model):
         broadcast_buffers(model)
+    if background is None:
+        background = is_sharded(model) and runtime_of(model).config.async_checkpoint
     weights = model_state(model, full=not sharded)
     states = [optimizer_state(model, optimizer, full=not sharded) for optimizer in listed]
     meta = {**(meta or {}), "mics": huggingface_metadata(model)}
     if sharded:
         named = {f"optimizer_{index}": state for index, state in enumerate(states)}
-        save_sharded(path, {"state_dict": weights, **named}, meta)
-    else:
-        save_full(path, {**meta, "state_dict": weights, "optimizer_states": states})
+        return save_sharded(path, {"state_dict": weights, **named}, meta, background=background)
+    return save_full(path, {**meta, "state_dict": weights, "optimizer_states": states}, background=background)
 
 
 @on_all_ranks("save_sharded")
@@ -71,7 +89,9 @@ def save_sharded(
     state: dict[str, Any],
     meta: dict[str, Any],
     add_files: Callable[[Path], Collection[str]] | None = None,
-) -> None:
+    *,
+    background: bool = False,
+) -> PendingCheckpoint:
     """Writes a folder of shards. Collective over the world.
 
     Each shard is written once, by one of the replicas that hold it.
@@ -82,54 +102,78 @@ def save_sharded(
         meta: The rest; rank 0's counts, with shards in it made whole.
         add_files: Writes more files into the folder that it is given, on every rank, before ``state`` is written.
             Returns the keys of ``state`` that need not be written any more; rank 0's count.
+        background: Whether to write while training goes on; see :func:`save_checkpoint`.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
+    wait_for_checkpoints()
     path, meta = Path(path), without_shards(meta)
     temporary = _begin(path, folder=True)
-    try:
+    with _undone_on_error(temporary, path):
         if add_files is not None:
             with final_name_in_logs(temporary, path):
                 done = ranks.together(lambda: add_files(temporary))[0]
             state = {key: entries for key, entries in state.items() if key not in done}
         added = ranks.on_first_rank(lambda: files.describe(temporary)) or {}
         meta = _with_extra_states(state, {**meta, "mics": meta.get("mics", {})})
-        written = ranks.together(lambda: _write(temporary, _without_extra_states(state), meta))
-        listed = added | {name: facts for part in written for name, facts in part.items()}
-        manifest = Manifest(listed, ranks.world_size(), _shard_size(state), step_of(meta), _of_model(meta))
-        ranks.on_first_rank(lambda: _finish(temporary, path, manifest))
-    except CheckpointError as error:
-        _give_up(temporary, path, error)
-    finally:
+        state = _without_extra_states(state)
+        listing = functools.partial(
+            Manifest,
+            world_size=ranks.world_size(),
+            shard_size=_shard_size(state),
+            step=step_of(meta),
+            model=_of_model(meta),
+        )
+        rest: Any = meta
+        if background:
+            state = ranks.on_each_rank(lambda: host_copies.copy(state))
+            rest = ranks.on_each_rank(lambda: pickled(meta) if ranks.rank() == 0 else None)
+
+    def write() -> None:
+        with _undone_on_error(temporary, path):
+            written = ranks.together(lambda: _write(temporary, state, rest))
+            listed = added | {name: facts for part in written for name, facts in part.items()}
+            ranks.on_first_rank(lambda: _finish(temporary, path, listing(listed)))
         files.release(temporary)
+
+    return carry_out(path, write, background=background)
 
 
 @on_all_ranks("save_full")
-def save_full(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
+def save_full(
+    path: str | os.PathLike[str], checkpoint: dict[str, Any], *, background: bool = False
+) -> PendingCheckpoint:
     """Writes one whole file on rank 0. Collective over the world.
 
     Args:
         path: The file.
         checkpoint: What to write; rank 0's counts, with shards in it made whole.
+        background: Whether to write while training goes on; see :func:`save_checkpoint`.
 
     Raises:
         CheckpointError: On every rank, if writing failed; the previous checkpoint is untouched.
     """
-    path, checkpoint = Path(path), without_shards(checkpoint)
+    wait_for_checkpoints()
+    path = Path(path)
+    content: Any = without_shards(checkpoint)
     temporary = _begin(path, folder=False)
+    if background:
+        with _undone_on_error(temporary, path):
+            content = ranks.on_each_rank(lambda: pickled(content) if ranks.rank() == 0 else None)
 
-    def write() -> None:
-        torch.save(checkpoint, temporary)
-        files.sync_file(temporary)
+    def write_file() -> None:
+        with temporary.open("wb") as file:
+            _dump(content, file)
+            os.fsync(file.fileno())
         files.commit(temporary, path)
 
-    try:
-        ranks.on_first_rank(write)
-    except CheckpointError as error:
-        _give_up(temporary, path, error)
-    finally:
+    def write() -> None:
+        with _undone_on_error(temporary, path):
+            ranks.on_first_rank(write_file)
         files.release(temporary)
+
+    return carry_out(path, write, background=background)
 
 
 def _begin(path: Path, *, folder: bool) -> Path:
@@ -171,7 +215,15 @@ def _without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Facts]:
+def _dump(content: Any, stream: Any) -> None:
+    """Writes an object as ``torch.save`` does, which may have been done already."""
+    if isinstance(content, memoryview):
+        stream.write(content)
+    else:
+        torch.save(content, stream)
+
+
+def _write(temporary: Path, state: dict[str, Any], rest: Any) -> dict[str, Facts]:
     """Writes this rank's shards and, on rank 0, the rest. Returns what was written."""
     # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
     mine = state if ranks.rank() == 0 else _sharded_entries(state)
@@ -179,13 +231,13 @@ def _write(temporary: Path, state: dict[str, Any], meta: dict[str, Any]) -> dict
     writer.fs = noting = NotingFileSystem()
     alone = not ranks.is_distributed()
     with ranks.quiet_dcp(alone):
-        metadata = dcp.save(mine, storage_writer=writer, no_dist=alone)
+        metadata = dcp.save(mine, storage_writer=writer, no_dist=alone, process_group=ranks.meeting_place())
     if ranks.rank() == 0:
         with noting.create_stream(temporary / index.NAME, "wb") as stream:
             stream.write(index.encode(metadata).encode())
             os.fsync(stream.fileno())
         with noting.create_stream(temporary / files.META, "wb") as stream:
-            torch.save(meta, stream)  # type: ignore[arg-type]
+            _dump(rest, stream)
             os.fsync(stream.fileno())
     return noting.written
 
@@ -220,9 +272,18 @@ def _finish(temporary: Path, path: Path, manifest: Manifest) -> None:
     files.commit(temporary, path)
 
 
-def _give_up(temporary: Path, path: Path, error: CheckpointError) -> None:
-    files.delete(temporary)  # on every rank: without shared storage each node has one
-    problem = str(error).replace(str(temporary), str(path))
-    raise CheckpointError(
-        f"Saving {path} failed, and nothing was changed there: {problem}. Check the disk's space and permissions."
-    ) from error
+@contextmanager
+def _undone_on_error(temporary: Path, path: Path) -> Iterator[None]:
+    """Deletes what was written when an error ends a save."""
+    try:
+        yield
+    except CheckpointError as error:
+        files.delete(temporary)  # on every rank: without shared storage each node has one
+        files.release(temporary)
+        problem = str(error).replace(str(temporary), str(path))
+        raise CheckpointError(
+            f"Saving {path} failed, and nothing was changed there: {problem}. Check the disk's space and permissions."
+        ) from error
+    except BaseException:
+        files.release(temporary)
+        raise

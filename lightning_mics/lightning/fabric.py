@@ -259,9 +259,9 @@ class MiCSStrategy(ParallelStrategy):
             meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
         path = self.broadcast(str(path))
         if full:
-            checkpoints.save_full(path, {**tensors, **meta})
+            checkpoints.save_full(path, {**tensors, **meta}, background=self.config.async_checkpoint)
         else:
-            checkpoints.save_sharded(path, tensors, meta)
+            checkpoints.save_sharded(path, tensors, meta, background=self.config.async_checkpoint)
 
     @on_all_ranks("fabric.load")
     def load_checkpoint(

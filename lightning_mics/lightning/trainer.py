@@ -283,12 +283,19 @@ class MiCSStrategy(ParallelStrategy):
         """Reduces a tensor over all ranks."""
         return common.all_reduce(tensor, group, reduce_op)
 
+    def post_dispatch(self, trainer: pl.Trainer) -> None:
+        """Waits for the checkpoint that is being written."""
+        checkpoints.wait_for_checkpoints()
+
     def teardown(self) -> None:
-        """Ends the run; the sharded module stays where it is."""
+        """Ends the run, which may have failed; the sharded module stays where it is."""
         assert self.cluster_environment is not None and self.accelerator is not None
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
+        try:
+            checkpoints.wait_for_checkpoints()
+        finally:
+            self.cluster_environment.teardown()
+            self.precision_plugin.teardown()
+            self.accelerator.teardown()
 
     # Ranks evaluate the same model, also where batch norms saw other data; it is the one that is saved.
 
@@ -336,12 +343,12 @@ class MiCSStrategy(ParallelStrategy):
         path = self.broadcast(str(filepath))
         checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
         if not self._save_distributed_checkpoint:
-            checkpoints.save_full(path, checkpoint)
+            checkpoints.save_full(path, checkpoint, background=self.config.async_checkpoint)
             return
         state = {"state_dict": checkpoint.pop("state_dict")}
         for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{index}"] = optimizer_state
-        checkpoints.save_sharded(path, state, checkpoint)
+        checkpoints.save_sharded(path, state, checkpoint, background=self.config.async_checkpoint)
 
     @on_all_ranks("trainer.load_checkpoint")
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -368,7 +375,7 @@ class MiCSStrategy(ParallelStrategy):
         """Does nothing: :meth:`load_checkpoint` filled the states."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Deletes a checkpoint, which loses its name first."""
+        """Deletes a checkpoint, which loses its name first, once the one that is being written is whole."""
         if self.is_global_zero:
             checkpoints.remove(filepath)
 

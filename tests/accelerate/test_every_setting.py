@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "memory_limit": (2**33, "8GiB"),
     "verify_every": (100, "100"),
     "on_mismatch": ("repair", "repair"),
+    "async_checkpoint": (True, "true"),
 }
 FLAGS = {
     "shard_size": ["--shard-size", "2"],

@@ -39,11 +39,17 @@ def test_a_strategy_takes_every_setting(strategy: Any, name: str, value: Any, ex
 @both
 def test_positions_keep_their_meaning(strategy: Any) -> None:
     assert strategy(8).config == MiCSConfig(shard_size=8)
-    late = ("memory_limit", "output_dtype", "cast_forward_inputs", "ignore", "verify_every", "on_mismatch")
+    later = {
+        "cast_forward_inputs": True,
+        "ignore": (),
+        "verify_every": None,
+        "on_mismatch": "raise",
+        "async_checkpoint": False,
+    }
+    late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]
     values = [OTHER_VALUES[name] for name in positions]
     made = strategy(*values, MiCSConfig(output_dtype="float16"), False, "gloo", timedelta(seconds=5), "36GiB")
-    later = {"cast_forward_inputs": True, "ignore": (), "verify_every": None, "on_mismatch": "raise"}
     assert made.config == MiCSConfig(**{**OTHER_VALUES, **later})
     assert made.process_group_backend == "gloo"
     with pytest.raises(TypeError, match="multiple values for argument 'shard_size'"):

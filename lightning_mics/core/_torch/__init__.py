@@ -5,6 +5,7 @@ from lightning_mics.core._torch.distributed import (
     abort_groups,
     all_gather_single,
     batched,
+    before_destroying_world,
     break_group,
     carries_cpu_tensors,
     collective_of,
@@ -14,6 +15,7 @@ from lightning_mics.core._torch.distributed import (
     is_premul_sum,
     launched_by_group,
     new_local_group,
+    new_world_group,
     reduce_scatter_single,
     wait_for_gloo_threads,
 )
@@ -50,6 +52,7 @@ from lightning_mics.core._torch.modules import (
     tree_map_only,
     uncompiled,
     unscale_and_check,
+    with_local,
 )
 from lightning_mics.core._torch.root import (
     ForwardHooks,
@@ -91,6 +94,7 @@ __all__ = [
     "answer_for_the_whole",
     "average_gradients_over",
     "batched",
+    "before_destroying_world",
     "begin_label",
     "break_group",
     "carries_cpu_tensors",
@@ -119,6 +123,7 @@ __all__ = [
     "local_tensor",
     "name_params",
     "new_local_group",
+    "new_world_group",
     "outside_graphs",
     "parameter_registry",
     "persistent_buffers",
@@ -139,4 +144,5 @@ __all__ = [
     "unscale_and_check",
     "wait_for_gloo_threads",
     "watch_base",
+    "with_local",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -74,7 +75,9 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta |
     return getattr(options, "_timeout", None)
 
 
-def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+def new_local_group(
+    ranks: Sequence[int], name: str, timeout: timedelta | None, backend: str | None = None
+) -> dist.ProcessGroup:
     """Makes a group by its members alone.
 
     PyTorch's own name for such a group counts the groups that a rank is in, which members need not agree on.
@@ -83,12 +86,36 @@ def new_local_group(ranks: Sequence[int], name: str, timeout: timedelta | None) 
         ranks: Its members, of which this rank is one.
         name: The same on all members, and of no other group of this world, also of none that was destroyed.
         timeout: How long its collectives may wait; ``None`` for the backend's default.
+        backend: ``None`` for the world's.
     """
     _c10d._process_group_name = lambda *args, **kwargs: _c10d.GroupName(name)
     try:
-        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name)
+        return dist.new_group(
+            list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True, group_desc=name
+        )
     finally:
         _c10d._process_group_name = _group_name
+
+
+def new_world_group(name: str, backend: str) -> dist.ProcessGroup:
+    """Makes a group of all ranks, as patient as the world; see :func:`new_local_group`. Collective."""
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = group_timeout(world, world._device_types[0])
+    return new_local_group(range(world.size()), name, timeout, backend)
+
+
+def before_destroying_world(action: Callable[[], None]) -> None:
+    """Has ``action`` run before all process groups are destroyed."""
+    original = dist.destroy_process_group
+
+    @functools.wraps(original)
+    def destroy(group: dist.ProcessGroup | None = None) -> None:
+        if group is None or group is dist.group.WORLD:
+            action()
+        original(group)
+
+    dist.destroy_process_group = _c10d.destroy_process_group = destroy
 
 
 def default_store(kinds: tuple[type[dist.Store], ...] = (dist.TCPStore,)) -> dist.Store | None:

@@ -26,7 +26,7 @@ require(torch._C, "_current_graph_task_id")
 require(profiler, "_is_profiler_enabled")
 require(nn.modules.batchnorm, "_BatchNorm")
 require(nn.Module, "_compiled_call_impl", "_load_from_state_dict")
-require(DTensor, "_local_tensor")
+require(DTensor, "_local_tensor", "_spec")
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
 
@@ -78,6 +78,11 @@ def queue_backward_callback(callback: Callable[[], None]) -> None:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Returns this rank's shard of a DTensor, or a plain tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def with_local(shard: DTensor, local: Tensor) -> DTensor:
+    """Returns a DTensor of the placement of ``shard`` whose local tensor is ``local``, on whatever device."""
+    return DTensor(local, shard._spec, requires_grad=False)
 
 
 def parameter_registry(module: nn.Module) -> dict[str, Any]:

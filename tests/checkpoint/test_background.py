@@ -1,0 +1,137 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_tools import equal, everything, load_anew, trained
+from lightning_tools import cross_entropy
+from torch import Tensor
+
+from lightning_mics import CheckpointError, MiCSConfig, load_checkpoint, save_checkpoint, wait_for_checkpoints
+from lightning_mics.checkpoint import background, ranks
+from lightning_mics.testing import WorkerPool
+
+
+@contextmanager
+def held_up(error: str | None = None) -> Iterator[threading.Event]:
+    """Lets nothing be written in the background until the event is set; then it fails if there is an error."""
+    go_on, together, fsync = threading.Event(), ranks.together, os.fsync
+
+    def is_behind() -> bool:
+        return threading.current_thread() is not threading.main_thread()
+
+    def patient(step: Any, **options: Any) -> Any:
+        return together((lambda: [go_on.wait(), step()][1]) if is_behind() else step, **options)
+
+    def failing(handle: int) -> None:
+        if is_behind() and error is not None:
+            raise OSError(error)
+        fsync(handle)
+
+    ranks.together, os.fsync = patient, failing
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+        background.settle()
+        ranks.together, os.fsync = together, fsync
+
+
+def train(model: Any, optimizer: Any) -> None:
+    for _ in range(2):
+        tokens = torch.arange(10).view(2, 5) + dist.get_rank()
+        cross_entropy(model(tokens % 19), tokens % 19).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save_both_ways(folder: str, sharded: bool) -> dict[int, bool]:
+    """Saves in the background, changes everything meanwhile, and compares with a save that training waited for."""
+    found = {}
+    for shard_size in (1, 2):
+        model, optimizer = trained(3, config=MiCSConfig(shard_size=shard_size, async_checkpoint=shard_size == 1))
+        model.register_buffer("seen", torch.ones(3))
+        meta = {"schedule": [1, 2], "seen": torch.ones(2)}
+        waited, behind = (f"{folder}/{shard_size}-{way}" for way in ("waited", "behind"))
+        save_checkpoint(waited, model, optimizer, meta, sharded=sharded, background=False)
+        for _ in range(shard_size):  # the memory of the first save is used by the second
+            before = {name: tensor.clone() for name, tensor in everything(model, optimizer).items()}
+            with held_up() as go_on:
+                default = None if shard_size == 1 else True
+                pending = save_checkpoint(behind, model, optimizer, meta, sharded=sharded, background=default)
+                train(model, optimizer)
+                model.seen.zero_()
+                optimizer.param_groups[0]["lr"] = 5.0
+                meta["schedule"].append(3)
+                meta["seen"].zero_()
+                dist.barrier()
+                early = pending.is_written
+                go_on.set()
+                other = {"seed": load_checkpoint(behind, model, optimizer)}
+            assert not early and pending.is_written
+            assert not equal(before, {})
+            assert equal(everything(model, optimizer), before)
+            assert other["seed"]["schedule"] == [1, 2] and other["seed"]["seen"].sum() == 2
+            assert optimizer.param_groups[0]["lr"] != 5.0 and model.seen.sum() == 3
+            meta = {"schedule": [1, 2], "seen": torch.ones(2)}
+        load_checkpoint(waited, model, optimizer)
+        found[shard_size] = equal(everything(model, optimizer), before)
+    return found
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_what_is_written_is_the_state_at_the_call(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    for found in pool.run(save_both_ways, str(tmp_path), sharded, world_size=4):
+        assert found == {1: True, 2: True}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1-behind", "1-waited", "2-behind", "2-waited"]
+
+
+def fail_behind(path: str, rank: int) -> dict[str, str]:
+    model, optimizer = trained(1)
+    told = {}
+
+    def attempt(name: str, call: Any) -> None:
+        with held_up("No space left" if dist.get_rank() == rank else None) as go_on:
+            pending = save_checkpoint(path, model, optimizer, {"seed": 2}, background=True)
+            background.afterwards(lambda: Path(path).with_name("followed").touch())
+            go_on.set()
+            background.settle()
+        try:
+            call(pending)
+        except CheckpointError as error:
+            told[name] = str(error)
+        wait_for_checkpoints()  # told once
+
+    attempt("handle", lambda pending: pending.wait())
+    attempt("wait", lambda pending: wait_for_checkpoints())
+    attempt("save", lambda pending: save_checkpoint(path, model, optimizer))
+    attempt("load", lambda pending: load_checkpoint(path, model, optimizer))
+    return told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_is_raised_by_the_next_call_on_every_rank(pool: WorkerPool, tmp_path: Path, rank: int) -> None:
+    path = tmp_path / "last.ckpt"
+    saved = pool.run(save_new_behind, str(path), 1, world_size=2)[0]
+    for told in pool.run(fail_behind, str(path), rank, world_size=2):
+        assert told.keys() == {"handle", "wait", "save", "load"}
+        for message in told.values():
+            assert f"Saving {path} failed" in message and "No space left" in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+    loaded, meta = pool.run(load_anew, str(path), world_size=2)[0]
+    assert equal(loaded, saved) and meta["seed"] == 1
+
+
+def save_new_behind(path: str, seed: int) -> dict[str, Tensor]:
+    model, optimizer = trained(seed)
+    save_checkpoint(path, model, optimizer, {"seed": seed}, background=True)
+    return everything(model, optimizer)  # the end of the world waits for the checkpoint
