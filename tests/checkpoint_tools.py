@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mics import MiCSConfig, load_checkpoint, mics_shard, save_checkpoint
-from lightning_mics.checkpoint import optimizer_state
+from lightning_mics.checkpoint import background, optimizer_state, ranks
 from lightning_mics.testing import full_state_dict
 
 PLAIN = MiCSConfig(shard_size=2, node_size=2)
+
+
+@contextmanager
+def slow_writing(seconds: float = 0.05) -> Iterator[None]:
+    """Has each step of a checkpoint that is written in the background take some time."""
+    together = ranks.together
+
+    def slowly(step: Any, **options: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(seconds)
+        return together(step, **options)
+
+    ranks.together = slowly
+    try:
+        yield
+    finally:
+        background.settle()
+        ranks.together = together
 
 
 def trained(seed: int, steps: int = 2, config: MiCSConfig = PLAIN, optimizer: str = "adamw") -> tuple[Any, Any]:

@@ -7,7 +7,13 @@ sizes and checksums.
 
 from __future__ import annotations
 
-from lightning_mics.checkpoint.background import PendingCheckpoint, afterwards, remove, wait_for_checkpoints
+from lightning_mics.checkpoint.background import (
+    PendingCheckpoint,
+    afterwards,
+    remove,
+    wait_for_checkpoints,
+    was_saved_last,
+)
 from lightning_mics.checkpoint.consolidate import consolidate, read_weights
 from lightning_mics.checkpoint.content import (
     compare_checkpoints,
@@ -54,5 +60,6 @@ __all__ = [
     "shard_like",
     "verify_checkpoint",
     "wait_for_checkpoints",
+    "was_saved_last",
     "whole",
 ]

@@ -11,6 +11,7 @@ import atexit
 import copy
 import functools
 import io
+import os
 import sys
 import threading
 import weakref
@@ -163,7 +164,12 @@ def afterwards(action: Callable[[], None]) -> None:
         pending._then(action)
 
 
-def remove(path: Any) -> None:
+def was_saved_last(path: str | os.PathLike[str]) -> bool:
+    """Returns whether the last checkpoint that was begun in the background has this name; it may not be there yet."""
+    return _Process.pending is not None and _Process.pending.path == Path(path)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
     """Deletes a checkpoint, behind the one that is being written. It loses its name first."""
     afterwards(functools.partial(files.remove, path))
 

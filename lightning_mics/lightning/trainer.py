@@ -42,6 +42,7 @@ from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
+from lightning_mics.lightning.links import expect_late_checkpoints
 from lightning_mics.lightning.reading import read_folders
 from lightning_mics.lightning.unequal import allow_unequal_batches
 from lightning_mics.metrics import CommLedger
@@ -199,6 +200,8 @@ class MiCSStrategy(ParallelStrategy):
         _refuse_averaging(trainer)
         self.accelerator.setup(trainer)
         self._shard(self.lightning_module, trainer)
+        for callback in trainer.checkpoint_callbacks if self.config.async_checkpoint else ():
+            expect_late_checkpoints(callback)
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset_optimizers_and_schedulers()
             self.setup_optimizers(trainer)

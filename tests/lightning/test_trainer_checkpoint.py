@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_tools import slow_writing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_tools import BATCH, LanguageModel, Net, dataset, loader, make_trainer, mean_over_ranks
@@ -176,22 +177,52 @@ def test_lightnings_model_parallel_strategy_reads_ours_and_we_read_its(pool: Wor
         assert same(loaded, states)
 
 
-def keep_best(folder: str) -> list[str]:
+class Looker(pl.Callback):
+    """Looks, after each batch, whether all that has a name is whole."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        names = [entry for entry in Path(trainer.checkpoint_callback.dirpath).glob("[a-z]*.ckpt")]
+        assert all((entry / "mics.json").is_file() for entry in names), names
+        assert names or trainer.global_step < 3
+
+
+def keep_best(folder: str, save_last: Any, is_async: bool) -> list[str]:
     module = LanguageModel("adamw")
-    checkpoint = ModelCheckpoint(folder, monitor="loss", save_top_k=2, save_last=True, every_n_train_steps=1)
-    trainer = make_trainer(
-        strategy=MiCSStrategy(shard_size=2, node_size=2), enable_checkpointing=True, callbacks=[checkpoint]
-    )
-    trainer.fit(module, global_loader(5))
+    settings: dict[str, Any] = {"monitor": "loss", "save_top_k": 2, "every_n_train_steps": 1}
+    checkpoint = ModelCheckpoint(folder, save_last=save_last, **settings)
+    strategy = MiCSStrategy(shard_size=2, node_size=2, async_checkpoint=is_async)
+    callbacks = [checkpoint, *([Looker()] if dist.get_rank() == 0 and is_async else [])]
+    with slow_writing():
+        trainer = make_trainer(strategy=strategy, enable_checkpointing=True, callbacks=callbacks)
+        trainer.fit(module, global_loader(5))
     # What ModelCheckpoint remembers must be what lies on the disk.
     return sorted(Path(path).name for path in checkpoint.best_k_models)
 
 
 @works("Savers", "ModelCheckpoint")
-def test_model_checkpoint_keeps_the_best_and_leaves_nothing_else(pool: WorkerPool, tmp_path: Path) -> None:
-    best = pool.run(keep_best, str(tmp_path), world_size=4)[0]
+@pytest.mark.parametrize(("save_last", "is_async"), [(True, False), (True, True), ("link", True)])
+def test_model_checkpoint_keeps_the_best_and_leaves_nothing_else(
+    pool: WorkerPool, tmp_path: Path, save_last: Any, is_async: bool
+) -> None:
+    best = pool.run(keep_best, str(tmp_path), save_last, is_async, world_size=4)[0]
     assert len(best) == 2
+    last = tmp_path / "last.ckpt"
+    assert last.is_symlink() == (save_last == "link") and (last / "mics.json").is_file()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*best, "last.ckpt"])
+
+
+def save_under_one_name(folder: str) -> None:
+    settings: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": -1, "every_n_train_steps": 1}
+    callbacks = [ModelCheckpoint(folder, filename="one-name", **settings)]
+    strategy = MiCSStrategy(shard_size=2, node_size=2, async_checkpoint=True)
+    with slow_writing():
+        trainer = make_trainer(strategy=strategy, enable_checkpointing=True, callbacks=callbacks)
+        trainer.fit(LanguageModel("adamw"), global_loader(2))
+
+
+def test_the_name_of_a_checkpoint_that_is_not_there_yet_is_taken(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(save_under_one_name, str(tmp_path), world_size=2)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one-name-v1.ckpt", "one-name.ckpt"]
 
 
 def full_file_for_transformers(path: str) -> Tensor:

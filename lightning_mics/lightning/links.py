@@ -1,0 +1,40 @@
+"""ModelCheckpoint beside a checkpoint that is still being written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from types import MethodType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_mics import checkpoint as checkpoints
+
+
+def expect_late_checkpoints(callback: Any) -> None:
+    """Has ModelCheckpoint take the name of a checkpoint that is not there yet for taken, and link to it when it is."""
+    if isinstance(callback, ModelCheckpoint):
+        callback.file_exists = MethodType(_exists_or_will, callback)  # type: ignore[method-assign]
+        callback._link_checkpoint = _link_checkpoint  # type: ignore[method-assign]
+
+
+def _exists_or_will(self: ModelCheckpoint, filepath: Any, trainer: pl.Trainer) -> bool:
+    return checkpoints.was_saved_last(filepath) or ModelCheckpoint.file_exists(self, filepath, trainer)
+
+
+def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+    if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+        checkpoints.afterwards(lambda: _link(filepath, linkpath))
+    trainer.strategy.barrier()
+
+
+def _link(target: str, link: str) -> None:
+    """Makes a link, in the place of an earlier one in one step."""
+    if os.path.isdir(link) and not os.path.islink(link):
+        shutil.rmtree(link)
+    folder, name = os.path.split(link)
+    new = os.path.join(folder, f".{name}.new")
+    os.symlink(os.path.relpath(target, folder), new)
+    os.replace(new, link)
