@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from lightning_mics.checkpoint.background import (
 )
 from lightning_mics.checkpoint.manifest import Facts, Manifest, step_of
 from lightning_mics.checkpoint.naming import final_name_in_logs
+from lightning_mics.checkpoint.sharing import own_part
 from lightning_mics.checkpoint.state import (
     huggingface_metadata,
     is_extra_state,
@@ -117,7 +118,6 @@ def save_sharded(
             state = {key: entries for key, entries in state.items() if key not in done}
         added = ranks.on_first_rank(lambda: files.describe(temporary)) or {}
         meta = _with_extra_states(state, {**meta, "mics": meta.get("mics", {})})
-        state = _without_extra_states(state)
         listing = functools.partial(
             Manifest,
             world_size=ranks.world_size(),
@@ -125,7 +125,8 @@ def save_sharded(
             step=step_of(meta),
             model=_of_model(meta),
         )
-        rest: Any = meta
+        # Buffers may differ between ranks; of what is not sharded rank 0's counts.
+        state, rest = own_part(_without_extra_states(state)), cast(Any, meta)
         if background:
             state = ranks.on_each_rank(lambda: host_copies.copy(state))
             rest = ranks.on_each_rank(lambda: pickled(meta) if ranks.rank() == 0 else None)
@@ -225,13 +226,11 @@ def _dump(content: Any, stream: Any) -> None:
 
 def _write(temporary: Path, state: dict[str, Any], rest: Any) -> dict[str, Facts]:
     """Writes this rank's shards and, on rank 0, the rest. Returns what was written."""
-    # Buffers may differ between ranks; entries that DCP takes from several ranks would be a mix of their states.
-    mine = state if ranks.rank() == 0 else _sharded_entries(state)
     writer = dcp.FileSystemWriter(temporary, sync_files=True)
     writer.fs = noting = NotingFileSystem()
     alone = not ranks.is_distributed()
     with ranks.quiet_dcp(alone):
-        metadata = dcp.save(mine, storage_writer=writer, no_dist=alone, process_group=ranks.meeting_place())
+        metadata = dcp.save(state, storage_writer=writer, no_dist=alone, process_group=ranks.meeting_place())
     if ranks.rank() == 0:
         with noting.create_stream(temporary / index.NAME, "wb") as stream:
             stream.write(index.encode(metadata).encode())
@@ -240,15 +239,6 @@ def _write(temporary: Path, state: dict[str, Any], rest: Any) -> dict[str, Facts
             _dump(rest, stream)
             os.fsync(stream.fileno())
     return noting.written
-
-
-def _sharded_entries(state: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _sharded_entries(value) if isinstance(value, dict) else value for key, value in state.items()}
-    return {key: value for key, value in nested.items() if isinstance(value, dict) or _is_sharded(value)}
-
-
-def _is_sharded(value: Any) -> bool:
-    return isinstance(value, DTensor) or (isinstance(value, list) and any(map(_is_sharded, value)))
 
 
 def _shard_size(state: dict[str, Any]) -> int | None:
