@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, ParallelismConfig
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, compile_regions
 from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerator
+from checkpoint_tools import slow_writing
 from lightning_tools import make_trainer
 from models import VOCABULARY, build, loss_of, microbatch
 from peft import LoraConfig, get_peft_model
@@ -260,11 +261,13 @@ class Counter:
         self.value = state["value"]
 
 
-def set_up(shard: int, seed: int, **project: Any) -> tuple[MiCSAccelerator, Any, Any, Any, Counter]:
+def set_up(
+    shard: int, seed: int, is_async: bool = False, **project: Any
+) -> tuple[MiCSAccelerator, Any, Any, Any, Counter]:
     forget_accelerate()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = MiCSAccelerator(
-        mics_plugin=MiCSPlugin(shard_size=shard, node_size=dist.get_world_size()),
+        mics_plugin=MiCSPlugin(shard_size=shard, node_size=dist.get_world_size(), async_checkpoint=is_async),
         gradient_accumulation_steps=4,
         project_config=ProjectConfiguration(**project) if project else None,
     )
@@ -365,16 +368,24 @@ def test_hooks_may_take_over_the_weights(pool: WorkerPool, tmp_path: Path) -> No
     assert pool.run(save_and_load_by_hooks, str(tmp_path / "state"), world_size=2) == [(True, True, 5)] * 2
 
 
-def save_three(folder: str) -> list[str]:
-    accelerator, *_ = set_up(2, 1, project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)
-    for _ in range(3):
-        accelerator.save_state()
-    accelerator.load_state()
-    return sorted(os.listdir(f"{folder}/checkpoints"))
+def save_three(folder: str, is_async: bool) -> tuple[list[list[str]], int]:
+    accelerator, _, _, _, counter = set_up(
+        2, 1, is_async, project_dir=folder, automatic_checkpoint_naming=True, total_limit=2
+    )
+    seen = []
+    with slow_writing():
+        for counter.value in range(3):
+            accelerator.save_state()
+            seen.append(sorted(name for name in os.listdir(f"{folder}/checkpoints") if name[0] != "."))
+        accelerator.load_state()
+    return [*seen, sorted(os.listdir(f"{folder}/checkpoints"))], counter.value
 
 
-def test_checkpoints_are_named_and_limited(pool: WorkerPool, tmp_path: Path) -> None:
-    assert pool.run(save_three, str(tmp_path), world_size=2) == [["checkpoint_1", "checkpoint_2"]] * 2
+@pytest.mark.parametrize("is_async", [False, True])
+def test_checkpoints_are_named_and_limited(pool: WorkerPool, tmp_path: Path, is_async: bool) -> None:
+    first, *others = ["checkpoint_0"], ["checkpoint_0", "checkpoint_1"], ["checkpoint_1", "checkpoint_2"]
+    at_once = [[], first, others[0]] if is_async else [first, *others]
+    assert pool.run(save_three, str(tmp_path), is_async, world_size=2) == [([*at_once, others[-1]], 2)] * 2
 
 
 def save_for_others(folder: str) -> float:

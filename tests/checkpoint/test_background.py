@@ -13,12 +13,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_tools import equal, everything, load_anew, trained
-from lightning_tools import cross_entropy
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_tools import LanguageModel, Net, cross_entropy, loader, make_trainer, where
 from torch import Tensor
 
-from lightning_mics import CheckpointError, MiCSConfig, load_checkpoint, save_checkpoint, wait_for_checkpoints
+from lightning_mics import (
+    CheckpointError,
+    MiCSConfig,
+    MiCSStrategy,
+    load_checkpoint,
+    save_checkpoint,
+    wait_for_checkpoints,
+)
 from lightning_mics.checkpoint import background, ranks
-from lightning_mics.testing import WorkerPool
+from lightning_mics.fabric import MiCSStrategy as FabricStrategy
+from lightning_mics.testing import WorkerPool, full_state_dict
 
 
 @contextmanager
@@ -135,3 +145,43 @@ def save_new_behind(path: str, seed: int) -> dict[str, Tensor]:
     model, optimizer = trained(seed)
     save_checkpoint(path, model, optimizer, {"seed": seed}, background=True)
     return everything(model, optimizer)  # the end of the world waits for the checkpoint
+
+
+def save_by_fabric(path: str) -> tuple[bool, int, bool]:
+    strategy = FabricStrategy(shard_size=2, node_size=2, async_checkpoint=True)
+    fabric = Fabric(**where(), strategy=strategy)
+    fabric.launch()
+    net = Net()
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters()))
+    state = {"model": model, "optimizer": optimizer, "step": 3}
+    before = full_state_dict(net)
+    with held_up() as go_on:
+        fabric.save(path, state)
+        was_there = Path(path).exists()
+        train(model, optimizer)
+        go_on.set()
+        state["step"] = 4
+        fabric.load(path, state)
+    return was_there, state["step"], equal(full_state_dict(net), before)
+
+
+def test_fabric_saves_in_the_background(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(save_by_fabric, str(tmp_path / "saved"), world_size=2) == [(False, 3, True)] * 2
+
+
+def fit_on_a_full_disk(folder: str) -> str:
+    strategy = MiCSStrategy(shard_size=2, node_size=2, async_checkpoint=True)
+    trainer = make_trainer(strategy=strategy, enable_checkpointing=True, callbacks=[ModelCheckpoint(folder)])
+    with held_up("No space left") as go_on:
+        go_on.set()
+        try:
+            trainer.fit(LanguageModel("adamw"), loader(2, dist.get_world_size()))
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_the_end_of_a_fit_waits_and_raises(pool: WorkerPool, tmp_path: Path) -> None:
+    for told in pool.run(fit_on_a_full_disk, str(tmp_path), world_size=2):
+        assert "epoch=0-step=2.ckpt failed" in told and "No space left" in told
+    assert list(tmp_path.iterdir()) == []

@@ -79,14 +79,16 @@ def save_and_die(path: str, seed: int, sharded: bool, moment: int, victims: tupl
 
     watch_moments(monkey)
     try:
-        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+        save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded, background=not exchange).wait()
     finally:
         os._exit(2)  # the watched functions must not outlive the test
 
 
 VICTIMS = ((0,), (1,), (0, 1))
 WAYS = pytest.mark.parametrize(
-    ("sharded", "exchange"), [(True, True), (True, False), (False, True)], ids=["sharded", "two renames", "full"]
+    ("sharded", "exchange"),
+    [(True, True), (True, False), (False, True)],
+    ids=["sharded", "two renames, in the background", "full"],
 )
 
 
@@ -143,7 +145,7 @@ def crash_at_moments(
     return index + 1, survivors.count(2)
 
 
-def save_until_killed(path: str, sharded: bool, delays: tuple[float, float]) -> None:
+def save_until_killed(path: str, sharded: bool, delays: tuple[float, float], background: bool) -> None:
     """Saves the states of two trainings in turn, until each rank is killed after a delay of its own."""
     trainings = {seed: trained(seed) for seed in (1, 2)}
     timer = threading.Timer(delays[dist.get_rank()], os.kill, (os.getpid(), signal.SIGKILL))
@@ -152,13 +154,14 @@ def save_until_killed(path: str, sharded: bool, delays: tuple[float, float]) -> 
     timer.start()
     while True:
         for seed, (model, optimizer) in trainings.items():
-            save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
+            save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded, background=background)
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("background", [False, True], ids=["waited for", "in the background"])
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
 def test_kills_at_random_times_keep_a_whole_checkpoint(
-    pool: WorkerPool, tmp_path: Path, sharded: bool, record_property: Callable[[str, object], None]
+    pool: WorkerPool, tmp_path: Path, sharded: bool, background: bool, record_property: Callable[[str, object], None]
 ) -> None:
     path, generator, kills = tmp_path / "last.ckpt", random.Random(0), 40
     contents = {seed: pool.run(save_new, str(path), seed, sharded, world_size=2)[0] for seed in (1, 2)}
@@ -166,7 +169,7 @@ def test_kills_at_random_times_keep_a_whole_checkpoint(
     for kill in range(kills):
         first = generator.uniform(0.0, 0.5)
         delays = (first, first + generator.uniform(-0.02, 0.02) * (kill % 2))
-        outcomes = pool.attempt(save_until_killed, str(path), sharded, delays, world_size=2)
+        outcomes = pool.attempt(save_until_killed, str(path), sharded, delays, background, world_size=2)
         assert -signal.SIGKILL in [outcome.exitcode for outcome in outcomes]
         for loaded, meta in pool.run(load_anew, str(path), world_size=2):
             survivors.append(meta["seed"])
