@@ -15,8 +15,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint import drafts, ranks
+from lightning_mics.checkpoint.storage import Place, place
 from lightning_mics.core._torch import (
     before_destroying_world,
     local_tensor,
@@ -45,7 +45,7 @@ class PendingCheckpoint:
         path: Its name; an earlier checkpoint has it until this one is whole.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class _Process:
 _groups: weakref.WeakKeyDictionary[Any, dist.ProcessGroup] = weakref.WeakKeyDictionary()  # by their worlds
 
 
-def carry_out(path: Path, finish: Callable[[], None], *, background: bool) -> PendingCheckpoint:
+def carry_out(path: Place, finish: Callable[[], None], *, background: bool) -> PendingCheckpoint:
     """Writes a checkpoint, now or while training goes on. Collective over the world.
 
     Args:
@@ -166,12 +166,12 @@ def afterwards(action: Callable[[], None]) -> None:
 
 def was_saved_last(path: str | os.PathLike[str]) -> bool:
     """Returns whether the last checkpoint that was begun in the background has this name; it may not be there yet."""
-    return _Process.pending is not None and _Process.pending.path == Path(path)
+    return _Process.pending is not None and _Process.pending.path == place(path)
 
 
-def remove(path: str | os.PathLike[str]) -> None:
+def remove(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
     """Deletes a checkpoint, behind the one that is being written. It loses its name first."""
-    afterwards(functools.partial(files.remove, path))
+    afterwards(functools.partial(drafts.remove, place(path, storage_options)))
 
 
 def _own_group() -> dist.ProcessGroup | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lightning_mics.checkpoint import files
+from lightning_mics.checkpoint import files, storage
 from lightning_mics.checkpoint.content import batches
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.load import read
+from lightning_mics.checkpoint.own import own_names, special
+from lightning_mics.checkpoint.storage import Place, Remote, place
 from lightning_mics.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -33,7 +35,8 @@ def consolidate(
     force: bool = False,
     progress: Progress | None = None,
     weights_only: bool | None = None,
-) -> Path:
+    storage_options: Mapping[str, Any] | None = None,
+) -> Place:
     """Turns a checkpoint into one file or a Hugging Face folder.
 
     The ending of ``destination`` decides: ``.safetensors`` holds the weights; ``.ckpt``, ``.pt``, ``.pth`` or ``.bin``
@@ -41,11 +44,12 @@ def consolidate(
     ending becomes a folder for ``from_pretrained``, if the model is a Hugging Face one.
 
     Args:
-        source: A sharded checkpoint, or a full file.
-        destination: What to write.
+        source: A sharded checkpoint, or a full file; a URL, too.
+        destination: What to write; a URL, too.
         force: Whether to replace what is there.
         progress: Told the bytes checked and read so far, and how many there will be.
         weights_only: ``False`` trusts the checkpoint; see :func:`load_checkpoint`.
+        storage_options: What the file systems of URLs take; see :func:`save_checkpoint`.
 
     Returns:
         The file or folder that was written.
@@ -53,9 +57,9 @@ def consolidate(
     Raises:
         CheckpointError: If the source cannot be read or the destination not be written.
     """
-    source, destination = Path(source), Path(destination)
-    ending = destination.suffix.lower()
-    _check_destination(source, destination, ending, force)
+    origin, target = place(source, storage_options), place(destination, storage_options)
+    ending = target.suffix.lower()
+    _check_destination(origin, target, ending, force)
     everything = ending in _FILE_ENDINGS
 
     def read_all(generation: Generation) -> dict[str, Any]:
@@ -64,36 +68,41 @@ def consolidate(
             return generation.meta()
         return _read_sharded(generation, everything, progress)
 
-    content = read_generation(source, weights_only, read_all, alone=True)
+    content = read_generation(origin, weights_only, read_all, alone=True)
     _weights(content)
-    temporary = files.temporary_name(destination)
+    temporary = files.temporary_name(target if isinstance(target, Path) else storage.staging())
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         _write(content, temporary, ending)
-        files.commit(temporary, destination)
+        if isinstance(target, Path):
+            files.commit(temporary, target)
+        else:
+            target.upload_all(temporary)
     except CheckpointError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{destination} cannot be written ({error}). Check the path, permissions and space."
+            f"{target} cannot be written ({error}). Check the path, permissions and space."
         ) from error
     finally:
         files.delete(temporary)
         files.release(temporary)
-    return destination
+    return target
 
 
-def _check_destination(source: Path, destination: Path, ending: str, force: bool) -> None:
+def _check_destination(source: Place, destination: Place, ending: str, force: bool) -> None:
     """Checks that writing ``destination`` is possible and destroys nothing but what ``force`` allows."""
     if ending not in ("", ".safetensors", *_FILE_ENDINGS):
         raise CheckpointError(
             f"{destination} has an unknown ending. Use .safetensors (weights), .ckpt (everything), or no ending for a "
             "Hugging Face folder."
         )
-    if source.exists() and source.resolve().is_relative_to(destination.resolve()):
+    if _holds(destination, source):
         raise CheckpointError(f"{destination} holds the checkpoint that it is to be made of. Choose another name.")
     if not destination.exists():
         return
+    if isinstance(destination, Path) and (kind := special(destination)) is not None:
+        raise CheckpointError(f"{destination} is {kind}. Choose another name.")
     others = _other_files(destination)
     if others:
         raise CheckpointError(f"{destination} is a folder with other files in it ({others[0]}). Choose another name.")
@@ -101,11 +110,19 @@ def _check_destination(source: Path, destination: Path, ending: str, force: bool
         raise CheckpointError(f"{destination} exists already. Choose another name, or replace it with --force.")
 
 
-def _other_files(destination: Path) -> list[str]:
+def _holds(folder: Place, path: Place) -> bool:
+    if isinstance(folder, Path) and isinstance(path, Path):
+        return path.exists() and path.resolve().is_relative_to(folder.resolve())
+    return not isinstance(folder, Path) and isinstance(path, Remote) and f"{path.url}/".startswith(f"{folder.url}/")
+
+
+def _other_files(destination: Place) -> list[str]:
     """Returns what lies in a folder and is neither ours nor of an earlier model there."""
-    if not destination.is_dir() or (destination / files.INDEX).is_file():
+    if not destination.is_dir():
         return []
-    return sorted(entry.name for entry in destination.iterdir() if entry.name not in _MODEL_FILES)
+    names = [entry.name for entry in destination.iterdir()]
+    ours = [] if isinstance(destination, Remote) else own_names(destination)
+    return sorted(name for name in names if name not in _MODEL_FILES and name not in ours)
 
 
 def _write(content: dict[str, Any], target: Path, ending: str) -> None:

@@ -20,12 +20,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest
+from lightning_mics.checkpoint.manifest import GENERATION, INDEX, MANIFEST, META, Facts, Manifest
+from lightning_mics.checkpoint.storage import Place, Remote
 from lightning_mics.errors import CheckpointError
 
-META, INDEX = "meta.pt", ".metadata"
 _INCOMPLETE, _REPLACED = ".mics-incomplete-", ".mics-replaced-"
 _STALE_SECONDS = 3600.0
 # How long the two renames of a save on another machine may take, and how long a reader waits for them.
@@ -40,24 +40,27 @@ Kind = Literal["sharded", "full"]
 _counter = itertools.count()
 _running: set[str] = set()  # owners: the saves of this process that are under way
 
+P = TypeVar("P", Path, Remote)
 
-def temporary_name(path: Path) -> Path:
+
+def temporary_name(path: P) -> P:
     """Returns a hidden name under which to write the checkpoint ``path``; it is the caller's until :func:`release`."""
     owner = f"{_place()}-{os.getpid()}-{_birth(os.getpid())}.{next(_counter)}"
     _running.add(owner)
     return path.parent / f"{_hidden(path)}{_INCOMPLETE}{owner}"
 
 
-def release(temporary: Path) -> None:
+def release(temporary: Place) -> None:
     """Says that nobody writes under this hidden name any more; what is left there may be deleted."""
-    _running.discard(_owner(temporary))
+    _running.discard(owner_of(temporary))
 
 
-def _owner(hidden: Path) -> str:
-    return re.split(f"{_INCOMPLETE}|{_REPLACED}", hidden.name)[-1]
+def owner_of(temporary: Place) -> str:
+    """Returns which save of which process writes under this hidden name, or in this generation of objects."""
+    return re.split(f"{_INCOMPLETE}|{_REPLACED}|^{GENERATION}", temporary.name)[-1]
 
 
-def _hidden(path: Path) -> str:
+def _hidden(path: Place) -> str:
     """Begins the hidden name of ``path``; long names are shortened, as the whole must fit into a folder entry."""
     encoded = os.fsencode(path.name)
     if len(encoded) <= _NAME_BYTES:
@@ -84,7 +87,12 @@ def _birth(pid: int) -> str:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Gives a whole checkpoint its name; one that had it is deleted afterwards."""
+    """Gives a whole checkpoint its name; what had it is deleted afterwards.
+
+    A link of that name is replaced; what it leads to stays as it is.
+    """
+    if temporary.is_dir() and not path.exists():
+        path.unlink(missing_ok=True)  # a link to nowhere
     if not (path.is_dir() or (temporary.is_dir() and path.exists())):
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -93,7 +101,7 @@ def commit(temporary: Path, path: Path) -> None:
         sync_folder(path.parent)
         delete(temporary)
         return
-    aside = path.parent / f"{_hidden(path)}{_REPLACED}{_owner(temporary)}"
+    aside = path.parent / f"{_hidden(path)}{_REPLACED}{owner_of(temporary)}"
     os.rename(path, aside)
     try:
         os.rename(temporary, path)
@@ -130,7 +138,7 @@ def recover(path: str | os.PathLike[str]) -> None:
             delete(leftover)
 
 
-def is_unfinished(path: Path) -> bool:
+def is_unfinished(path: Place) -> bool:
     """Returns whether this is the hidden name of a checkpoint that is, or was, being written or replaced."""
     return path.name.startswith(".") and any(mark in path.name for mark in (_INCOMPLETE, _REPLACED))
 
@@ -138,8 +146,18 @@ def is_unfinished(path: Path) -> bool:
 def is_leftover(path: Path) -> bool:
     """Returns whether nobody works on what is unfinished any more."""
     if _REPLACED in path.name:
-        return _is_abandoned(path, _renamed, _REPLACING_SECONDS)
-    return _is_abandoned(path, _newest_change, _STALE_SECONDS)
+        return _is_abandoned(path, lambda: _renamed(path), _REPLACING_SECONDS)
+    return is_abandoned(path, lambda: _newest_change(path))
+
+
+def is_abandoned(temporary: Place, last_change: Callable[[], float]) -> bool:
+    """Returns whether the save that wrote under a name is over.
+
+    Args:
+        temporary: The name.
+        last_change: Tells when something was written there last, in seconds since 1970.
+    """
+    return _is_abandoned(temporary, last_change, _STALE_SECONDS)
 
 
 def _settle(path: Path) -> bool:
@@ -156,17 +174,17 @@ def _settle(path: Path) -> bool:
     return settled
 
 
-def _is_abandoned(leftover: Path, last_change: Callable[[Path], float], stale_seconds: float) -> bool:
+def _is_abandoned(leftover: Place, last_change: Callable[[], float], stale_seconds: float) -> bool:
     """Returns whether nobody writes ``leftover`` any more: its save is over or, elsewhere, nothing has happened."""
-    owner = re.fullmatch(r"(.+)-(\d+)-(\d*)(\.\d+)?", _owner(leftover))
+    owner = re.fullmatch(r"(.+)-(\d+)-(\d*)(\.\d+)?", owner_of(leftover))
     if owner is None:
         return False
     place, pid, birth, _ = owner.groups()
     if place == _place() and birth:
         if int(pid) == os.getpid():
-            return _owner(leftover) not in _running
+            return owner_of(leftover) not in _running
         return _birth(int(pid)) != birth
-    return time.time() - last_change(leftover) > stale_seconds
+    return time.time() - last_change() > stale_seconds
 
 
 def _renamed(path: Path) -> float:
@@ -192,9 +210,8 @@ def delete(path: Path) -> None:
             path.unlink()
 
 
-def remove(path: str | os.PathLike[str]) -> None:
+def remove(path: Path) -> None:
     """Deletes a checkpoint. It loses its name first, so that half of it never carries the name."""
-    path = Path(path)
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -244,12 +261,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     sync_folder(folder)
 
 
-def find_kind(path: Path) -> Kind:
+def find_kind(path: Place) -> Kind:
     """Tells a sharded checkpoint from a full one by a glance.
 
     Raises:
         CheckpointError: If ``path`` is missing, or a folder that lacks what every checkpoint has.
     """
+    if _is_of_objects(path):
+        return "sharded"
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}.{others(path)}")
     if path.is_file():
@@ -264,8 +283,17 @@ def find_kind(path: Path) -> Kind:
     return "sharded"
 
 
-def others(path: Path) -> str:
+def _is_of_objects(path: Place) -> bool:
+    """Returns whether this is laid out as in object storage, from where it may have been copied."""
+    if isinstance(path, Path) and not any(path.glob(f"{GENERATION}*/{INDEX}")):
+        return False
+    return (path / MANIFEST).is_file()
+
+
+def others(path: Place) -> str:
     """Names whole checkpoints beside ``path``, newest first, for messages."""
+    if isinstance(path, Remote):
+        return ""
     if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist, either."
     found = []

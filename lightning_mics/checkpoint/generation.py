@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from lightning_mics.checkpoint import files, index, ranks
 from lightning_mics.checkpoint.background import settle, wait_for_checkpoints
 from lightning_mics.checkpoint.manifest import MANIFEST, Facts, Manifest, parse, step_of
+from lightning_mics.checkpoint.storage import Identity, Place, Remote, check_shared, identity_of, place, size_of
 from lightning_mics.checkpoint.trust import is_archive, is_trusted, unpickle
 from lightning_mics.core.log import inform
 from lightning_mics.errors import CheckpointError
@@ -32,7 +33,6 @@ _NAMED = 5
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-Identity = tuple[int, int, int]
 
 
 class Generation:
@@ -51,8 +51,9 @@ class Generation:
         digest: The same for two generations only if they hold the same.
     """
 
-    def __init__(self, path: Path, weights_only: bool | None, *, hold: bool = False) -> None:
-        self.path, self.weights_only = path, weights_only
+    def __init__(self, path: Place, weights_only: bool | None, *, hold: bool = False) -> None:
+        self.path = self._folder = path
+        self.weights_only = weights_only
         self.kind = files.find_kind(path)
         self.manifest: Manifest | None = None
         self._handles: dict[str, BinaryIO] = {}
@@ -84,11 +85,13 @@ class Generation:
         else:
             self.manifest = parse(text, str(self.path / MANIFEST), trusted=is_trusted(self.weights_only))
             self.listed = self.manifest.files
+            if self.manifest.folder:
+                self._folder = self.path / self.manifest.folder
         self.digest = hashlib.sha256(text).hexdigest()
 
     def identity(self) -> Identity | None:
         """Returns which file a full checkpoint is, and in which state."""
-        return _identity(self._open("")) if self.kind == "full" else None
+        return identity_of(self._open("")) if self.kind == "full" else None
 
     def close(self) -> None:
         """Closes all files."""
@@ -120,9 +123,9 @@ class Generation:
             CheckpointError: If it is missing or another one.
         """
         handle = self._open(name)
-        if self._checked.get(name) != _identity(handle):
+        if self._checked.get(name) != identity_of(handle):
             self._check(name, handle)
-            self._checked[name] = _identity(handle)
+            self._checked[name] = identity_of(handle)
         handle.seek(0)
         return handle
 
@@ -132,7 +135,7 @@ class Generation:
         if name not in self.listed or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(f"{self.path} names the file {name!r}, which is none of its own. Use another one.")
         try:
-            handle = (self.path / name if name else self.path).open("rb")
+            handle = self._open_file(name)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{self.path} is incomplete: {name} is missing. If you copied the checkpoint, copy it again; on "
@@ -142,6 +145,11 @@ class Generation:
             self._handles.pop(next(iter(self._handles))).close()
         self._handles[name] = handle
         return handle
+
+    def _open_file(self, name: str) -> BinaryIO:
+        if name or isinstance(self._folder, Path):
+            return (self._folder / name).open("rb")
+        return self._folder.fetch()  # a single object may be replaced while it is read
 
     def _check(self, name: str, handle: BinaryIO) -> None:
         if self.kind == "full":
@@ -156,7 +164,7 @@ class Generation:
             )
 
     def _check_size(self, name: str, handle: BinaryIO) -> None:
-        facts, size = self.listed[name], os.fstat(handle.fileno()).st_size
+        facts, size = self.listed[name], size_of(handle)
         if size < facts.get("bytes", 0) or ("crc32" in facts and size != facts["bytes"]):
             raise CheckpointError(
                 f"{self.path / name} is damaged: it has {size} bytes instead of {facts['bytes']}. Copy it again from "
@@ -196,7 +204,7 @@ class Generation:
         seen = ranks.together(self.identity, alone=alone)
         part = slice(rank, None, world_size) if len(set(seen)) == 1 else slice(None)
         ranks.together(lambda: _check_archive(self.path, self._open(""), part), alone=alone)
-        self._checked[""] = _identity(self._open(""))
+        self._checked[""] = identity_of(self._open(""))
 
     def metadata(self) -> Metadata:
         """Returns DCP's index of a sharded checkpoint.
@@ -243,7 +251,7 @@ class Generation:
 
 
 def read_generation(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Remote,
     weights_only: bool | None,
     use: Callable[[Generation], T],
     *,
@@ -265,7 +273,9 @@ def read_generation(
             some ranks.
     """
     settle() if alone else wait_for_checkpoints()
-    path = Path(path)
+    path = place(path)
+    if not alone:
+        check_shared(path)
     for attempt in range(_TRIES):
         opened: list[Generation] = []
         try:
@@ -284,7 +294,7 @@ def read_generation(
     raise AssertionError
 
 
-def _open_same(path: Path, weights_only: bool | None, alone: bool, opened: list[Generation], *, again: bool) -> None:
+def _open_same(path: Place, weights_only: bool | None, alone: bool, opened: list[Generation], *, again: bool) -> None:
     """Opens what all ranks see.
 
     Raises:
@@ -308,7 +318,7 @@ def _open_same(path: Path, weights_only: bool | None, alone: bool, opened: list[
         )
 
 
-def _is_replaced(path: Path, weights_only: bool | None, alone: bool, opened: list[Generation], attempt: int) -> bool:
+def _is_replaced(path: Place, weights_only: bool | None, alone: bool, opened: list[Generation], attempt: int) -> bool:
     """Returns, on every rank the same, whether something else can be read by now than what just could not."""
 
     def look() -> tuple[str | None, str | None]:
@@ -328,18 +338,12 @@ def _is_replaced(path: Path, weights_only: bool | None, alone: bool, opened: lis
     return now is not None and now != seen
 
 
-def _recover(path: Path) -> None:
-    if path.parent.is_dir():
+def _recover(path: Place) -> None:
+    if isinstance(path, Path) and path.parent.is_dir():
         files.recover(path)
 
 
 # Files.
-
-
-def _identity(handle: BinaryIO) -> Identity:
-    """Returns what tells a file from others, and from itself after a change."""
-    state = os.fstat(handle.fileno())
-    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _crc32(handle: BinaryIO) -> int:
@@ -350,14 +354,14 @@ def _crc32(handle: BinaryIO) -> int:
     return value
 
 
-def _archive_digest(path: Path, handle: BinaryIO) -> str:
+def _archive_digest(path: Place, handle: BinaryIO) -> str:
     """Returns a digest of names, sizes and checksums of the records of a file that ``torch.save`` wrote."""
     with _archive(path, handle) as archive:
         records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
     return hashlib.sha256(repr(records).encode()).hexdigest()
 
 
-def _check_archive(path: Path, handle: BinaryIO, part: slice) -> None:
+def _check_archive(path: Place, handle: BinaryIO, part: slice) -> None:
     """Compares records of a file that ``torch.save`` wrote with the checksums that it left there."""
     with _archive(path, handle) as archive:
         # PyTorch writes 0 where it was told to skip checksums (torch.serialization.set_crc32_options).
@@ -368,7 +372,7 @@ def _check_archive(path: Path, handle: BinaryIO, part: slice) -> None:
 
 
 @contextmanager
-def _archive(path: Path, handle: BinaryIO) -> Iterator[zipfile.ZipFile]:
+def _archive(path: Place, handle: BinaryIO) -> Iterator[zipfile.ZipFile]:
     if not is_archive(handle):
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint.{files.others(path)}")
     try:

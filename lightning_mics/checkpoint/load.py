@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint import files, ranks
+from lightning_mics.checkpoint import files, ranks, storage
 from lightning_mics.checkpoint.background import wait_for_checkpoints
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.state import (
@@ -31,6 +30,7 @@ from lightning_mics.checkpoint.state import (
     shard_like,
     trained_parameters,
 )
+from lightning_mics.checkpoint.storage import Place
 from lightning_mics.checkpoint.trust import read_file, unpickle
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.core.apart import on_all_ranks
@@ -47,15 +47,17 @@ def load_checkpoint(
     optimizers: Optimizer | Iterable[Optimizer] = (),
     *,
     weights_only: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Loads what :func:`save_checkpoint` saved, at any shard size and world size. Collective over the world.
 
     Args:
-        path: A sharded or full checkpoint.
+        path: A sharded or full checkpoint: a local path, or a URL that fsspec knows, such as ``s3://bucket/run``.
         model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
         optimizers: Optimizers over its parameters, in the order in which they were saved.
         weights_only: ``False`` trusts the checkpoint: what it holds beside tensors may be any object, and it may be of
             a version whose manifest cannot be checked, or lack it.
+        storage_options: What the file system of a URL takes, such as credentials or an endpoint.
 
     Returns:
         The checkpoint's ``meta``.
@@ -65,14 +67,14 @@ def load_checkpoint(
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     named = {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)}
-    meta = load_into(path, model, named, weights_only=weights_only)
+    meta = load_into(storage.place(path, storage_options), model, named, weights_only=weights_only)
     meta.pop("mics", None)
     return meta
 
 
 @on_all_ranks("load_into")
 def load_into(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | storage.Remote,
     model: nn.Module,
     optimizers: Mapping[str, Optimizer] | None = None,
     *,
@@ -206,7 +208,7 @@ def _prefixes(short: Collection[str], long: Collection[str]) -> list[str]:
 class _Targets:
     """What to read from a sharded checkpoint, and where to put it: tensors by DCP's flat names."""
 
-    def __init__(self, path: Path, metadata: Metadata) -> None:
+    def __init__(self, path: Place, metadata: Metadata) -> None:
         self.flat: dict[str, Any] = {}
         self.names = _Names()
         self._path = path
@@ -266,14 +268,14 @@ class _Targets:
         return states, [groups[index] for index in sorted(groups)]
 
 
-def _no_states(path: Path, key: str) -> CheckpointError:
+def _no_states(path: Place, key: str) -> CheckpointError:
     return CheckpointError(
         f"{path} holds no states for {key!r}: it was saved without its optimizers, or there were fewer. Load the "
         "weights alone."
     )
 
 
-def check_names(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def check_names(path: Place, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Checks that model and checkpoint have the same names.
 
     Raises:
@@ -289,7 +291,7 @@ def check_names(path: Path, missing: Iterable[str], unexpected: Iterable[str]) -
         raise CheckpointError(" ".join([*lines, "Build the model as it was saved, or load with strict=False."]))
 
 
-def check_shape(path: Path, name: str, saved: Iterable[int], wanted: Iterable[int]) -> None:
+def check_shape(path: Place, name: str, saved: Iterable[int], wanted: Iterable[int]) -> None:
     """Checks that a saved tensor has the model's shape.
 
     Raises:
@@ -326,7 +328,7 @@ class _Reader(dcp.FileSystemReader):
     """DCP's reader, with the index and the files of one generation."""
 
     def __init__(self, generation: Generation, metadata: Metadata) -> None:
-        super().__init__(generation.path)
+        super().__init__(str(generation.path))
         self.fs = _Files(generation)
         self._index = metadata
 
@@ -359,7 +361,7 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict[name] = unpickle(value, where, self._generation.weights_only)
 
 
-def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None) -> dict[str, Any]:
+def load_rest(path: str | os.PathLike[str] | storage.Remote, *, weights_only: bool | None = None) -> dict[str, Any]:
     """Loads what a checkpoint holds beside the tensors of models and optimizers. Collective over the world.
 
     Args:
@@ -373,7 +375,7 @@ def load_rest(path: str | os.PathLike[str], *, weights_only: bool | None = None)
 
 
 def load_raw(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | storage.Remote,
     target: nn.Module | Optimizer,
     *,
     strict: bool = True,
@@ -391,7 +393,8 @@ def load_raw(
         CheckpointError: On every rank, if the file is missing, damaged or does not fit.
     """
     wait_for_checkpoints()
-    path = Path(path)
+    path = storage.place(path)
+    storage.check_shared(path)
 
     def fill() -> None:
         if files.find_kind(path) == "sharded":
@@ -406,7 +409,7 @@ def load_raw(
     ranks.on_each_rank(fill)
 
 
-def _read_raw(path: Path, weights_only: bool | None) -> dict[str, Any]:
+def _read_raw(path: Place, weights_only: bool | None) -> dict[str, Any]:
     """Reads a file of ``torch.save``, also of a PyTorch older than 1.6, as public weights are."""
     content = read_file(path, weights_only)
     if not isinstance(content, dict):
@@ -414,7 +417,7 @@ def _read_raw(path: Path, weights_only: bool | None) -> dict[str, Any]:
     return content
 
 
-def _check_flat(path: Path, state: dict[str, Any]) -> None:
+def _check_flat(path: Place, state: dict[str, Any]) -> None:
     inner = [key for key, value in state.items() if isinstance(value, dict) and not is_extra_state(key, value)]
     if inner:
         raise CheckpointError(
@@ -423,7 +426,7 @@ def _check_flat(path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _fill_by_position(path: Path, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if saved.keys() - {"names"} != {"state", "param_groups"}:
         raise CheckpointError(f"{path} holds no state_dict of an optimizer, only {', '.join(map(str, saved))}.")
@@ -439,7 +442,7 @@ def _fill_by_position(path: Path, optimizer: Optimizer, saved: dict[str, Any]) -
 
 
 @torch.no_grad()
-def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
+def fill_weights(path: Place, model: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
     """Copies whole tensors into a sharded or plain model; communicates nothing.
 
     Args:
@@ -466,7 +469,7 @@ def fill_weights(path: Path, model: nn.Module, saved: Mapping[str, Any], strict:
     _hand_over(model, weights)
 
 
-def _fill_optimizer(path: Path, model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], names: _Names) -> None:
+def _fill_optimizer(path: Place, model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], names: _Names) -> None:
     params = trained_parameters(model, optimizer)
     order = [index for group in saved["param_groups"] for index in group["params"]]
     if "names" in saved or all(isinstance(index, str) for index in order):
@@ -488,7 +491,7 @@ def _fill_optimizer(path: Path, model: nn.Module, optimizer: Optimizer, saved: d
     set_optimizer_state(model, optimizer, states, groups)
 
 
-def _tell_difference(path: Path, optimizer: Optimizer, missing: set[str], surplus: set[str]) -> None:
+def _tell_difference(path: Place, optimizer: Optimizer, missing: set[str], surplus: set[str]) -> None:
     parts = [
         f"{what} {', '.join(sorted(names)[:_NAMED])} ({len(names)})"
         for what, names in (("begins anew for", missing), ("leaves out the states of", surplus))

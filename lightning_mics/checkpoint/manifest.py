@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_mics.errors import CheckpointError
 
-MANIFEST = "mics.json"
+MANIFEST, META, INDEX = "mics.json", "meta.pt", ".metadata"
+GENERATION = "mics-"  # begins the name of the folder in which object storage keeps what one save wrote
 _FORMAT = 2
 _UNCHECKED_KEYS = {"format", "world_size", "model", "files"}  # of the first version, which had no digest
 
@@ -21,11 +22,12 @@ class Manifest:
     """What a checkpoint consists of.
 
     Attributes:
-        files: Size (``bytes``) and checksum (``crc32``) of each file, by its name in the folder.
+        files: Size (``bytes``) and checksum (``crc32``) of each file, by its name in its folder.
         world_size: Number of ranks that wrote it.
         shard_size: Number of ranks that a model was spread over; ``None`` if nothing was sharded, or unknown.
         step: The step of training, where what was saved names one.
         model: What is to be known of the model without unpickling anything.
+        folder: In object storage, the folder of the files in the checkpoint: each save has its own.
     """
 
     files: dict[str, Facts]
@@ -33,10 +35,13 @@ class Manifest:
     shard_size: int | None
     step: int | None
     model: dict[str, str]
+    folder: str = ""
 
     def to_text(self) -> str:
         """Returns the content of the file, with a digest of itself."""
         content = {"format": _FORMAT, **asdict(self)}
+        if not self.folder:
+            del content["folder"]
         return json.dumps({**content, "digest": _digest(content)}, indent=1)
 
 
@@ -61,7 +66,10 @@ def parse(text: bytes, where: str, *, trusted: bool = False) -> Manifest:
         if digest != _digest(content):
             raise ValueError("its content does not match its own checksum")
         del content["format"]
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        if manifest.folder and not (manifest.folder.startswith(GENERATION) and "/" not in manifest.folder):
+            raise ValueError(f"{manifest.folder!r} is no folder of a checkpoint")
+        return manifest
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

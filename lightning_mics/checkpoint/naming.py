@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_mics.checkpoint.storage import Place
+
 
 @contextmanager
-def final_name_in_logs(temporary: Path, path: Path) -> Iterator[None]:
+def final_name_in_logs(temporary: Path, path: Place) -> Iterator[None]:
     """Makes every log line that names the folder ``temporary`` name ``path``, which it is going to be."""
     before, now = str(temporary), str(path)
     make = logging.getLogRecordFactory()

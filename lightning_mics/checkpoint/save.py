@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint import files, index, ranks
+from lightning_mics.checkpoint import drafts, files, index, ranks, storage
 from lightning_mics.checkpoint.background import (
     PendingCheckpoint,
     carry_out,
@@ -38,7 +37,6 @@ from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded, runtime_of
-from lightning_mics.errors import CheckpointError
 
 
 @on_all_ranks("save_checkpoint")
@@ -50,11 +48,13 @@ def save_checkpoint(
     *,
     sharded: bool = True,
     background: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> PendingCheckpoint:
     """Saves a model, its optimizers and anything else. Collective over the world.
 
     Args:
-        path: A folder (sharded) or a file (full); an earlier checkpoint there is replaced when the new one is whole.
+        path: A folder (sharded) or a file (full), or a URL that fsspec knows, such as ``s3://bucket/run``; an earlier
+            checkpoint there is replaced when the new one is whole, and nothing else ever.
         model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
         optimizers: One or several optimizers over its parameters.
         meta: More to remember, such as the step; anything that ``torch.save`` takes. Rank 0's counts.
@@ -62,6 +62,7 @@ def save_checkpoint(
         background: Whether to return as soon as everything is copied to host memory, and write while training goes
             on. ``None`` for what the model's ``async_checkpoint`` says. It may change at once; what is written is its
             state at the call.
+        storage_options: What the file system of a URL takes, such as credentials or an endpoint.
 
     Returns:
         A handle that can wait for the checkpoint. A failure in the background is raised there, or by the next save,
@@ -71,6 +72,7 @@ def save_checkpoint(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    target = storage.place(path, storage_options)
     if is_sharded(model):
         broadcast_buffers(model)
     if background is None:
@@ -80,13 +82,13 @@ def save_checkpoint(
     meta = {**(meta or {}), "mics": huggingface_metadata(model)}
     if sharded:
         named = {f"optimizer_{index}": state for index, state in enumerate(states)}
-        return save_sharded(path, {"state_dict": weights, **named}, meta, background=background)
-    return save_full(path, {**meta, "state_dict": weights, "optimizer_states": states}, background=background)
+        return save_sharded(target, {"state_dict": weights, **named}, meta, background=background)
+    return save_full(target, {**meta, "state_dict": weights, "optimizer_states": states}, background=background)
 
 
 @on_all_ranks("save_sharded")
 def save_sharded(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | storage.Remote,
     state: dict[str, Any],
     meta: dict[str, Any],
     add_files: Callable[[Path], Collection[str]] | None = None,
@@ -109,14 +111,14 @@ def save_sharded(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     wait_for_checkpoints()
-    path, meta = Path(path), without_shards(meta)
-    temporary = _begin(path, folder=True)
-    with _undone_on_error(temporary, path):
+    path, meta = storage.place(path), without_shards(meta)
+    draft = drafts.begin(path, folder=True)
+    with draft.undone_on_error():
         if add_files is not None:
-            with final_name_in_logs(temporary, path):
-                done = ranks.together(lambda: add_files(temporary))[0]
+            with final_name_in_logs(draft.local, path):
+                done = ranks.together(lambda: add_files(draft.local))[0]
             state = {key: entries for key, entries in state.items() if key not in done}
-        added = ranks.on_first_rank(lambda: files.describe(temporary)) or {}
+        added = draft.describe_added()
         meta = _with_extra_states(state, {**meta, "mics": meta.get("mics", {})})
         listing = functools.partial(
             Manifest,
@@ -132,18 +134,18 @@ def save_sharded(
             rest = ranks.on_each_rank(lambda: pickled(meta) if ranks.rank() == 0 else None)
 
     def write() -> None:
-        with _undone_on_error(temporary, path):
-            written = ranks.together(lambda: _write(temporary, state, rest))
+        with draft.undone_on_error():
+            written = ranks.together(lambda: draft.send(_write(draft.local, state, rest)))
             listed = added | {name: facts for part in written for name, facts in part.items()}
-            ranks.on_first_rank(lambda: _finish(temporary, path, listing(listed)))
-        files.release(temporary)
+            ranks.on_first_rank(lambda: draft.finish(listing(listed)))
+        draft.close()
 
     return carry_out(path, write, background=background)
 
 
 @on_all_ranks("save_full")
 def save_full(
-    path: str | os.PathLike[str], checkpoint: dict[str, Any], *, background: bool = False
+    path: str | os.PathLike[str] | storage.Remote, checkpoint: dict[str, Any], *, background: bool = False
 ) -> PendingCheckpoint:
     """Writes one whole file on rank 0. Collective over the world.
 
@@ -156,43 +158,25 @@ def save_full(
         CheckpointError: On every rank, if writing failed; the previous checkpoint is untouched.
     """
     wait_for_checkpoints()
-    path = Path(path)
+    path = storage.place(path)
     content: Any = without_shards(checkpoint)
-    temporary = _begin(path, folder=False)
+    draft = drafts.begin(path, folder=False)
     if background:
-        with _undone_on_error(temporary, path):
+        with draft.undone_on_error():
             content = ranks.on_each_rank(lambda: pickled(content) if ranks.rank() == 0 else None)
 
     def write_file() -> None:
-        with temporary.open("wb") as file:
+        with draft.local.open("wb") as file:
             _dump(content, file)
             os.fsync(file.fileno())
-        files.commit(temporary, path)
+        draft.finish_file()
 
     def write() -> None:
-        with _undone_on_error(temporary, path):
+        with draft.undone_on_error():
             ranks.on_first_rank(write_file)
-        files.release(temporary)
+        draft.close()
 
     return carry_out(path, write, background=background)
-
-
-def _begin(path: Path, *, folder: bool) -> Path:
-    """Cleans up after crashes and makes room; returns the temporary name, rank 0's on every rank."""
-
-    def prepare() -> str:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.recover(path)
-        if path.is_dir() and any(path.iterdir()) and not (path / files.INDEX).is_file():
-            raise CheckpointError(f"{path} is a folder with other files in it. Save under another name.")
-        temporary = files.temporary_name(path)
-        if folder:
-            temporary.mkdir()
-        return str(temporary)
-
-    name = ranks.on_first_rank(prepare)
-    assert name is not None
-    return Path(name)
 
 
 def _with_extra_states(state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
@@ -247,33 +231,3 @@ def _shard_size(state: dict[str, Any]) -> int | None:
 
 def _of_model(meta: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in meta["mics"].items() if isinstance(value, str)}
-
-
-def _finish(temporary: Path, path: Path, manifest: Manifest) -> None:
-    for name, facts in manifest.files.items():
-        if not (temporary / name).is_file():
-            raise CheckpointError(
-                f"rank 0 does not see {name}, which was written. If another rank wrote it, all ranks must save to one "
-                "folder: give an absolute path on storage that all nodes share. Otherwise somebody deletes files there"
-            )
-        if (temporary / name).stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{name} was changed by somebody else while it was saved")
-    files.write_manifest(temporary, manifest)
-    files.commit(temporary, path)
-
-
-@contextmanager
-def _undone_on_error(temporary: Path, path: Path) -> Iterator[None]:
-    """Deletes what was written when an error ends a save."""
-    try:
-        yield
-    except CheckpointError as error:
-        files.delete(temporary)  # on every rank: without shared storage each node has one
-        files.release(temporary)
-        problem = str(error).replace(str(temporary), str(path))
-        raise CheckpointError(
-            f"Saving {path} failed, and nothing was changed there: {problem}. Check the disk's space and permissions."
-        ) from error
-    except BaseException:
-        files.release(temporary)
-        raise

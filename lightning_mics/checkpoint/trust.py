@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lightning_mics.checkpoint.storage import Place
 from lightning_mics.errors import CheckpointError
 
 _lock = threading.Lock()  # the names that PyTorch's unpickler knows are those of the process
@@ -72,14 +73,14 @@ def unpickle(file: BinaryIO, where: str, weights_only: bool | None) -> Any:
         raise CheckpointError(f"{where} is damaged or not a PyTorch checkpoint ({error}).") from error
 
 
-def read_file(path: Path, weights_only: bool | None) -> Any:
+def read_file(path: Place, weights_only: bool | None) -> Any:
     """Reads a file that ``torch.save`` wrote; see :func:`unpickle`.
 
     Raises:
         CheckpointError: As :func:`unpickle`, or if there is no such file.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if isinstance(path, Path) else path.fetch() as file:
             return unpickle(file, str(path), weights_only)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error

@@ -73,10 +73,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _configure_consolidate(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
-    parser.add_argument("checkpoint", type=Path, help="a sharded checkpoint (a folder), or a full file")
+    parser.add_argument("checkpoint", help="a sharded checkpoint (a folder), or a full file; a URL such as s3://, too")
     parser.add_argument(
         "out",
-        type=Path,
         help="what to write: NAME.safetensors (weights), NAME.ckpt (everything), or NAME (Hugging Face folder)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -97,6 +96,9 @@ def _consolidate(options: argparse.Namespace) -> None:
         written = consolidate(
             options.checkpoint, options.out, force=options.force, progress=progress, weights_only=trusted
         )
+    if not isinstance(written, Path):
+        print(f"Wrote {written}.")
+        return
     size = sum(file.stat().st_size for file in (written.iterdir() if written.is_dir() else [written]))
     print(f"Wrote {written} ({format_bytes(size)}). {_next_step(written)}")
 

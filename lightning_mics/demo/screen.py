@@ -265,7 +265,7 @@ def _sample(console: Console, folder: Path, checkpoint: Path, seed: int) -> None
 
     logging.disable_progress_bar()
     with console.status("Writing ..."):
-        model = GPT2LMHeadModel.from_pretrained(consolidate(checkpoint, folder / "model"))
+        model = GPT2LMHeadModel.from_pretrained(str(consolidate(checkpoint, folder / "model")))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         torch.manual_seed(seed)
         prompt = torch.tensor([tokenizer.encode("def ").ids])
