@@ -136,7 +136,7 @@ class Remote:
     def _find(self) -> dict[str, dict[str, Any]]:
         def find(system: Any, key: str) -> dict[str, dict[str, Any]]:
             system.invalidate_cache()
-            root = str(system._strip_protocol(key)).rstrip("/") + "/"
+            root = key.rstrip("/") + "/"
             found = system.find(key, detail=True)
             return {name[len(root) :]: info for name, info in found.items() if len(name) > len(root)}
 
