@@ -188,6 +188,11 @@ def _own_group() -> dist.ProcessGroup | None:
 def _wait_before_the_end() -> None:
     before_destroying_world(wait_for_checkpoints)
     atexit.register(_end)
+    os.register_at_fork(after_in_child=_forget)  # which does not have the thread
+
+
+def _forget() -> None:
+    _Process.pending = None
 
 
 def _end() -> None:

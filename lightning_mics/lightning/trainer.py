@@ -344,14 +344,16 @@ class MiCSStrategy(ParallelStrategy):
             raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
         assert self.model is not None
         path = self.broadcast(str(filepath))
+        # After this one Lightning ends the job at once, to have it queued again.
+        background = self.config.async_checkpoint and not Path(path).name.startswith("hpc_ckpt")
         checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
         if not self._save_distributed_checkpoint:
-            checkpoints.save_full(path, checkpoint, background=self.config.async_checkpoint)
+            checkpoints.save_full(path, checkpoint, background=background)
             return
         state = {"state_dict": checkpoint.pop("state_dict")}
         for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{index}"] = optimizer_state
-        checkpoints.save_sharded(path, state, checkpoint, background=self.config.async_checkpoint)
+        checkpoints.save_sharded(path, state, checkpoint, background=background)
 
     @on_all_ranks("trainer.load_checkpoint")
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

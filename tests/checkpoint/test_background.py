@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import statistics
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,18 @@ from checkpoint_tools import equal, everything, load_anew, trained
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tools import LanguageModel, Net, cross_entropy, loader, make_trainer, where
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mics import (
     CheckpointError,
     MiCSConfig,
     MiCSStrategy,
     load_checkpoint,
+    mics_shard,
     save_checkpoint,
     wait_for_checkpoints,
 )
-from lightning_mics.checkpoint import background, ranks
+from lightning_mics.checkpoint import background, ranks, writer
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.testing import WorkerPool, full_state_dict
 
@@ -185,3 +188,59 @@ def test_the_end_of_a_fit_waits_and_raises(pool: WorkerPool, tmp_path: Path) -> 
     for told in pool.run(fit_on_a_full_disk, str(tmp_path), world_size=2):
         assert "epoch=0-step=2.ckpt failed" in told and "No space left" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def time_saves(path: str, rounds: int = 3, num_steps: int = 15) -> dict[str, list[float]]:
+    """Returns seconds of saves that are waited for and not, and of steps beside nothing and beside the latter."""
+    torch.manual_seed(0)
+    model = mics_shard(nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))), MiCSConfig(shard_size=2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    times: dict[str, list[float]] = {"waited": [], "behind": [], "idle": [], "busy": []}
+    write = writer._Counted.write
+
+    def throttled(self: Any, data: Any) -> int:
+        time.sleep(memoryview(data).nbytes * 8 / 100e6)  # 100 Mbit/s
+        return write(self, data)
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        dist.barrier()
+        start = time.perf_counter()
+        result = call()
+        times[name].append(time.perf_counter() - start)
+        return result
+
+    def step() -> None:
+        model(torch.ones(16, 2048)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    writer._Counted.write = throttled
+    try:
+        for _ in range(rounds):
+            for _ in range(num_steps):
+                timed("idle", step)
+            timed("waited", lambda: save_checkpoint(path, model, optimizer, background=False))
+            pending = timed("behind", lambda: save_checkpoint(path, model, optimizer, background=True))
+            for _ in range(num_steps):
+                timed("busy", step)
+            assert not pending.is_written, "the write is over before the steps are"
+            pending.wait()
+    finally:
+        writer._Counted.write = write
+    return times
+
+
+@pytest.mark.campaign
+def test_training_hardly_stops(
+    pool: WorkerPool, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    times = pool.run(time_saves, str(tmp_path / "saved"), world_size=2, timeout=280.0)[0]
+    waited, behind, idle, busy = (statistics.median(times[name]) for name in ("waited", "behind", "idle", "busy"))
+    record_property(
+        "figures",
+        f"200 MB of states on two ranks, 100 Mbit/s each: training stops for {behind:.2f} s instead of {waited:.1f} s "
+        f"({behind / waited:.1%}); a step takes {busy * 1e3:.0f} ms beside the write and {idle * 1e3:.0f} ms without",
+    )
+    assert behind < 0.1 * waited
+    assert busy < 1.1 * idle

@@ -211,18 +211,22 @@ def test_model_checkpoint_keeps_the_best_and_leaves_nothing_else(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*best, "last.ckpt"])
 
 
-def save_under_one_name(folder: str) -> None:
+def save_under_one_name(folder: str) -> bool:
     settings: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": -1, "every_n_train_steps": 1}
     callbacks = [ModelCheckpoint(folder, filename="one-name", **settings)]
     strategy = MiCSStrategy(shard_size=2, node_size=2, async_checkpoint=True)
     with slow_writing():
         trainer = make_trainer(strategy=strategy, enable_checkpointing=True, callbacks=callbacks)
         trainer.fit(LanguageModel("adamw"), global_loader(2))
+        # Lightning ends the job when it has saved this one.
+        trainer.save_checkpoint(f"{folder}/hpc_ckpt_1.ckpt")
+        return Path(f"{folder}/hpc_ckpt_1.ckpt").exists()
 
 
 def test_the_name_of_a_checkpoint_that_is_not_there_yet_is_taken(pool: WorkerPool, tmp_path: Path) -> None:
-    pool.run(save_under_one_name, str(tmp_path), world_size=2)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one-name-v1.ckpt", "one-name.ckpt"]
+    assert pool.run(save_under_one_name, str(tmp_path), world_size=2) == [True, True]
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ["hpc_ckpt_1.ckpt", "one-name-v1.ckpt", "one-name.ckpt"]
 
 
 def full_file_for_transformers(path: str) -> Tensor:
