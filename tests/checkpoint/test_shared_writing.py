@@ -92,6 +92,6 @@ def test_plans_of_large_worlds(
     who = "replicas share out" if share else "rank 0 finds duplicates"
     record_property(
         "figures",
-        f"{world_size:,} ranks, 840 shards each, {who}: {plans.num_items:,} items, {plans.megabytes:.1f} MB, are planned "
-        f"in {plans.seconds:.1f} s; who writes most writes {plans.largest_share:.2f} times the mean",
+        f"{world_size:,} ranks, 840 shards, {who}: {plans.num_items:,} items, {plans.megabytes:.1f} MB, a plan in "
+        f"{plans.seconds:.1f} s; who writes most writes {plans.largest_share:.2f} times the mean",
     )
