@@ -25,6 +25,7 @@ from lightning_mics.accelerate.plugin import MiCSPlugin
 from lightning_mics.accelerate.whole import given
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
+from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
 
@@ -45,6 +46,8 @@ class TrainerMethods:
         """Gives the Trainer a :class:`~lightning_mics.accelerate.MiCSAccelerator`."""
         with _accelerator_is(functools.partial(self.accelerator_class, mics_plugin=self.mics_plugin)):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.accelerator.mics_plugin.config.async_checkpoint:
+            inform("async_checkpoint=True does nothing here: the Trainer of transformers waits for its checkpoints.")
 
     def _move_model_to_device(self: Any, model: nn.Module, device: torch.device) -> None:
         if self.accelerator.topology is None:

@@ -130,8 +130,9 @@ def save_sharded(
         # Buffers may differ between ranks; of what is not sharded rank 0's counts.
         state, rest = own_part(_without_extra_states(state)), cast(Any, meta)
         if background:
-            state = ranks.on_each_rank(lambda: host_copies.copy(state))
-            rest = ranks.on_each_rank(lambda: pickled(meta) if ranks.rank() == 0 else None)
+            state, rest = ranks.on_each_rank(
+                lambda: (host_copies.copy(state), pickled(meta) if ranks.rank() == 0 else None)
+            )
 
     def write() -> None:
         with draft.undone_on_error():

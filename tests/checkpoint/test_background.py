@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,8 @@ from lightning_mics import (
     save_checkpoint,
     wait_for_checkpoints,
 )
+from lightning_mics.accelerate import MiCSPlugin
+from lightning_mics.accelerate.trainer import TrainerMethods
 from lightning_mics.checkpoint import background, ranks, writer
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.testing import WorkerPool, full_state_dict
@@ -188,6 +192,19 @@ def test_the_end_of_a_fit_waits_and_raises(pool: WorkerPool, tmp_path: Path) -> 
     for told in pool.run(fit_on_a_full_disk, str(tmp_path), world_size=2):
         assert "epoch=0-step=2.ckpt failed" in told and "No space left" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_trainer_of_transformers_says_that_it_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Trainer:
+        def create_accelerator_and_postprocess(self) -> None:
+            self.accelerator = SimpleNamespace(mics_plugin=MiCSPlugin(async_checkpoint=True))
+
+    monkeypatch.setitem(sys.modules, "transformers.trainer", SimpleNamespace(Accelerator=None))
+    with caplog.at_level("INFO", "lightning_mics"):
+        type("Ours", (TrainerMethods, Trainer), {})().create_accelerator_and_postprocess()
+    assert "async_checkpoint=True does nothing here" in caplog.text
 
 
 def time_saves(path: str, rounds: int = 3, num_steps: int = 15) -> dict[str, list[float]]:
