@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.accelerate.plugin import take_over_launch
-from lightning_mics.accelerate.trainer import OPTIMIZER_FOLDER as OPTIMIZER_FOLDER
+from lightning_mics.accelerate.resuming import OPTIMIZER_FOLDER as OPTIMIZER_FOLDER
 from lightning_mics.accelerate.trainer import TrainerMethods
 
 take_over_launch()
@@ -27,7 +27,7 @@ class MiCSTrainerMixin(TrainerMethods):
 
     ``gradient_accumulation_steps`` makes windows: the reduce-scatter inside a partition group runs in each microstep,
     the all-reduce between replicas in the last. Checkpoints hold the weights as ``from_pretrained`` reads them, and the
-    optimizer in shards that can be loaded at another shard size.
+    optimizer in shards that can be loaded at another shard size; they are checked, and named when they are whole.
 
     Args:
         *args: Those of the Trainer.

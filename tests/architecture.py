@@ -63,7 +63,7 @@ OTHERS = {
     "transformers": {
         "_has_unfinished_sequences",
         *("_attn_implementation", "_init_weights", "_is_fsdp_managed_module", "_model_mapping", "_no_split_modules"),
-        *("_hf_peft_config_loaded",),
+        *("_hf_peft_config_loaded", "_keys_to_ignore_on_save"),
     },
 }
 # Private attributes of every module of PyTorch, which count wherever they are spelled out.

@@ -7,7 +7,6 @@ Nothing of ``transformers`` is imported here before a Trainer is used: :mod:`lig
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,23 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.accelerator import MiCSAccelerator
 from lightning_mics.accelerate.plugin import MiCSPlugin
+from lightning_mics.accelerate.resuming import (
+    OPTIMIZER,
+    OPTIMIZER_FOLDER,
+    SCHEDULER,
+    STATE,
+    check_listed,
+    fill_model,
+    find_checkpoint,
+    keep_additions,
+)
 from lightning_mics.accelerate.whole import given
+from lightning_mics.checkpoint import ranks
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
-from lightning_mics.errors import CheckpointError
 
-OPTIMIZER_FOLDER = "optimizer_mics"
-_SCHEDULER = "scheduler.pt"
-_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"
+_CHECKPOINT = "checkpoint-{}"
 
 
 class TrainerMethods:
@@ -41,6 +46,9 @@ class TrainerMethods:
     accelerator: MiCSAccelerator
     accelerator_class: type[MiCSAccelerator] = MiCSAccelerator
     mics_plugin: MiCSPlugin | None = None
+    _aside: Path | None = None  # the checkpoint that is being written, under its name in a hidden folder
+    _weights_only: bool | None = None
+    _fills_later = False  # a model on the meta device has no memory before it is prepared
 
     def create_accelerator_and_postprocess(self: Any) -> None:
         """Gives the Trainer a :class:`~lightning_mics.accelerate.MiCSAccelerator`."""
@@ -68,11 +76,55 @@ class TrainerMethods:
         broadcast_buffers(self.model)
         with on_all_ranks("trainer.save_model"):
             weights = self.accelerator.get_state_dict(self.model)
+        folder = output_dir or self.args.output_dir
         with given(self.model, weights):  # for a Trainer whose models save by themselves
-            self._save(output_dir or self.args.output_dir, state_dict=_each_once(self.model, weights))
-        self.accelerator.wait_for_everyone()
+            ranks.on_each_rank(lambda: self._save(folder, state_dict=_each_once(self.model, weights)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _get_output_dir(self: Any, trial: Any) -> str:
+        if self._aside is not None:
+            return str(self._aside.parent)
+        return str(super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+        if self._aside is None:  # it has its name
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint, which appears under its name when it is whole. Collective over the world."""
+        step, run_dir = self.state.global_step, self._get_output_dir(trial)
+        folder, save = Path(run_dir) / _CHECKPOINT.format(step), super()._save_checkpoint  # type: ignore[misc]
+
+        def write(aside: Path) -> None:
+            self._aside = aside
+            try:
+                save(model, trial)
+            finally:
+                self._aside = None
+            self._name_best(run_dir)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / STATE))
+                keep_additions(folder, aside)
+
+        layout = self.accelerator.layout
+        with on_all_ranks("saving a checkpoint of the Trainer"):
+            checkpoints.save_folder(folder, write, step=step, shard_size=1 if layout is None else layout.shard_size)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            from transformers.trainer_utils import rotate_checkpoints
+
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _name_best(self: Any, run_dir: str) -> None:
+        """Notes where the best checkpoint is going to be: the Trainer saw none but the one that is being written."""
+        best = self.state.best_global_step
+        if best and self.args.save_strategy != "no":
+            folder = Path(run_dir) / _CHECKPOINT.format(best)
+            if best == self.state.global_step or folder.exists():
+                self.state.best_model_checkpoint = str(folder)
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         if not is_sharded(self.model):
@@ -82,27 +134,58 @@ class TrainerMethods:
         state = {"optimizer_0": checkpoints.optimizer_state(self.model, inner)}
         checkpoints.save_sharded(Path(output_dir) / OPTIMIZER_FOLDER, state, {})
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, _SCHEDULER))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+
+    def train(
+        self: Any,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, which must be whole; ``True`` for the newest that is.
+            *args: As in the Trainer.
+            weights_only: ``False`` trusts a checkpoint of ours that cannot be checked.
+            **kwargs: As in the Trainer.
+
+        Raises:
+            CheckpointError: On every rank, if a checkpoint is damaged or does not fit.
+        """
+        self._weights_only = weights_only
+        found = find_checkpoint(self.args.output_dir, resume_from_checkpoint, weights_only)
+        return super().train(found, *args, **kwargs)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        folder = None if checkpoint is None else Path(checkpoint) / OPTIMIZER_FOLDER
-        if folder is None or not folder.exists():
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
             return
-        checkpoints.load_into(folder, self.model, {"optimizer_0": self.optimizer.optimizer}, model_key=None)
-        self.lr_scheduler.load_state_dict(torch.load(folder.parent / _SCHEDULER, weights_only=True))
+        folder, inner = Path(checkpoint), self.optimizer.optimizer
+        if self._fills_later:
+            ranks.on_each_rank(lambda: fill_model(self.model, folder))
+        if (folder / OPTIMIZER_FOLDER).exists():
+            checkpoints.load_into(
+                folder / OPTIMIZER_FOLDER,
+                self.model,
+                {"optimizer_0": inner},
+                model_key=None,
+                weights_only=self._weights_only,
+            )
+        elif (folder / OPTIMIZER).is_file():
+            checkpoints.load_raw(folder / OPTIMIZER, inner, weights_only=self._weights_only)
+        if (folder / SCHEDULER).is_file():
+            self.lr_scheduler.load_state_dict(checkpoints.read_file(folder / SCHEDULER, True))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_sharded(self.model):
-            _fill(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._fills_later = any(param.is_meta for param in self.model.parameters())
+        if not self._fills_later:
+            ranks.on_each_rank(lambda: fill_model(self.model, Path(resume_from_checkpoint)))
 
     def _load_best_model(self: Any) -> None:
-        if is_sharded(self.model):
-            _fill(self.model, Path(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()  # type: ignore[misc]
+        best = Path(self.state.best_model_checkpoint)
+        check_listed(best, self._weights_only)
+        ranks.on_each_rank(lambda: fill_model(self.model, best))
 
 
 @contextmanager
@@ -123,42 +206,3 @@ def _each_once(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
         return weights
     first = {id(tensor): name for name, tensor in reversed(weights.items())}
     return {name: tensor for name, tensor in weights.items() if first[id(tensor)] == name}
-
-
-def _fill(model: nn.Module, folder: Path) -> None:
-    """Loads the weights that ``save_model`` wrote into a sharded model."""
-    adapters = {name: file for name, file in _adapter_files(model, folder).items() if file.is_file()}
-    if (folder / _WEIGHTS_INDEX).is_file():
-        parts = sorted(set(json.loads((folder / _WEIGHTS_INDEX).read_text())["weight_map"].values()))
-    else:
-        parts = [_WEIGHTS] if (folder / _WEIGHTS).is_file() else []
-    if parts:
-        weights = {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
-    elif adapters:
-        weights = {}
-        for name, file in adapters.items():
-            weights |= _with_adapter_name(model, load_file(file), name)
-    else:
-        wanted = [str(file.relative_to(folder)) for file in _adapter_files(model, folder).values()] or [_WEIGHTS]
-        raise CheckpointError(f"{folder} holds no {' and no '.join(wanted)}. Name a folder that the Trainer saved.")
-    checkpoints.fill_weights(folder, model, weights, strict=False)
-
-
-def _adapter_files(model: Any, folder: Path) -> dict[str, Path]:
-    """Returns where each adapter of a model would be: only one of the name ``default`` lies in the folder itself."""
-    names = getattr(model, "peft_config", None) or ()
-    if not hasattr(model, "get_base_model"):  # adapters of a model of transformers, which saves the active one
-        return {name: folder / _ADAPTER for name in names if name in model.active_adapters()}
-    return {name: (folder if name == "default" else folder / name) / _ADAPTER for name in names}
-
-
-def _with_adapter_name(model: Any, weights: dict[str, Any], adapter: str) -> dict[str, Any]:
-    """Turns the names in an adapter's file, which lack the adapter's own name, into those of the model."""
-    from peft.utils import get_peft_model_state_dict
-
-    names = dict(checkpoints.model_state(model))
-    short = get_peft_model_state_dict(model, state_dict=dict(names), adapter_name=adapter)
-    if not hasattr(model, "get_base_model"):
-        short = {f"base_model.model.{name}": tensor for name, tensor in short.items()}
-    by_identity = {id(tensor): name for name, tensor in names.items()}
-    return {by_identity[id(tensor)]: weights[name] for name, tensor in short.items() if name in weights}

@@ -23,7 +23,7 @@ from lightning_mics.checkpoint.content import (
 )
 from lightning_mics.checkpoint.files import recover
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
-from lightning_mics.checkpoint.save import save_checkpoint, save_full, save_sharded
+from lightning_mics.checkpoint.save import save_checkpoint, save_folder, save_full, save_sharded
 from lightning_mics.checkpoint.state import (
     arrival,
     huggingface_metadata,
@@ -55,6 +55,7 @@ __all__ = [
     "recover",
     "remove",
     "save_checkpoint",
+    "save_folder",
     "save_full",
     "save_sharded",
     "shard_like",

@@ -32,7 +32,7 @@ class Listed:
 
     Attributes:
         path: Where it is.
-        kind: ``"sharded"``, ``"full"``, ``"link"`` or ``"unfinished"``.
+        kind: ``"sharded"``, ``"full"``, ``"folder"`` (of a Trainer of transformers), ``"link"`` or ``"unfinished"``.
         step: The step of training, if known.
         world_size: Number of ranks that wrote it, if known.
         shard_size: Number of ranks that a model was spread over, if known.
@@ -168,6 +168,7 @@ def _look(path: Path) -> Listed:
     except (CheckpointError, OSError) as error:
         return replace(seen, problem=str(error))
     try:
+        seen = replace(seen, kind=generation.kind)
         if (manifest := generation.manifest) is not None:
             shard_size = manifest.shard_size
             seen = replace(seen, step=manifest.step, world_size=manifest.world_size, shard_size=shard_size)
@@ -231,7 +232,7 @@ def verify_checkpoint(
             found[name or generation.path.name] = _problem(lambda name=name: generation.open(name))  # type: ignore[misc]
             done += facts.get("bytes", 0)
             progress(done, total)
-        if not any(found.values()):
+        if generation.kind != "folder" and not any(found.values()):
             index = files.INDEX if generation.kind == "sharded" else generation.path.name
             found[index] = _problem(lambda: _Content(generation))
         return found

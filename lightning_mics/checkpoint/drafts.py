@@ -27,10 +27,11 @@ class Draft:
     Attributes:
         path: Its name to be.
         local: The folder, or file, to write.
+        replaces_all: Whether it takes the place of whatever has the name.
     """
 
-    def __init__(self, path: Place, local: Path) -> None:
-        self.path, self.local = path, local
+    def __init__(self, path: Place, local: Path, *, replaces_all: bool = False) -> None:
+        self.path, self.local, self.replaces_all = path, local, replaces_all
 
     def describe_added(self) -> dict[str, Facts]:
         """Returns what was written before the shards, on rank 0. Collective over the world."""
@@ -50,7 +51,8 @@ class Draft:
     def finish_file(self) -> None:
         """Makes a checkpoint of what was written; on rank 0."""
         assert isinstance(self.path, Path)
-        check_replaceable(self.path)
+        if not self.replaces_all:
+            check_replaceable(self.path)
         files.commit(self.local, self.path)
 
     def release(self) -> None:
@@ -137,12 +139,13 @@ class _RemoteDraft(Draft):
     _advice = ""
 
 
-def begin(path: Place, *, folder: bool) -> Draft:
+def begin(path: Place, *, folder: bool, replaces_all: bool = False) -> Draft:
     """Cleans up after crashes and makes room. Collective over the world.
 
     Args:
         path: The checkpoint.
         folder: Whether it is to be a folder.
+        replaces_all: Whether it takes the place of whatever has the name, on a file system.
 
     Raises:
         CheckpointError: On every rank, if the checkpoint cannot be written, or something else is there.
@@ -151,7 +154,8 @@ def begin(path: Place, *, folder: bool) -> Draft:
         return _begin_remote(path, folder=folder)
 
     def prepare() -> Path:
-        check_replaceable(path)
+        if not replaces_all:
+            check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.recover(path)
         temporary = files.temporary_name(path)
@@ -161,7 +165,7 @@ def begin(path: Place, *, folder: bool) -> Draft:
 
     temporary = ranks.on_first_rank(prepare)
     assert temporary is not None
-    return Draft(path, temporary)
+    return Draft(path, temporary, replaces_all=replaces_all)
 
 
 def _begin_remote(path: Remote, *, folder: bool) -> Draft:

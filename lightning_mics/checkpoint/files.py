@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -34,7 +34,7 @@ _NAME_BYTES = 100
 _BLOCK_BYTES = 1 << 22
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-Kind = Literal["sharded", "full"]
+Kind = Literal["sharded", "full", "folder"]  # the last holds files of other libraries
 
 
 _counter = itertools.count()
@@ -236,12 +236,22 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def describe(folder: Path) -> dict[str, Facts]:
-    """Returns size in bytes and CRC-32 of all files in ``folder``, by their names; they are made to last."""
+def names_in(folder: Path) -> list[str]:
+    """Returns the files in a folder by name; of a checkpoint inside of it, only the manifest, which lists the rest."""
+    listed = [file.parent for file in folder.rglob(MANIFEST) if file.parent != folder]
+    return sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and (file.name == MANIFEST or not any(inner in file.parents for inner in listed))
+    )
+
+
+def describe(folder: Path, names: Iterable[str] | None = None) -> dict[str, Facts]:
+    """Returns size in bytes and CRC-32 of files in ``folder``, by their names; they are made to last."""
     described = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        sync_file(file)
-        described[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+    for name in names_in(folder) if names is None else names:
+        sync_file(folder / name)
+        described[name] = {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)}
     return described
 
 
@@ -274,6 +284,8 @@ def find_kind(path: Place) -> Kind:
     if path.is_file():
         return "full"
     if not (path / INDEX).is_file():
+        if (path / MANIFEST).is_file() and f'"{INDEX}"'.encode() not in (path / MANIFEST).read_bytes():
+            return "folder"
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {INDEX} file, so it is half-written or belongs to something else."
             f"{others(path)}"
@@ -300,7 +312,7 @@ def others(path: Place) -> str:
     for entry in path.parent.iterdir():
         named = not entry.name.startswith(".") and entry != path
         with suppress(OSError):  # a link to nowhere, or somebody deletes it
-            if named and ((entry / INDEX).is_file() or entry.suffix == ".ckpt"):
+            if named and ((entry / INDEX).is_file() or (entry / MANIFEST).is_file() or entry.suffix == ".ckpt"):
                 found.append((entry.stat().st_mtime, entry.name))
     newest = [name for _, name in sorted(found, reverse=True)[:3]]
     return f" Checkpoints beside it: {', '.join(newest)}." if newest else ""

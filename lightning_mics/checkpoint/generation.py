@@ -45,7 +45,7 @@ class Generation:
 
     Attributes:
         path: Where it was.
-        kind: Sharded or full.
+        kind: Sharded, full, or a folder of other libraries' files.
         manifest: What it consists of; ``None`` for a full file, and where another program wrote it.
         listed: What is known of each file, by its name in the folder; a full file has none.
         digest: The same for two generations only if they hold the same.
@@ -212,9 +212,17 @@ class Generation:
         Raises:
             CheckpointError: If it is damaged, or more than an index.
         """
+        self._refuse_folder()
         if index.NAME in self.listed:
             return index.decode(self.open(index.NAME).read(), str(self.path / index.NAME))
         return index.unpickle_index(self.open(files.INDEX), str(self.path / files.INDEX), self.weights_only)
+
+    def _refuse_folder(self) -> None:
+        if self.kind == "folder":
+            raise CheckpointError(
+                f"{self.path} is of the Trainer of transformers. Load it with MiCSTrainer.train(resume_from_checkpoint="
+                "...), or its weights with from_pretrained."
+            )
 
     def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint holds beside its shards: of a full file, everything.
@@ -222,6 +230,7 @@ class Generation:
         Raises:
             CheckpointError: If it is damaged, holds objects that ``weights_only`` forbids, or lost its manifest.
         """
+        self._refuse_folder()
         name = files.META if self.kind == "sharded" else ""
         where = self.path / name if name else self.path
         if not is_archive(self.open(name)):

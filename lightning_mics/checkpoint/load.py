@@ -442,14 +442,17 @@ def _fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any]) 
 
 
 @torch.no_grad()
-def fill_weights(path: Place, model: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
+def fill_weights(
+    path: Place, model: nn.Module, saved: Mapping[str, Any], strict: bool, optional: Collection[str] = ()
+) -> None:
     """Copies whole tensors into a sharded or plain model; communicates nothing.
 
     Args:
         path: Where they come from, for messages.
         model: The model.
-        saved: Tensors by name, the same on every rank.
+        saved: Tensors by name, the same on every rank. One name is enough for a parameter that has several.
         strict: Whether names must match; see :func:`load_into`.
+        optional: Names that may be missing, by which the model keeps what it has.
 
     Raises:
         CheckpointError: If names or shapes do not fit.
@@ -458,7 +461,8 @@ def fill_weights(path: Place, model: nn.Module, saved: Mapping[str, Any], strict
     names = _Names.match(weights.keys(), saved.keys())
     saved = {names.to_own(name): value for name, value in saved.items()}
     if strict:
-        check_names(path, weights.keys() - saved.keys(), saved.keys() - weights.keys())
+        missing = weights.keys() - saved.keys() - set(optional) - _other_names(model, saved)
+        check_names(path, missing, saved.keys() - weights.keys())
     for name in weights.keys() & saved.keys():
         target = weights[name]
         if not isinstance(target, Tensor):
@@ -467,6 +471,13 @@ def fill_weights(path: Place, model: nn.Module, saved: Mapping[str, Any], strict
         check_shape(path, name, saved[name].shape, target.shape)
         local_tensor(target).copy_(local_tensor(shard_like(saved[name], target)))
     _hand_over(model, weights)
+
+
+def _other_names(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Returns all names of those parameters of which one is among ``names``."""
+    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    there = {owners[name] for name in names if name in owners}
+    return {name for name, param in owners.items() if param in there}
 
 
 def _fill_optimizer(path: Place, model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], names: _Names) -> None:

@@ -37,6 +37,7 @@ from lightning_mics.core._torch import tree_leaves
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded, runtime_of
+from lightning_mics.errors import CheckpointError
 
 
 @on_all_ranks("save_checkpoint")
@@ -178,6 +179,45 @@ def save_full(
         draft.close()
 
     return carry_out(path, write, background=background)
+
+
+def save_folder(path: str | os.PathLike[str], write: Callable[[Path], None], *, step: int, shard_size: int) -> None:
+    """Saves files of other libraries as a checkpoint: checked by a manifest, and named when whole. Collective.
+
+    Args:
+        path: The folder; what was there is replaced.
+        write: Writes the files, on every rank, into the folder that it is given, which has the name of ``path``.
+        step: The step of training.
+        shard_size: Number of ranks that the model is spread over.
+
+    Raises:
+        CheckpointError: On every rank, if writing failed on any; what was there is untouched.
+    """
+    wait_for_checkpoints()
+    path = Path(path)
+    draft = drafts.begin(path, folder=True, replaces_all=True)
+    named = draft.local / path.name
+    with draft.undone_on_error():
+        with final_name_in_logs(named, path):
+            ranks.on_each_rank(lambda: write(named))
+        seen = ranks.together(lambda: files.names_in(named))
+        if any(names != seen[0] for names in seen):
+            raise CheckpointError(
+                "not all ranks see the same files in it. Save to an absolute path on storage that all nodes share"
+            )
+        mine = seen[0][ranks.rank() :: ranks.world_size()]
+        described = ranks.together(lambda: files.describe(named, mine))
+        listed = {name: facts for part in described for name, facts in part.items()}
+        manifest = Manifest(listed, ranks.world_size(), shard_size, step, {})
+        ranks.on_first_rank(lambda: _lift(named, draft.local))
+        ranks.on_first_rank(lambda: draft.finish(manifest))
+    draft.close()
+
+
+def _lift(inner: Path, outer: Path) -> None:
+    for entry in list(inner.iterdir()):
+        entry.rename(outer / entry.name)
+    inner.rmdir()
 
 
 def _with_extra_states(state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
