@@ -58,7 +58,7 @@ OTHERS = {
             "_layer_sync",
             "_optimizer",
         ),
-        "_reset_optimizers_and_schedulers",
+        *("_reset_optimizers_and_schedulers", "_find_last_checkpoints", "_ModelCheckpoint__resolve_ckpt_dir"),
     },
     "transformers": {
         "_has_unfinished_sequences",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from accelerate.checkpointing import (
     save_custom_state,
 )
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.constants import RNG_STATE_NAME as _RANDOM
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -33,10 +35,10 @@ if TYPE_CHECKING:
 
 def save_state(
     accelerator: MiCSAccelerator, output_dir: str | os.PathLike[str] | None, safe_serialization: bool
-) -> Path:
+) -> checkpoints.Place:
     """Saves everything that was prepared or registered; see :meth:`MiCSAccelerator.save_state`."""
     names_itself = output_dir is None or _names_checkpoints(accelerator)
-    folder = _next_folder(accelerator) if names_itself else Path(output_dir).expanduser()  # type: ignore[arg-type]
+    folder = _next_folder(accelerator) if names_itself else checkpoints.place(output_dir)  # type: ignore[arg-type]
     models, optimizers = accelerator._models, accelerator._optimizers
     for model in filter(is_sharded, models):
         broadcast_buffers(model)
@@ -79,10 +81,10 @@ def load_state(
 ) -> None:
     """Loads what was saved; see :meth:`MiCSAccelerator.load_state`."""
     checkpoints.wait_for_checkpoints()
-    folder = Path(input_dir).expanduser() if input_dir is not None else _newest_folder(accelerator)
+    folder = checkpoints.place(input_dir) if input_dir is not None else _newest_folder(accelerator)
     models = list(accelerator._models)
     for hook in accelerator._load_model_state_pre_hook.values():
-        hook(models, str(folder))
+        hook(models, folder.url if isinstance(folder, checkpoints.Remote) else str(folder))
     inner = [_inner(optimizer) for optimizer in accelerator._optimizers]
     meta: dict[str, Any] = {}
     weights_only = (load_kwargs or {}).get("weights_only")
@@ -96,7 +98,8 @@ def load_state(
         key = _model_key(index) if model in models else None
         meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=weights_only)
     if "accelerate" in meta:
-        _read_rest(accelerator, folder, load_kwargs, weights_only)
+        with checkpoints.local_copy(folder, weights_only, functools.partial(_is_read_by, accelerator)) as local:
+            _read_rest(accelerator, local, load_kwargs, weights_only)
         accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
 
 
@@ -157,13 +160,17 @@ def _names_checkpoints(accelerator: MiCSAccelerator) -> bool:
     return bool(accelerator.project_configuration.automatic_checkpoint_naming)
 
 
-def _next_folder(accelerator: MiCSAccelerator) -> Path:
+def _parent(accelerator: MiCSAccelerator) -> checkpoints.Place:
+    return checkpoints.place(accelerator.project_dir or "") / "checkpoints"
+
+
+def _next_folder(accelerator: MiCSAccelerator) -> checkpoints.Place:
     if not _names_checkpoints(accelerator):
         raise CheckpointError(
             "save_state needs a folder: save_state('checkpoints/step_100'), or "
             "ProjectConfiguration(automatic_checkpoint_naming=True, project_dir=...)."
         )
-    folder = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
+    folder = _parent(accelerator) / f"checkpoint_{accelerator.save_iteration}"
     if folder.exists():
         raise CheckpointError(
             f"{folder} exists already. Set accelerator.project_configuration.iteration to the number to go on with."
@@ -171,20 +178,20 @@ def _next_folder(accelerator: MiCSAccelerator) -> Path:
     return folder
 
 
-def _named_folders(parent: Path) -> list[Path]:
-    found = [folder for folder in parent.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", folder.name)]
+def _named_folders(parent: checkpoints.Place) -> list[checkpoints.Place]:
+    entries = parent.iterdir() if parent.is_dir() else ()
+    found = [folder for folder in entries if re.fullmatch(r"checkpoint_\d+", folder.name)]
     return sorted(found, key=lambda folder: int(folder.name.rpartition("_")[2]))
 
 
-def _newest_folder(accelerator: MiCSAccelerator) -> Path:
-    parent = Path(accelerator.project_dir or "") / "checkpoints"
-    folders = _named_folders(parent) if _names_checkpoints(accelerator) else []
+def _newest_folder(accelerator: MiCSAccelerator) -> checkpoints.Place:
+    folders = _named_folders(_parent(accelerator)) if _names_checkpoints(accelerator) else []
     if not folders:
         raise CheckpointError("load_state needs a folder: there are no automatically named checkpoints.")
     return folders[-1]
 
 
-def _delete_oldest(accelerator: MiCSAccelerator, parent: Path) -> None:
+def _delete_oldest(accelerator: MiCSAccelerator, parent: checkpoints.Place) -> None:
     """Keeps to ``total_limit``; only when the new checkpoint is whole."""
     limit = accelerator.project_configuration.total_limit
 
@@ -226,6 +233,13 @@ def _write_rest(
     )
     for index, obj in enumerate(objects):
         save_custom_state(obj, str(folder), index)
+
+
+def _is_read_by(accelerator: MiCSAccelerator, name: str) -> bool:
+    """Returns whether this process reads one of the files beside weights and optimizers."""
+    if name.startswith(_RANDOM):
+        return name == f"{_RANDOM}_{accelerator.process_index}.pkl"
+    return not name.endswith((".distcp", ".safetensors")) and not name.startswith(".")
 
 
 def _read_rest(

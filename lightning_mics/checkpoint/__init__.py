@@ -22,6 +22,7 @@ from lightning_mics.checkpoint.content import (
     verify_checkpoint,
 )
 from lightning_mics.checkpoint.files import recover
+from lightning_mics.checkpoint.generation import local_copy
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
 from lightning_mics.checkpoint.save import save_checkpoint, save_folder, save_full, save_sharded
 from lightning_mics.checkpoint.state import (
@@ -32,10 +33,13 @@ from lightning_mics.checkpoint.state import (
     shard_like,
     whole,
 )
+from lightning_mics.checkpoint.storage import Place, Remote, place
 from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
     "PendingCheckpoint",
+    "Place",
+    "Remote",
     "afterwards",
     "arrival",
     "compare_checkpoints",
@@ -48,8 +52,10 @@ __all__ = [
     "load_into",
     "load_raw",
     "load_rest",
+    "local_copy",
     "model_state",
     "optimizer_state",
+    "place",
     "read_file",
     "read_weights",
     "recover",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_mics.checkpoint import drafts, ranks
-from lightning_mics.checkpoint.storage import Place, place
+from lightning_mics.checkpoint.storage import Place, Remote, place
 from lightning_mics.core._torch import (
     before_destroying_world,
     local_tensor,
@@ -169,7 +169,7 @@ def was_saved_last(path: str | os.PathLike[str]) -> bool:
     return _Process.pending is not None and _Process.pending.path == place(path)
 
 
-def remove(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+def remove(path: str | os.PathLike[str] | Remote, storage_options: Mapping[str, Any] | None = None) -> None:
     """Deletes a checkpoint, behind the one that is being written. It loses its name first."""
     afterwards(functools.partial(drafts.remove, place(path, storage_options)))
 

@@ -124,11 +124,11 @@ class _RemoteDraft(Draft):
         files.release(self._marker)
 
     def close(self) -> None:
+        self.release()
         files.delete(self.local)
         if ranks.rank() == 0:
             with suppress(CheckpointError):  # the next save deletes it
                 self._marker.unlink()
-        self.release()
 
     def discard(self) -> None:
         if ranks.rank() == 0:

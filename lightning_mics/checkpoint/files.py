@@ -279,7 +279,7 @@ def find_kind(path: Place) -> Kind:
     """
     if _is_of_objects(path):
         return "sharded"
-    if not path.exists():
+    if not path.exists() or (isinstance(path, Remote) and path.is_dir() and not path.tree()):
         raise CheckpointError(f"There is no checkpoint at {path}.{others(path)}")
     if path.is_file():
         return "full"

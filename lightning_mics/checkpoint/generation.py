@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -45,6 +47,7 @@ class Generation:
 
     Attributes:
         path: Where it was.
+        folder: Where its files are: in object storage, a folder of the save that wrote it.
         kind: Sharded, full, or a folder of other libraries' files.
         manifest: What it consists of; ``None`` for a full file, and where another program wrote it.
         listed: What is known of each file, by its name in the folder; a full file has none.
@@ -52,7 +55,7 @@ class Generation:
     """
 
     def __init__(self, path: Place, weights_only: bool | None, *, hold: bool = False) -> None:
-        self.path = self._folder = path
+        self.path = self.folder = path
         self.weights_only = weights_only
         self.kind = files.find_kind(path)
         self.manifest: Manifest | None = None
@@ -86,7 +89,7 @@ class Generation:
             self.manifest = parse(text, str(self.path / MANIFEST), trusted=is_trusted(self.weights_only))
             self.listed = self.manifest.files
             if self.manifest.folder:
-                self._folder = self.path / self.manifest.folder
+                self.folder = self.path / self.manifest.folder
         self.digest = hashlib.sha256(text).hexdigest()
 
     def identity(self) -> Identity | None:
@@ -147,9 +150,9 @@ class Generation:
         return handle
 
     def _open_file(self, name: str) -> BinaryIO:
-        if name or isinstance(self._folder, Path):
-            return (self._folder / name).open("rb")
-        return self._folder.fetch()  # a single object may be replaced while it is read
+        if name or isinstance(self.folder, Path):
+            return (self.folder / name).open("rb")
+        return self.folder.fetch()  # a single object may be replaced while it is read
 
     def _check(self, name: str, handle: BinaryIO) -> None:
         if self.kind == "full":
@@ -301,6 +304,34 @@ def read_generation(
             inform(f"Loaded {path}: {generation.describe()}.")
         return result
     raise AssertionError
+
+
+@contextmanager
+def local_copy(path: Place, weights_only: bool | None, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """Yields a local folder with files of a sharded checkpoint.
+
+    Args:
+        path: The checkpoint.
+        weights_only: ``False`` if it is trusted.
+        wanted: Tells by name which files are needed.
+
+    Raises:
+        CheckpointError: If one is damaged.
+    """
+    generation = Generation(path, weights_only)
+    try:
+        if isinstance(generation.folder, Path):
+            yield generation.folder
+            return
+        with TemporaryDirectory(prefix="mics-") as copy:
+            for name in filter(wanted, generation.listed):
+                target = Path(copy) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with generation.open(name) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file, _BLOCK_BYTES)
+            yield Path(copy)
+    finally:
+        generation.close()
 
 
 def _open_same(path: Place, weights_only: bool | None, alone: bool, opened: list[Generation], *, again: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,20 @@ if TYPE_CHECKING:
     from lightning_mics.auto import Sample
 
 
-def check_arguments(save_distributed_checkpoint: object, backend: object, timeout: object) -> None:
+def check_arguments(
+    save_distributed_checkpoint: object, storage_options: object, backend: object, timeout: object
+) -> None:
     """Checks a strategy's own arguments.
 
     Raises:
         MiCSConfigError: If one has the wrong type.
     """
     check_switch("save_distributed_checkpoint", save_distributed_checkpoint)
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise MiCSConfigError(
+            f"storage_options= must be a mapping, not {type(storage_options).__name__}. Try "
+            "storage_options={'endpoint_url': 'https://storage.example.org'}."
+        )
     if backend is not None and not isinstance(backend, str):
         raise MiCSConfigError(
             f"process_group_backend={backend!r} is not the name of a backend. Values that work: None, 'nccl' or 'gloo'."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +57,7 @@ class MiCSStrategy(ParallelStrategy):
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default, and with ``cpu_offload``
             ``"cpu:gloo,cuda:nccl"``.
         timeout: How long a collective may wait, in any group.
+        storage_options: What the file system of a checkpoint's URL takes, such as credentials or an endpoint.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -71,13 +72,15 @@ class MiCSStrategy(ParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        storage_options: Mapping[str, Any] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         self.config = build_config(config, settings)
-        common.check_arguments(save_distributed_checkpoint, process_group_backend, timeout)
+        common.check_arguments(save_distributed_checkpoint, storage_options, process_group_backend, timeout)
         super().__init__()
         self._num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._storage_options = storage_options
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._decided: GroupLayout | None = None
@@ -239,9 +242,16 @@ class MiCSStrategy(ParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
-        if storage_options is not None or filter is not None:
-            raise MiCSConfigError("storage_options= and filter= are not supported by MiCSStrategy. Leave them out.")
+        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world.
+
+        Args:
+            path: A local path or a URL.
+            state: The model, its optimizers and the rest.
+            storage_options: What the URL's file system takes, in the place of what the strategy was given.
+            filter: Not supported.
+        """
+        if filter is not None:
+            raise MiCSConfigError("filter= is not supported by MiCSStrategy. Leave it out.")
         key, module, optimizers = _split_state(state)
         full = module is None or not self._save_distributed_checkpoint
         tensors: dict[str, Any] = {}
@@ -257,11 +267,11 @@ class MiCSStrategy(ParallelStrategy):
         }
         if module is not None:
             meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
-        path = self.broadcast(str(path))
+        target = self._place(path, storage_options)
         if full:
-            checkpoints.save_full(path, {**tensors, **meta}, background=self.config.async_checkpoint)
+            checkpoints.save_full(target, {**tensors, **meta}, background=self.config.async_checkpoint)
         else:
-            checkpoints.save_sharded(path, tensors, meta, background=self.config.async_checkpoint)
+            checkpoints.save_sharded(target, tensors, meta, background=self.config.async_checkpoint)
 
     @on_all_ranks("fabric.load")
     def load_checkpoint(
@@ -275,19 +285,19 @@ class MiCSStrategy(ParallelStrategy):
 
         A model or an optimizer alone is filled from a file with its ``state_dict``, as ``fabric.load_raw`` asks for.
         """
-        path = self.broadcast(str(path))
+        source = self._place(path)
         if isinstance(state, nn.Module | Optimizer):
-            checkpoints.load_raw(path, state, strict=strict, weights_only=weights_only)
+            checkpoints.load_raw(source, state, strict=strict, weights_only=weights_only)
             return {}
-        if not state and Path(path).is_dir():
+        if not state and source.is_dir():
             raise CheckpointError(f"{path} is a folder of shards. Pass state={{'model': model, ...}} to load it.")
         state = {} if state is None else state
         key, module, optimizers = _split_state(state)
         if module is None:
-            meta = checkpoints.load_rest(path, weights_only=weights_only)
+            meta = checkpoints.load_rest(source, weights_only=weights_only)
         else:
             meta = checkpoints.load_into(
-                path, module, optimizers, model_key=key, strict=strict, weights_only=weights_only
+                source, module, optimizers, model_key=key, strict=strict, weights_only=weights_only
             )
         meta.pop("mics", None)
         for name in [name for name in state if name != key and name not in optimizers]:
@@ -300,6 +310,10 @@ class MiCSStrategy(ParallelStrategy):
             else:
                 state[name] = meta.pop(name)
         return meta
+
+    def _place(self, path: str | Path, storage_options: Any = None) -> checkpoints.Place:
+        """Returns where rank 0 wants a checkpoint. Collective over the world."""
+        return checkpoints.place(self.broadcast(path), storage_options or self._storage_options)
 
 
 class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):

@@ -1,4 +1,4 @@
-"""ModelCheckpoint beside a checkpoint that is still being written."""
+"""ModelCheckpoint beside a checkpoint that is still being written, and one of object storage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mics import checkpoint as checkpoints
+from lightning_mics.checkpoint.manifest import MANIFEST
 
 
 def expect_late_checkpoints(callback: Any) -> None:
@@ -38,3 +39,22 @@ def _link(target: str, link: str) -> None:
     new = os.path.join(folder, f".{name}.new")
     os.symlink(os.path.relpath(target, folder), new)
     os.replace(new, link)
+
+
+def find_urls_of_last(callback: Any) -> None:
+    """Has ModelCheckpoint find the last checkpoints of a URL, which it looks for without the protocol."""
+    if isinstance(callback, ModelCheckpoint):
+        callback._find_last_checkpoints = MethodType(_find_last, callback)  # type: ignore[method-assign]
+
+
+def _find_last(self: ModelCheckpoint, trainer: pl.Trainer) -> set[str]:
+    found = ModelCheckpoint._find_last_checkpoints(self, trainer)
+    folder = checkpoints.place(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+    if not isinstance(folder, checkpoints.Remote):
+        return found
+    return {file.url for path in found if (file := _dated(folder / os.path.basename(path))).exists()}
+
+
+def _dated(checkpoint: checkpoints.Remote) -> checkpoints.Remote:
+    """Returns that object of a checkpoint which has a time, and names it."""
+    return checkpoint if checkpoint.is_file() else checkpoint / MANIFEST

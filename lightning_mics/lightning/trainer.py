@@ -42,7 +42,7 @@ from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
-from lightning_mics.lightning.links import expect_late_checkpoints
+from lightning_mics.lightning.links import expect_late_checkpoints, find_urls_of_last
 from lightning_mics.lightning.reading import read_folders
 from lightning_mics.lightning.unequal import allow_unequal_batches
 from lightning_mics.metrics import CommLedger
@@ -65,6 +65,7 @@ class MiCSStrategy(ParallelStrategy):
         process_group_backend: ``"nccl"``, ``"gloo"`` or ``None`` for the device's default, and with ``cpu_offload``
             ``"cpu:gloo,cuda:nccl"``.
         timeout: How long a collective may wait, in any group.
+        storage_options: What the file system of a checkpoint's URL takes, such as credentials or an endpoint.
 
     Raises:
         MiCSConfigError: If a setting is wrong; as early as it can be known, before processes are started.
@@ -85,13 +86,15 @@ class MiCSStrategy(ParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        storage_options: Mapping[str, Any] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         self.config = build_config(config, settings)
-        common.check_arguments(save_distributed_checkpoint, process_group_backend, timeout)
+        common.check_arguments(save_distributed_checkpoint, storage_options, process_group_backend, timeout)
         super().__init__()
         self.num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._storage_options = storage_options
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 
@@ -339,13 +342,17 @@ class MiCSStrategy(ParallelStrategy):
 
     @on_all_ranks("trainer.save_checkpoint")
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world."""
-        if storage_options is not None:
-            raise MiCSConfigError("storage_options= is not supported: MiCS writes checkpoints itself. Leave it out.")
+        """Writes a checkpoint; it appears under its name only when it is whole. Collective over the world.
+
+        Args:
+            checkpoint: What the Trainer saves.
+            filepath: A local path or a URL.
+            storage_options: What the URL's file system takes, in the place of what the strategy was given.
+        """
         assert self.model is not None
-        path = self.broadcast(str(filepath))
+        path = self._place(filepath, storage_options)
         # After this one Lightning ends the job at once, to have it queued again.
-        background = self.config.async_checkpoint and not Path(path).name.startswith("hpc_ckpt")
+        background = self.config.async_checkpoint and not path.name.startswith("hpc_ckpt")
         checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
         if not self._save_distributed_checkpoint:
             checkpoints.save_full(path, checkpoint, background=background)
@@ -362,7 +369,7 @@ class MiCSStrategy(ParallelStrategy):
         if weights_only is None and isinstance(self.launcher, _Launcher):
             weights_only = self.launcher.weights_only
         checkpoint = checkpoints.load_into(
-            self.broadcast(str(checkpoint_path)),
+            self._place(checkpoint_path),
             self.model,
             {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)},
             strict=self.lightning_module.strict_loading,
@@ -382,7 +389,11 @@ class MiCSStrategy(ParallelStrategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Deletes a checkpoint, which loses its name first, once the one that is being written is whole."""
         if self.is_global_zero:
-            checkpoints.remove(filepath)
+            checkpoints.remove(filepath, self._storage_options)
+
+    def _place(self, path: str | Path, storage_options: Any = None) -> checkpoints.Place:
+        """Returns where rank 0 wants a checkpoint. Collective over the world."""
+        return checkpoints.place(self.broadcast(path), storage_options or self._storage_options)
 
 
 class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
@@ -400,6 +411,8 @@ class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         asked = inspect.signature(function).bind(*args, **kwargs).arguments
         self.weights_only = asked.get("weights_only")
+        for callback in trainer.checkpoint_callbacks if trainer is not None else ():
+            find_urls_of_last(callback)
         try:
             if self.cluster_environment.creates_processes_externally:
                 return function(*args, **kwargs)

@@ -65,6 +65,7 @@ def test_a_wrong_name_suggests_the_nearest(strategy: Any) -> None:
 
 
 WRONG = [
+    ({"storage_options": "key"}, "storage_options= must be a mapping, not str"),
     ({"save_distributed_checkpoint": "no"}, "save_distributed_checkpoint='no' is not a switch"),
     ({"timeout": 30}, r"timeout=30 is not a length of time\. Try timeout=timedelta\(seconds=30\)"),
     ({"timeout": timedelta(0)}, r"Try timeout=timedelta\(seconds=1800\)"),
@@ -82,7 +83,7 @@ def test_a_wrong_argument_is_refused_where_it_is_given(strategy: Any, arguments:
 @both
 def test_tools_see_every_setting_with_type_and_description(strategy: Any) -> None:
     arguments = inspect.signature(strategy).parameters
-    own = {"config", "save_distributed_checkpoint", "process_group_backend", "timeout"}
+    own = {"config", "save_distributed_checkpoint", "process_group_backend", "timeout", "storage_options"}
     assert arguments.keys() == OTHER_VALUES.keys() | own
     assert all(arguments[name].default is None for name in OTHER_VALUES)
     assert arguments["save_distributed_checkpoint"].default is True
