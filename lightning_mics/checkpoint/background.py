@@ -214,6 +214,7 @@ class HostCopies:
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """Returns a copy of a nested state; it holds until the next one is made."""

@@ -20,7 +20,11 @@ from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.class_names import class_of
 from lightning_mics.errors import CheckpointError
 
+# Lightning validates, and then saves, in inference mode, in which DTensors cannot be detached.
+_outside_inference_mode = torch.inference_mode(False)
 
+
+@_outside_inference_mode
 def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
     """Returns a model's parameters and buffers by name.
 
@@ -79,6 +83,7 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.P
     return {names[param]: param for param in params}
 
 
+@_outside_inference_mode
 def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = False) -> dict[str, Any]:
     """Returns an optimizer's states.
 
@@ -127,6 +132,7 @@ def arrival(what: str, values: Iterable[Any]) -> AbstractContextManager[None]:
     return on_all_ranks(what) if gathers else nullcontext()
 
 
+@_outside_inference_mode
 def whole(shard: DTensor, what: str = "gathering a shard") -> Tensor:
     """Returns the whole of a shard, in host memory and without padding. Collective.
 
@@ -154,6 +160,7 @@ def _gathered(shard: DTensor) -> Tensor | None:
     return _on_host(full) if ranks.rank() == 0 else None
 
 
+@_outside_inference_mode
 def without_shards(content: dict[str, Any]) -> dict[str, Any]:
     """Returns what is to be written by rank 0 alone, with whole tensors in the place of shards. Collective.
 

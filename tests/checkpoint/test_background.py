@@ -79,12 +79,14 @@ def save_both_ways(folder: str, sharded: bool) -> dict[int, bool]:
         model.register_buffer("seen", torch.ones(3))
         meta = {"schedule": [1, 2], "seen": torch.ones(2)}
         waited, behind = (f"{folder}/{shard_size}-{way}" for way in ("waited", "behind"))
-        save_checkpoint(waited, model, optimizer, meta, sharded=sharded, background=False)
-        for _ in range(shard_size):  # the memory of the first save is used by the second
+        with torch.inference_mode():  # as at the end of a validation
+            save_checkpoint(waited, model, optimizer, meta, sharded=sharded, background=False)
+        for attempt in range(shard_size):  # the memory of the first save is used by the second
             before = {name: tensor.clone() for name, tensor in everything(model, optimizer).items()}
             with held_up() as go_on:
                 default = None if shard_size == 1 else True
-                pending = save_checkpoint(behind, model, optimizer, meta, sharded=sharded, background=default)
+                with torch.inference_mode(attempt == 0):
+                    pending = save_checkpoint(behind, model, optimizer, meta, sharded=sharded, background=default)
                 train(model, optimizer)
                 model.seen.zero_()
                 optimizer.param_groups[0]["lr"] = 5.0
