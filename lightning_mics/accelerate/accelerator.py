@@ -346,12 +346,13 @@ class MiCSAccelerator(Accelerator):
         """Loads what :meth:`save_state` saved, at any shard size and world size. Collective over the world.
 
         Of a checkpoint that Lightning or a bare loop wrote, it loads the weights and the optimizer.
-        ``load_kwargs={"weights_only": False}`` trusts the files, which may then hold any object.
+        ``load_kwargs={"weights_only": False}`` trusts the files, which may then hold any object. With ``strict=False``
+        it goes on where names of parameters or the kind of an optimizer differ, and says so.
 
         Raises:
             CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
         """
-        load_state(self, input_dir, load_kwargs)
+        load_state(self, input_dir, load_kwargs, strict=load_model_func_kwargs.get("strict", True))
 
 
 refuse_local_sgd(MiCSAccelerator)

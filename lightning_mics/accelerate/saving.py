@@ -77,7 +77,11 @@ def save_state(
 
 
 def load_state(
-    accelerator: MiCSAccelerator, input_dir: str | os.PathLike[str] | None, load_kwargs: dict[str, Any] | None
+    accelerator: MiCSAccelerator,
+    input_dir: str | os.PathLike[str] | None,
+    load_kwargs: dict[str, Any] | None,
+    *,
+    strict: bool,
 ) -> None:
     """Loads what was saved; see :meth:`MiCSAccelerator.load_state`."""
     checkpoints.wait_for_checkpoints()
@@ -96,7 +100,10 @@ def load_state(
         }
         # A hook that has loaded a model takes it off the list; its optimizer is still ours to load.
         key = _model_key(index) if model in models else None
-        meta = checkpoints.load_into(folder, model, optimizers, model_key=key, weights_only=weights_only)
+        others = {f"optimizer_{place}" for place in range(len(inner))}
+        meta = checkpoints.load_into(
+            folder, model, optimizers, model_key=key, elsewhere=others, strict=strict, weights_only=weights_only
+        )
     if "accelerate" in meta:
         with checkpoints.local_copy(folder, weights_only, functools.partial(_is_read_by, accelerator)) as local:
             _read_rest(accelerator, local, load_kwargs, weights_only)

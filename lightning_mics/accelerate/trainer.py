@@ -48,6 +48,7 @@ class TrainerMethods:
     mics_plugin: MiCSPlugin | None = None
     _aside: Path | None = None  # the checkpoint that is being written, under its name in a hidden folder
     _weights_only: bool | None = None
+    _strict = True
     _fills_later = False  # a model on the meta device has no memory before it is prepared
 
     def create_accelerator_and_postprocess(self: Any) -> None:
@@ -141,6 +142,7 @@ class TrainerMethods:
         resume_from_checkpoint: str | bool | None = None,
         *args: Any,
         weights_only: bool | None = None,
+        strict: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Trains.
@@ -149,12 +151,13 @@ class TrainerMethods:
             resume_from_checkpoint: A checkpoint, which must be whole; ``True`` for the newest that is.
             *args: As in the Trainer.
             weights_only: ``False`` trusts a checkpoint of ours that cannot be checked.
+            strict: Whether saved states that do not fit the optimizer are an error.
             **kwargs: As in the Trainer.
 
         Raises:
             CheckpointError: On every rank, if a checkpoint is damaged or does not fit.
         """
-        self._weights_only = weights_only
+        self._weights_only, self._strict = weights_only, strict
         found = find_checkpoint(self.args.output_dir, resume_from_checkpoint, weights_only)
         return super().train(found, *args, **kwargs)  # type: ignore[misc]
 
@@ -170,10 +173,16 @@ class TrainerMethods:
                 self.model,
                 {"optimizer_0": inner},
                 model_key=None,
+                strict=self._strict,
                 weights_only=self._weights_only,
             )
         elif (folder / OPTIMIZER).is_file():
-            checkpoints.load_raw(folder / OPTIMIZER, inner, weights_only=self._weights_only)
+            saved = folder / OPTIMIZER
+            ranks.on_each_rank(
+                lambda: checkpoints.fill_optimizer(
+                    saved, self.model, inner, checkpoints.read_file(saved, True), strict=self._strict
+                )
+            )
         if (folder / SCHEDULER).is_file():
             self.lr_scheduler.load_state_dict(checkpoints.read_file(folder / SCHEDULER, True))
 

@@ -24,6 +24,7 @@ from lightning_mics.checkpoint.content import (
 from lightning_mics.checkpoint.files import recover
 from lightning_mics.checkpoint.generation import local_copy
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
+from lightning_mics.checkpoint.moments import fill_optimizer
 from lightning_mics.checkpoint.save import save_checkpoint, save_folder, save_full, save_sharded
 from lightning_mics.checkpoint.state import (
     arrival,
@@ -45,6 +46,7 @@ __all__ = [
     "compare_checkpoints",
     "consolidate",
     "describe_checkpoint",
+    "fill_optimizer",
     "fill_weights",
     "huggingface_metadata",
     "list_checkpoints",

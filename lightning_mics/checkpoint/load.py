@@ -22,11 +22,18 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint import files, ranks, storage
 from lightning_mics.checkpoint.background import wait_for_checkpoints
 from lightning_mics.checkpoint.generation import Generation, read_generation
+from lightning_mics.checkpoint.moments import (
+    Moments,
+    fill_by_position,
+    fill_optimizer,
+    first_names,
+    is_lossy,
+    tell_rounding,
+)
 from lightning_mics.checkpoint.state import (
     empty_like,
     is_extra_state,
     model_state,
-    set_optimizer_state,
     shard_like,
     trained_parameters,
 )
@@ -46,6 +53,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     *,
+    strict: bool = True,
     weights_only: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def load_checkpoint(
         path: A sharded or full checkpoint: a local path, or a URL that fsspec knows, such as ``s3://bucket/run``.
         model: A model sharded by :func:`~lightning_mics.mics_shard`, or a plain one.
         optimizers: Optimizers over its parameters, in the order in which they were saved.
+        strict: Whether what does not fit is an error; see :func:`load_into`.
         weights_only: ``False`` trusts the checkpoint: what it holds beside tensors may be any object, and it may be of
             a version whose manifest cannot be checked, or lack it.
         storage_options: What the file system of a URL takes, such as credentials or an endpoint.
@@ -67,7 +76,7 @@ def load_checkpoint(
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     named = {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)}
-    meta = load_into(storage.place(path, storage_options), model, named, weights_only=weights_only)
+    meta = load_into(storage.place(path, storage_options), model, named, strict=strict, weights_only=weights_only)
     meta.pop("mics", None)
     return meta
 
@@ -80,6 +89,7 @@ def load_into(
     *,
     model_key: str | None = "state_dict",
     strict: bool = True,
+    elsewhere: Collection[str] = (),
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint into a model and its optimizers. Collective over the world.
@@ -89,8 +99,10 @@ def load_into(
         model: A sharded or plain model; filled in place.
         optimizers: Optimizers by their names in the checkpoint.
         model_key: The model's name in the checkpoint; ``None`` leaves its weights as they are.
-        strict: Whether names of parameters must match. A prefix that all names on one side have is no difference: in
-            a checkpoint of a LightningModule, a model that it holds as ``self.model`` is called ``model.``.
+        strict: Whether names of parameters must match, and with optimizers also their number, kinds and dtypes. A
+            prefix that all names on one side have is no difference: in a checkpoint of a LightningModule, a model that
+            it holds as ``self.model`` is called ``model.``.
+        elsewhere: Optimizers of the checkpoint that another call loads.
         weights_only: As in ``torch.load``, for the part that is not tensors; see :func:`load_checkpoint`.
 
     Returns:
@@ -99,7 +111,7 @@ def load_into(
     Raises:
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
     """
-    wanted = _Wanted(model, dict(optimizers or {}), model_key, strict)
+    wanted = _Wanted(model, dict(optimizers or {}), model_key, strict, {*elsewhere})
     return read_generation(path, weights_only, wanted.load)
 
 
@@ -111,6 +123,7 @@ class _Wanted:
     optimizers: dict[str, Optimizer]
     model_key: str | None
     strict: bool
+    elsewhere: set[str]
 
     def load(self, generation: Generation) -> dict[str, Any]:
         """Fills everything, and returns the rest. Raises on all ranks or on none."""
@@ -121,12 +134,25 @@ class _Wanted:
         metadata, meta = ranks.on_each_rank(lambda: (generation.metadata(), generation.meta()))
         targets = _Targets(generation.path, metadata)
         if self.model_key is not None:
-            ranks.on_each_rank(lambda: targets.add_weights(weights, str(self.model_key), self.strict))
+            exact = self.strict and bool(self.optimizers)
+            ranks.on_each_rank(lambda: targets.add_weights(weights, str(self.model_key), self.strict, exact=exact))
+        ranks.on_each_rank(lambda: self._check_surplus(generation, targets.optimizers()))
         for key, optimizer in self.optimizers.items():
             ranks.on_each_rank(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, self.model, optimizer))  # type: ignore[misc]
         read(generation, targets.flat, metadata)
         ranks.on_each_rank(lambda: self._set(targets, weights, meta))
         return meta
+
+    def _check_surplus(self, generation: Generation, saved: set[str]) -> None:
+        """Sees that no optimizer is left out, where any is loaded."""
+        left = saved - self.optimizers.keys() - self.elsewhere
+        if left and self.optimizers:
+            problem = (
+                f"{generation.path} holds {len(left)} optimizer(s) more than it is loaded into: {first_names(left)}."
+            )
+            if self.strict:
+                raise CheckpointError(f"{problem} Give all of them, in the order in which they were saved, or none.")
+            inform(problem)
 
     def _set(self, targets: _Targets, weights: dict[str, Any], meta: dict[str, Any]) -> None:
         """Hands over what could not be filled in place."""
@@ -137,8 +163,8 @@ class _Wanted:
                 weights[name] = extra_states.get(saved_name, targets.flat.get(saved_name, tensor))
         _hand_over(self.model, weights)
         for key, optimizer in self.optimizers.items():
-            states, groups = targets.optimizer_parts(key)
-            set_optimizer_state(self.model, optimizer, states, groups)
+            moments = targets.optimizer_parts(key)
+            moments.put(optimizer, trained_parameters(self.model, optimizer), strict=self.strict)
 
     def _fill(self, generation: Generation) -> dict[str, Any]:
         path, checkpoint, names = generation.path, generation.meta(), _Names()
@@ -147,13 +173,21 @@ class _Wanted:
                 raise CheckpointError(f"{path} holds no {self.model_key!r}, only {', '.join(map(str, checkpoint))}.")
             weights = checkpoint.pop(self.model_key)
             names = _Names.match(model_state(self.model).keys(), weights.keys())
-            fill_weights(path, self.model, weights, self.strict)
+            fill_weights(path, self.model, weights, self.strict, exact=self.strict and bool(self.optimizers))
         numbered = checkpoint.pop("optimizer_states", [])
+        named = {
+            key
+            for key, entry in checkpoint.items()
+            if isinstance(entry, dict) and {"state", "param_groups"} <= entry.keys()
+        }
+        self._check_surplus(
+            generation, named | {f"optimizer_{index}" for index in range(len(self.optimizers), len(numbered))}
+        )
         for index, (key, optimizer) in enumerate(self.optimizers.items()):
             state = checkpoint.pop(key, numbered[index] if index < len(numbered) else None)
             if state is None:
                 raise _no_states(path, key)
-            _fill_optimizer(path, self.model, optimizer, state, names)
+            fill_optimizer(path, self.model, optimizer, state, names.to_own, strict=self.strict)
         return checkpoint
 
 
@@ -215,7 +249,11 @@ class _Targets:
         self._entries = metadata.state_dict_metadata
         self._paths: dict[str, tuple[Any, ...]] = dict(metadata.planner_data or {})
 
-    def add_weights(self, weights: dict[str, Any], key: str, strict: bool) -> None:
+    def optimizers(self) -> set[str]:
+        """Returns the names of all optimizers of the checkpoint."""
+        return {str(path[0]) for path in self._paths.values() if path[1:2] == ("param_groups",)}
+
+    def add_weights(self, weights: dict[str, Any], key: str, strict: bool, *, exact: bool) -> None:
         saved = {name.removeprefix(f"{key}.") for name in self._entries if name.startswith(f"{key}.")}
         if not saved:
             tops = sorted({str(path[0]) for path in self._paths.values()})
@@ -226,11 +264,15 @@ class _Targets:
         wanted = {self.names.to_saved(name): target for name, target in weights.items()}
         if strict:
             check_names(self._path, wanted.keys() - saved, saved - wanted.keys())
+        rounded: dict[str, tuple[torch.dtype, torch.dtype]] = {}
         for name in wanted.keys() & saved:
             target, entry = wanted[name], self._entries[f"{key}.{name}"]
             if isinstance(target, Tensor) and isinstance(entry, TensorStorageMetadata):
                 check_shape(self._path, name, entry.size, target.shape)
+                if is_lossy(entry.properties.dtype, target.dtype):
+                    rounded[name] = (entry.properties.dtype, target.dtype)
             self.flat[f"{key}.{name}"] = target
+        tell_rounding(self._path, "weights", rounded, exact)
 
     def add_optimizer(self, key: str, model: nn.Module, optimizer: Optimizer) -> None:
         params = trained_parameters(model, optimizer)
@@ -250,9 +292,10 @@ class _Targets:
             else:
                 self.flat[flat_name] = None
 
-    def optimizer_parts(self, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Returns what was read for an optimizer: states by parameter name, and settings by group."""
+    def optimizer_parts(self, key: str) -> Moments:
+        """Returns what was read for an optimizer."""
         states: dict[str, Any] = {}
+        owners: list[str] = []
         groups: dict[int, dict[str, Any]] = {}
         for flat_name, value in self.flat.items():
             path = self._paths.get(flat_name, ())
@@ -263,9 +306,11 @@ class _Targets:
                 for step in path[3:-1]:
                     place = place.setdefault(step, {})
                 place[path[-1]] = value
-            elif path[3] != "params":
+            elif path[3] == "params":
+                owners += [self.names.to_own(name) for name in ([value] if isinstance(value, str) else value)]
+            else:
                 groups.setdefault(int(path[2]), {})[path[3]] = value
-        return states, [groups[index] for index in sorted(groups)]
+        return Moments(self._path, owners, states, [groups[index] for index in sorted(groups)])
 
 
 def _no_states(path: Place, key: str) -> CheckpointError:
@@ -401,7 +446,7 @@ def load_raw(
             raise CheckpointError(f"{path} is a folder of shards, not a single state. Load it as a checkpoint.")
         state = _read_raw(path, weights_only)
         if isinstance(target, Optimizer):
-            _fill_by_position(path, target, state)
+            fill_by_position(path, target, state, strict=strict)
         else:
             _check_flat(path, state)
             fill_weights(path, target, state, strict)
@@ -426,24 +471,15 @@ def _check_flat(path: Place, state: dict[str, Any]) -> None:
         )
 
 
-def _fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if saved.keys() - {"names"} != {"state", "param_groups"}:
-        raise CheckpointError(f"{path} holds no state_dict of an optimizer, only {', '.join(map(str, saved))}.")
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if len(numbers) != len(params):
-        raise CheckpointError(
-            f"{path} has the states of {len(numbers)} parameter(s), {type(optimizer).__name__} trains {len(params)}. "
-            "Create the optimizer as it was saved."
-        )
-    param_of = dict(zip(numbers, params, strict=True))
-    states = {number: _shard_state(state, param_of[number]) for number, state in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": states})
-
-
 @torch.no_grad()
 def fill_weights(
-    path: Place, model: nn.Module, saved: Mapping[str, Any], strict: bool, optional: Collection[str] = ()
+    path: Place,
+    model: nn.Module,
+    saved: Mapping[str, Any],
+    strict: bool,
+    optional: Collection[str] = (),
+    *,
+    exact: bool = False,
 ) -> None:
     """Copies whole tensors into a sharded or plain model; communicates nothing.
 
@@ -453,6 +489,7 @@ def fill_weights(
         saved: Tensors by name, the same on every rank. One name is enough for a parameter that has several.
         strict: Whether names must match; see :func:`load_into`.
         optional: Names that may be missing, by which the model keeps what it has.
+        exact: Whether rounding to another dtype is an error.
 
     Raises:
         CheckpointError: If names or shapes do not fit.
@@ -463,13 +500,17 @@ def fill_weights(
     if strict:
         missing = weights.keys() - saved.keys() - set(optional) - _other_names(model, saved)
         check_names(path, missing, saved.keys() - weights.keys())
+    rounded: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name in weights.keys() & saved.keys():
         target = weights[name]
         if not isinstance(target, Tensor):
             weights[name] = saved[name]
             continue
         check_shape(path, name, saved[name].shape, target.shape)
+        if is_lossy(saved[name].dtype, target.dtype):
+            rounded[name] = (saved[name].dtype, target.dtype)
         local_tensor(target).copy_(local_tensor(shard_like(saved[name], target)))
+    tell_rounding(path, "weights", rounded, exact)
     _hand_over(model, weights)
 
 
@@ -478,43 +519,3 @@ def _other_names(model: nn.Module, names: Collection[str]) -> set[str]:
     owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
     there = {owners[name] for name in names if name in owners}
     return {name for name, param in owners.items() if param in there}
-
-
-def _fill_optimizer(path: Place, model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], names: _Names) -> None:
-    params = trained_parameters(model, optimizer)
-    order = [index for group in saved["param_groups"] for index in group["params"]]
-    if "names" in saved or all(isinstance(index, str) for index in order):
-        owners = [names.to_own(name) for name in saved.get("names", order)]
-    else:  # of another program: by the order of groups
-        owners = list(params)
-    if len(owners) != len(order):
-        raise CheckpointError(
-            f"{path} has an optimizer's states of {len(order)} parameter(s) without their names, "
-            f"{type(optimizer).__name__} trains {len(owners)}. Create the optimizer as it was saved."
-        )
-    name_of = dict(zip(order, owners, strict=True))
-    states = {}
-    for index, state in saved["state"].items():
-        if name_of[index] in params:
-            states[name_of[index]] = _shard_state(state, params[name_of[index]])
-    _tell_difference(path, optimizer, params.keys() - set(owners), set(owners) - params.keys())
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
-    set_optimizer_state(model, optimizer, states, groups)
-
-
-def _tell_difference(path: Place, optimizer: Optimizer, missing: set[str], surplus: set[str]) -> None:
-    parts = [
-        f"{what} {', '.join(sorted(names)[:_NAMED])} ({len(names)})"
-        for what, names in (("begins anew for", missing), ("leaves out the states of", surplus))
-        if names
-    ]
-    if parts:
-        inform(f"{path} was saved with other trained parameters: {type(optimizer).__name__} {' and '.join(parts)}.")
-
-
-def _shard_state(value: Any, param: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return shard_like(value, param).clone()  # it may lie in a mapped file, which somebody may overwrite
-    if isinstance(value, dict):
-        return {key: _shard_state(entry, param) for key, entry in value.items()}
-    return value

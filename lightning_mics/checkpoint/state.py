@@ -183,29 +183,3 @@ def empty_like(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
     if size == param.shape:
         return torch.empty_like(param.detach(), dtype=dtype)
     return torch.empty(size, dtype=dtype)
-
-
-def set_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, states: dict[str, Any], groups: list[dict[str, Any]]
-) -> None:
-    """Puts loaded states into an optimizer.
-
-    Args:
-        model: The model whose parameters it trains.
-        optimizer: The optimizer.
-        states: States by parameter name; tensors laid out like the parameters.
-        groups: The saved settings of its parameter groups, in order, without parameters.
-
-    Raises:
-        CheckpointError: If the optimizer has another number of groups.
-    """
-    if len(groups) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"The checkpoint's optimizer has {len(groups)} parameter group(s), {type(optimizer).__name__} has "
-            f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
-        )
-    names = trained_parameters(model, optimizer)
-    current = optimizer.state_dict()["param_groups"]
-    merged = [{**settings, "params": group["params"]} for settings, group in zip(groups, current, strict=True)]
-    by_index = {index: states[name] for index, name in enumerate(names) if name in states}
-    optimizer.load_state_dict({"state": by_index, "param_groups": merged})

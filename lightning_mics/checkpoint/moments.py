@@ -1,0 +1,260 @@
+"""Saved states of optimizers: whose they are, whether they fit, and how they get into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint.state import shard_like, trained_parameters
+from lightning_mics.checkpoint.storage import Place
+from lightning_mics.core.log import inform
+from lightning_mics.errors import CheckpointError
+
+# States with an entry for each of a parameter's, in the optimizers of PyTorch.
+_ELEMENTWISE = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "grad_avg", "square_avg", "acc_delta"),
+    *("sum", "ax", "prev", "step_size"),
+}
+# Settings that say which states there are, or what they mean.
+_DECISIVE = ("amsgrad", "centered", "momentum", "nesterov", "maximize", "decoupled_weight_decay")
+# What schedulers and others leave in a group.
+_NO_SETTINGS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Moments:
+    """States of an optimizer as they were saved.
+
+    Attributes:
+        path: Where they come from.
+        owners: The parameters that were trained, by the model's names.
+        states: By those names; tensors laid out like the parameters.
+        groups: Settings of the groups of parameters, in order.
+    """
+
+    path: Place
+    owners: Sequence[str]
+    states: Mapping[str, dict[str, Any]]
+    groups: Sequence[dict[str, Any]]
+
+    def put(self, optimizer: Optimizer, params: Mapping[str, Tensor], *, strict: bool) -> None:
+        """Puts them into an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            params: Its parameters by name, in the order of its groups.
+            strict: Whether what does not fit is an error; otherwise a line says what begins anew or is rounded.
+
+        Raises:
+            CheckpointError: If they do not fit.
+        """
+        name = type(optimizer).__name__
+        if len(self.groups) != len(optimizer.param_groups):
+            raise CheckpointError(
+                f"{self.path}: the checkpoint's optimizer has {len(self.groups)} parameter group(s), {name} has "
+                f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
+            )
+        if problem := _other_kind(optimizer, self.groups):
+            _object(f"{self.path} holds states of another optimizer: {problem}. {name} would begin anew.", strict)
+            return
+        _check_shapes(self.path, optimizer, self.states, params)
+        _tell_difference(self.path, optimizer, params, self.owners)
+        current = optimizer.state_dict()["param_groups"]
+        merged = [
+            {**{key: value for key, value in settings.items() if key != "params"}, "params": group["params"]}
+            for settings, group in zip(self.groups, current, strict=True)
+        ]
+        by_index = {index: self.states[owner] for index, owner in enumerate(params) if owner in self.states}
+        rounded = {
+            owner: (value.dtype, params[owner].dtype)
+            for owner in self.states.keys() & params.keys()
+            for _, value in _elementwise(self.states[owner])
+            if is_lossy(value.dtype, params[owner].dtype)
+        }
+        tell_rounding(self.path, f"{name}'s states", rounded, strict)
+        optimizer.load_state_dict({"state": by_index, "param_groups": merged})
+
+
+def _object(problem: str, strict: bool) -> None:
+    if strict:
+        raise CheckpointError(f"{problem} Create it as it was saved, or load with strict=False to go on.")
+    inform(problem)
+
+
+def first_names(names: Collection[str]) -> str:
+    """Returns some names and how many there are, for messages."""
+    return f"{', '.join(sorted(names)[:_NAMED])}{' and others' if len(names) > _NAMED else ''} ({len(names)})"
+
+
+def _other_kind(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> str | None:
+    """Says how saved settings are those of another optimizer; ``None`` if they are not."""
+    for index, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        lacking, unknown = own.keys() - saved.keys() - _NO_SETTINGS, saved.keys() - own.keys() - _NO_SETTINGS
+        if lacking and unknown:
+            return (
+                f"group {index} was saved with {', '.join(sorted(unknown))}, and {type(optimizer).__name__} has "
+                f"{', '.join(sorted(lacking))} instead"
+            )
+        for key in _DECISIVE:
+            if key in saved and key in own and bool(saved[key]) != bool(own[key]):
+                name = type(optimizer).__name__
+                return f"group {index} was saved with {key}={saved[key]}, and {name} has {key}={own[key]}"
+    return None
+
+
+def _elementwise(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        if key in _ELEMENTWISE and isinstance(value, Tensor):
+            yield key, value
+
+
+def _check_shapes(
+    path: Place, optimizer: Optimizer, states: Mapping[str, dict[str, Any]], params: Mapping[str, Tensor]
+) -> None:
+    wrong = {
+        name: f"{key} has shape {tuple(value.shape)} there and {name} {tuple(params[name].shape)} here"
+        for name in states.keys() & params.keys()
+        for key, value in _elementwise(states[name])
+        if value.shape != params[name].shape and value.numel() > 0
+    }
+    if wrong:
+        raise CheckpointError(
+            f"{path} holds states of {type(optimizer).__name__} for other shapes of {first_names(wrong)}: "
+            f"{wrong[min(wrong)]}. Build the model with the sizes it was saved with, or load the weights alone."
+        )
+
+
+def is_lossy(source: torch.dtype, target: torch.dtype) -> bool:
+    """Returns whether a dtype cannot hold all values of another one."""
+    return source.is_floating_point and torch.promote_types(source, target) != target
+
+
+def tell_rounding(path: Place, what: str, rounded: Mapping[str, tuple[torch.dtype, torch.dtype]], strict: bool) -> None:
+    """Says that what was saved loses digits.
+
+    Raises:
+        CheckpointError: If ``strict``.
+    """
+    if not rounded:
+        return
+    saved, here = rounded[min(rounded)]
+    problem = f"{path}: {what} of {first_names(rounded)} would be rounded from {saved} to {here}."
+    if strict:
+        raise CheckpointError(f"{problem} Use the precision it was saved with, or load with strict=False to go on.")
+    inform(problem)
+
+
+def _tell_difference(path: Place, optimizer: Optimizer, own: Collection[str], saved: Collection[str]) -> None:
+    missing, surplus = set(own) - set(saved), set(saved) - set(own)
+    if own and saved and len(surplus) == len(set(saved)):
+        raise CheckpointError(
+            f"{path} holds states of {type(optimizer).__name__} for {first_names(surplus)}, and none for what it "
+            f"trains here: {first_names(missing)}. Build the model as it was saved, or load the weights alone."
+        )
+    parts = [
+        f"{what} {first_names(names)}"
+        for what, names in (("begins anew for", missing), ("leaves out the states of", surplus))
+        if names
+    ]
+    if parts:
+        inform(f"{path} was saved with other trained parameters: {type(optimizer).__name__} {' and '.join(parts)}.")
+
+
+# Of whole files.
+
+
+def fill_optimizer(
+    path: Place,
+    model: nn.Module,
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    to_own: Callable[[str], str] = str,
+    *,
+    strict: bool = True,
+) -> None:
+    """Puts an optimizer's whole states into one that trains a sharded or plain model; communicates nothing.
+
+    Args:
+        path: Where they come from, for messages.
+        model: The model.
+        optimizer: The optimizer over its parameters.
+        saved: What ``optimizer.state_dict()`` returned; with ``names`` of its parameters in order, or keyed by names.
+            Without names, positions count where they can mean no other parameters.
+        to_own: Turns a name in the checkpoint into the model's.
+        strict: Whether what does not fit is an error.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    params = trained_parameters(model, optimizer)
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    if "names" in saved or all(isinstance(index, str) for index in order):
+        owners = [to_own(name) for name in saved.get("names", order)]
+    else:
+        others = {name: param for name, param in model.named_parameters() if param not in set(params.values())}
+        owners = _by_position(path, optimizer, saved, params, others if strict else {})
+    name_of = dict(zip(order, owners, strict=True))
+    states = {
+        name: sharded_state(state, params[name])
+        for index, state in saved["state"].items()
+        if (name := name_of[index]) in params
+    }
+    Moments(path, owners, states, saved["param_groups"]).put(optimizer, params, strict=strict)
+
+
+def fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any], *, strict: bool) -> None:
+    """Puts an optimizer's whole states into one, by positions; see :func:`fill_optimizer`."""
+    if saved.keys() - {"names"} != {"state", "param_groups"}:
+        raise CheckpointError(f"{path} holds no state_dict of an optimizer, only {', '.join(map(str, saved))}.")
+    own = [param for group in optimizer.param_groups for param in group["params"]]
+    params = {f"parameter {place}": param for place, param in enumerate(own)}
+    owners = _by_position(path, optimizer, saved, params, {})
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    name_of = dict(zip(order, owners, strict=True))
+    states = {name_of[index]: sharded_state(state, params[name_of[index]]) for index, state in saved["state"].items()}
+    Moments(path, owners, states, saved["param_groups"]).put(optimizer, params, strict=strict)
+
+
+def _by_position(
+    path: Place,
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    params: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+) -> list[str]:
+    """Returns whose states are at which position.
+
+    Raises:
+        CheckpointError: If that is not certain: as many, of these shapes, might belong to ``others``.
+    """
+    counts = [len(group["params"]) for group in saved["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != own:
+        raise CheckpointError(
+            f"{path} has an optimizer's states of {sum(counts)} parameter(s) without their names, "
+            f"{type(optimizer).__name__} trains {sum(own)} (by group: {counts} and {own}). Create the optimizer as it "
+            "was saved."
+        )
+    shapes = {tuple(param.shape) for param in params.values()}
+    if like := {name for name, param in others.items() if tuple(param.shape) in shapes}:
+        raise CheckpointError(
+            f"{path} has an optimizer's states of {sum(counts)} parameter(s) without their names, and it cannot be "
+            f"told whether they are those that {type(optimizer).__name__} trains: {first_names(like)}, which it does "
+            "not train, have the same shapes. If the same were trained, in the same order, load with strict=False."
+        )
+    return list(params)
+
+
+def sharded_state(value: Any, param: Tensor) -> Any:
+    """Returns whole states as a parameter's shards, which share no memory with them."""
+    if isinstance(value, Tensor):
+        return shard_like(value, param).clone()  # it may lie in a mapped file, which somebody may overwrite
+    if isinstance(value, dict):
+        return {key: sharded_state(entry, param) for key, entry in value.items()}
+    return value
