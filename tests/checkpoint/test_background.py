@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tools import LanguageModel, Net, cross_entropy, loader, make_trainer, where
 from torch import Tensor, nn
+from works import works
 
 from lightning_mics import (
     CheckpointError,
@@ -107,6 +109,7 @@ def save_both_ways(folder: str, sharded: bool) -> dict[int, bool]:
     return found
 
 
+@works("Savers", "Checkpoints that are written while training goes on (`async_checkpoint=True`)")
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
 def test_what_is_written_is_the_state_at_the_call(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
     for found in pool.run(save_both_ways, str(tmp_path), sharded, world_size=4):
@@ -154,6 +157,26 @@ def save_new_behind(path: str, seed: int) -> dict[str, Tensor]:
     model, optimizer = trained(seed)
     save_checkpoint(path, model, optimizer, {"seed": seed}, background=True)
     return everything(model, optimizer)  # the end of the world waits for the checkpoint
+
+
+SCRIPT = """
+import sys, time, torch
+from lightning_mics import save_checkpoint
+from lightning_mics.checkpoint import ranks
+together = ranks.together
+ranks.together = lambda step, **options: (time.sleep(0.1), together(step, **options))[1]
+save_checkpoint(sys.argv[1], torch.nn.Linear(2, 2), background=True)
+if len(sys.argv) > 2:
+    torch.save = None
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_a_process_waits_and_says_what_failed(tmp_path: Path, fails: bool) -> None:
+    words = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), *(["fail"] if fails else [])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ("saved failed, and nothing was changed there" in done.stderr) == fails, done.stderr
+    assert (tmp_path / "saved" / "mics.json").is_file() != fails
 
 
 def save_by_fabric(path: str) -> tuple[bool, int, bool]:
