@@ -19,12 +19,11 @@ from accelerate.checkpointing import (
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.constants import RNG_STATE_NAME as _RANDOM
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.whole import given
-from lightning_mics.core._torch import tree_map_only, uncompiled
+from lightning_mics.core._torch import uncompiled
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import CheckpointError
@@ -67,7 +66,7 @@ def save_state(
         state[f"optimizer_{index}"] = checkpoints.optimizer_state(_owner(models, inner), inner)
     meta = {
         "mics": checkpoints.huggingface_metadata(models[0]) if models else {},
-        "accelerate": {"step": accelerator.step},
+        "accelerate": {"step": accelerator.step, "shards": [obj.shards for obj in objects]},
     }
     background = accelerator.mics_plugin.config.async_checkpoint
     checkpoints.save_sharded(folder, state, meta, add_files, background=background)
@@ -106,7 +105,7 @@ def load_state(
         )
     if "accelerate" in meta:
         with checkpoints.local_copy(folder, weights_only, functools.partial(_is_read_by, accelerator)) as local:
-            _read_rest(accelerator, local, load_kwargs, weights_only)
+            _read_rest(accelerator, local, load_kwargs, weights_only, meta["accelerate"].get("shards", []))
         accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
 
 
@@ -215,10 +214,14 @@ def _delete_oldest(accelerator: MiCSAccelerator, parent: checkpoints.Place) -> N
 
 
 class _Registered:
-    """The state of a registered object, with whole tensors in place of shards, as one process would save it."""
+    """The state of a registered object, with whole tensors in place of shards, as one process would save it.
+
+    Attributes:
+        shards: Where there were shards.
+    """
 
     def __init__(self, registered: Any) -> None:
-        self._state = tree_map_only(DTensor, checkpoints.whole, registered.state_dict())
+        self._state, self.shards = checkpoints.made_whole(registered.state_dict())
 
     def state_dict(self) -> Any:
         return self._state
@@ -250,7 +253,11 @@ def _is_read_by(accelerator: MiCSAccelerator, name: str) -> bool:
 
 
 def _read_rest(
-    accelerator: MiCSAccelerator, folder: Path, load_kwargs: dict[str, Any] | None, weights_only: bool | None
+    accelerator: MiCSAccelerator,
+    folder: Path,
+    load_kwargs: dict[str, Any] | None,
+    weights_only: bool | None,
+    shards: list[list[str]],
 ) -> None:
     load_accelerator_state(
         str(folder),
@@ -271,4 +278,6 @@ def _read_rest(
             "register_for_checkpointing with the same objects as when it was saved."
         )
     for index, obj in enumerate(objects):
-        obj.load_state_dict(checkpoints.read_file(folder / f"custom_checkpoint_{index}.pkl", weights_only))
+        state = checkpoints.read_file(folder / f"custom_checkpoint_{index}.pkl", weights_only)
+        params = [param for model in accelerator._models for param in model.parameters()]
+        obj.load_state_dict(checkpoints.sharded_again(state, shards[index] if shards else (), params))

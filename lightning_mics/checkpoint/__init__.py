@@ -14,6 +14,7 @@ from lightning_mics.checkpoint.background import (
     wait_for_checkpoints,
     was_saved_last,
 )
+from lightning_mics.checkpoint.beside import made_whole, sharded_again
 from lightning_mics.checkpoint.consolidate import consolidate, read_weights
 from lightning_mics.checkpoint.content import (
     compare_checkpoints,
@@ -55,6 +56,7 @@ __all__ = [
     "load_raw",
     "load_rest",
     "local_copy",
+    "made_whole",
     "model_state",
     "optimizer_state",
     "place",
@@ -67,6 +69,7 @@ __all__ = [
     "save_full",
     "save_sharded",
     "shard_like",
+    "sharded_again",
     "verify_checkpoint",
     "wait_for_checkpoints",
     "was_saved_last",

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import files, ranks, storage
 from lightning_mics.checkpoint.background import wait_for_checkpoints
+from lightning_mics.checkpoint.beside import with_shards
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.moments import (
     Moments,
@@ -129,7 +130,7 @@ class _Wanted:
         """Fills everything, and returns the rest. Raises on all ranks or on none."""
         generation.check()
         if generation.kind == "full":
-            return ranks.on_each_rank(lambda: self._fill(generation))
+            return with_shards(ranks.on_each_rank(lambda: self._fill(generation)), self.model)
         weights = {} if self.model_key is None else model_state(self.model)
         metadata, meta = ranks.on_each_rank(lambda: (generation.metadata(), generation.meta()))
         targets = _Targets(generation.path, metadata)
@@ -141,7 +142,7 @@ class _Wanted:
             ranks.on_each_rank(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, self.model, optimizer))  # type: ignore[misc]
         read(generation, targets.flat, metadata)
         ranks.on_each_rank(lambda: self._set(targets, weights, meta))
-        return meta
+        return with_shards(meta, self.model)
 
     def _check_surplus(self, generation: Generation, saved: set[str]) -> None:
         """Sees that no optimizer is left out, where any is loaded."""

@@ -22,6 +22,7 @@ from lightning_mics.checkpoint.background import (
     pickled,
     wait_for_checkpoints,
 )
+from lightning_mics.checkpoint.beside import without_shards
 from lightning_mics.checkpoint.manifest import Facts, Manifest, step_of
 from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.sharing import own_part
@@ -30,7 +31,6 @@ from lightning_mics.checkpoint.state import (
     is_extra_state,
     model_state,
     optimizer_state,
-    without_shards,
 )
 from lightning_mics.checkpoint.writer import NotingFileSystem
 from lightning_mics.core._torch import tree_leaves

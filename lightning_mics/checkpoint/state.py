@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.checkpoint import ranks
-from lightning_mics.core._torch import plain_name, tree_leaves, tree_map_only
+from lightning_mics.core._torch import plain_name, tree_leaves
 from lightning_mics.core._torch import shard_like as shard_like
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.class_names import class_of
@@ -113,7 +113,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, *, full: bool = Fals
 def _on_first_rank(value: Any) -> Any:
     """Gathers whatever shards there are in a value; rank 0 gets them in host memory. Collective."""
     if isinstance(value, DTensor):
-        return _gathered(value)
+        return gathered(value)
     if isinstance(value, Tensor):
         return _on_host(value.detach())
     if isinstance(value, dict):
@@ -155,29 +155,13 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
-def _gathered(shard: DTensor) -> Tensor | None:
+def gathered(shard: DTensor) -> Tensor | None:
+    """Returns the whole of a shard on rank 0, in host memory; ``None`` on the others. Collective."""
     full = _full(shard)
     return _on_host(full) if ranks.rank() == 0 else None
 
 
 @_outside_inference_mode
-def without_shards(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns what is to be written by rank 0 alone, with whole tensors in the place of shards. Collective.
-
-    Raises:
-        CheckpointError: On every rank, if there are shards on some ranks only.
-    """
-    counts = ranks.together(lambda: sum(isinstance(leaf, DTensor) for leaf in tree_leaves(content)))
-    if len(set(counts)) > 1:
-        few = counts.index(min(counts))
-        raise CheckpointError(
-            f"rank {few} was given {counts[few]} shard(s) beside the model, and other ranks {max(counts)}. All ranks "
-            "must save the same entries: gathering a shard takes all of them"
-        )
-    gathered: dict[str, Any] = tree_map_only(DTensor, _gathered, content) if counts[0] else content
-    return gathered
-
-
 def empty_like(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
     """Returns memory for a state tensor: sharded like ``param`` if it has its shape, else in host memory."""
     if size == param.shape:

@@ -16,8 +16,11 @@ from lightning_mics.core._needs import gone, require
 try:
     from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
     from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.utils._pytree import keystr as keystr
+    from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map_only as tree_map_only
+    from torch.utils._pytree import tree_map_with_path as tree_map_with_path
 except ImportError as error:
     raise gone(error) from error
 
