@@ -112,6 +112,7 @@ def load_into(
     Raises:
         CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
     """
+    ranks.agree("load_checkpoint", optimizers=[*(optimizers or {})], model=model_key, strict=strict)
     wanted = _Wanted(model, dict(optimizers or {}), model_key, strict, {*elsewhere})
     return read_generation(path, weights_only, wanted.load)
 
@@ -439,8 +440,10 @@ def load_raw(
         CheckpointError: On every rank, if the file is missing, damaged or does not fit.
     """
     wait_for_checkpoints()
+    ranks.agree("load_raw", path=path, target=type(target).__name__, strict=strict)
     path = storage.place(path)
     storage.check_shared(path)
+    ranks.agree("load_raw", content=_digest(path, weights_only))
 
     def fill() -> None:
         if files.find_kind(path) == "sharded":
@@ -453,6 +456,16 @@ def load_raw(
             fill_weights(path, target, state, strict)
 
     ranks.on_each_rank(fill)
+
+
+def _digest(path: Place, weights_only: bool | None) -> str | None:
+    """Tells one file from another, if PyTorch 1.6 or a later one wrote it."""
+    try:
+        generation = Generation(path, weights_only)
+    except (CheckpointError, OSError):  # whoever reads it says so
+        return None
+    generation.close()
+    return generation.digest
 
 
 def _read_raw(path: Place, weights_only: bool | None) -> dict[str, Any]:

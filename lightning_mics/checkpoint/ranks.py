@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mics.errors import CheckpointError
 
+_NAMED = 4
+
 T = TypeVar("T")
 
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("_group", default=None)
@@ -90,6 +92,30 @@ def together(step: Callable[[], T], *, alone: bool = False) -> list[T]:
             where = f" (on rank {source})" if len(outcomes) > 1 else ""
             raise CheckpointError(message + where)
     return [value for _, value in outcomes]
+
+
+def agree(call: str, **arguments: object) -> None:
+    """Checks that all ranks give a call the same arguments. Collective over the world.
+
+    Args:
+        call: The call, as users write it.
+        **arguments: What is to be the same, in a form that can be compared as text.
+
+    Raises:
+        CheckpointError: On every rank, naming an argument, its values and the ranks that gave them.
+    """
+    given = together(lambda: {name: str(value) for name, value in arguments.items()})
+    for name in arguments:
+        by_value: dict[str, list[int]] = {}
+        for source, said in enumerate(given):
+            by_value.setdefault(said[name], []).append(source)
+        if len(by_value) > 1:
+            told = "; ".join(f"{value} on rank(s) {_some(sources)}" for value, sources in by_value.items())
+            raise CheckpointError(f"{call} was given another {name} on some ranks: {told}. Give all ranks the same.")
+
+
+def _some(sources: list[int]) -> str:
+    return ", ".join(map(str, sources[:_NAMED])) + (f" and {len(sources) - _NAMED} more" * (len(sources) > _NAMED))
 
 
 def on_each_rank(step: Callable[[], T]) -> T:

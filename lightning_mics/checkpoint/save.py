@@ -73,6 +73,7 @@ def save_checkpoint(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    ranks.agree("save_checkpoint", path=path, sharded=sharded, optimizers=len(listed), background=background)
     target = storage.place(path, storage_options)
     if is_sharded(model):
         broadcast_buffers(model)
@@ -112,6 +113,7 @@ def save_sharded(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     wait_for_checkpoints()
+    ranks.agree("save_sharded", path=path, state=[*state])
     path, meta = storage.place(path), without_shards(meta)
     draft = drafts.begin(path, folder=True)
     with draft.undone_on_error():
@@ -160,6 +162,7 @@ def save_full(
         CheckpointError: On every rank, if writing failed; the previous checkpoint is untouched.
     """
     wait_for_checkpoints()
+    ranks.agree("save_full", path=path)
     path = storage.place(path)
     content: Any = without_shards(checkpoint)
     draft = drafts.begin(path, folder=False)
@@ -194,6 +197,7 @@ def save_folder(path: str | os.PathLike[str], write: Callable[[Path], None], *, 
         CheckpointError: On every rank, if writing failed on any; what was there is untouched.
     """
     wait_for_checkpoints()
+    ranks.agree("save_folder", path=path)
     path = Path(path)
     draft = drafts.begin(path, folder=True, replaces_all=True)
     named = draft.local / path.name
