@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 from works import works
 
-from lightning_mics import Hop
+from lightning_mics import CheckpointError, Hop
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences
 from lightning_mics.transformers import MiCSTrainer
@@ -246,3 +246,15 @@ def evaluate_then_train(folder: str) -> tuple[float, float]:
 def test_evaluation_may_come_first(pool: WorkerPool, tmp_path: Path) -> None:
     for before, after in pool.run(evaluate_then_train, str(tmp_path), world_size=4):
         assert after < before
+
+
+def write_to_a_url(folder: str) -> list[str]:
+    says = "memory://out is a URL, and the Trainer of transformers writes to file"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=says):
+        patch.chdir(folder)
+        make_trainer(MiCSTrainer, "memory://out", build("gpt2", 1), 2)
+    return os.listdir(folder)
+
+
+def test_urls_are_refused_before_anything_is_written(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(write_to_a_url, str(tmp_path), world_size=1) == [[]]

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -313,10 +312,11 @@ class MiCSAccelerator(Accelerator):
 
         Collective over the world: call it on every rank.
         """
+        folder = checkpoints.local_place(save_directory, "accelerator.save_model")
         weights = self.get_state_dict(model)  # a model inside of a compiled one does not know that it is sharded
         if self.is_main_process:
             model = self.unwrap_model(model, keep_torch_compile=False)
-            write_weights(model, weights, Path(save_directory), max_shard_size, safe_serialization)
+            write_weights(model, weights, folder, max_shard_size, safe_serialization)
         self.wait_for_everyone()
 
     @on_all_ranks("accelerator.save_state")

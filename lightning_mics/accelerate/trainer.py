@@ -53,6 +53,7 @@ class TrainerMethods:
 
     def create_accelerator_and_postprocess(self: Any) -> None:
         """Gives the Trainer a :class:`~lightning_mics.accelerate.MiCSAccelerator`."""
+        checkpoints.local_place(self.args.output_dir, "the Trainer of transformers")
         with _accelerator_is(functools.partial(self.accelerator_class, mics_plugin=self.mics_plugin)):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.accelerator.mics_plugin.config.async_checkpoint:

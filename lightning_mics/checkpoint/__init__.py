@@ -35,7 +35,7 @@ from lightning_mics.checkpoint.state import (
     shard_like,
     whole,
 )
-from lightning_mics.checkpoint.storage import Place, Remote, place
+from lightning_mics.checkpoint.storage import Place, Remote, local_place, place
 from lightning_mics.checkpoint.trust import read_file
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "load_raw",
     "load_rest",
     "local_copy",
+    "local_place",
     "made_whole",
     "model_state",
     "optimizer_state",

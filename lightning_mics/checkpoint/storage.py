@@ -352,6 +352,24 @@ def _with_both_slashes(text: str) -> str:
     return f"{protocol}://{rest}"
 
 
+def local_place(path: str | os.PathLike[str], writer: str) -> Path:
+    """Returns where a local path leads.
+
+    Args:
+        path: The path.
+        writer: What writes there, and takes no URL.
+
+    Raises:
+        CheckpointError: If it is a URL.
+    """
+    found = place(path)
+    if isinstance(found, Path):
+        return found
+    raise CheckpointError(
+        f"{found} is a URL, and {writer} writes to file systems only. Give a local path, and copy it."
+    )
+
+
 def staging() -> Path:
     """Returns what stands on this machine's disk for what is to be put elsewhere."""
     return Path(tempfile.gettempdir()) / "checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from types import MethodType
 from typing import Any
@@ -42,17 +43,18 @@ def _link(target: str, link: str) -> None:
 
 
 def find_urls_of_last(callback: Any) -> None:
-    """Has ModelCheckpoint find the last checkpoints of a URL, which it looks for without the protocol."""
+    """Has ModelCheckpoint find the last checkpoints under a URL, of which it drops the protocol."""
     if isinstance(callback, ModelCheckpoint):
         callback._find_last_checkpoints = MethodType(_find_last, callback)  # type: ignore[method-assign]
 
 
 def _find_last(self: ModelCheckpoint, trainer: pl.Trainer) -> set[str]:
-    found = ModelCheckpoint._find_last_checkpoints(self, trainer)
     folder = checkpoints.place(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
     if not isinstance(folder, checkpoints.Remote):
-        return found
-    return {file.url for path in found if (file := _dated(folder / os.path.basename(path))).exists()}
+        return ModelCheckpoint._find_last_checkpoints(self, trainer)
+    pattern = rf"{self.CHECKPOINT_NAME_LAST}(-\d+)?.*{re.escape(self.FILE_EXTENSION)}"
+    found = [_dated(entry) for entry in folder.iterdir() if re.fullmatch(pattern, entry.name)]
+    return {file.url for file in found if file.exists()}
 
 
 def _dated(checkpoint: checkpoints.Remote) -> checkpoints.Remote:

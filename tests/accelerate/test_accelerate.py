@@ -18,6 +18,7 @@ from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerato
 from checkpoint_tools import slow_writing
 from lightning_tools import make_trainer
 from models import VOCABULARY, build, loss_of, microbatch
+from object_storage import keys
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,7 +30,7 @@ from lightning_mics.accelerate import MiCSAccelerator, MiCSPlugin
 from lightning_mics.accelerate.backends import ask_for_backends
 from lightning_mics.accelerate.plugin import launched_settings
 from lightning_mics.checkpoint import optimizer_state
-from lightning_mics.errors import MiCSConfigError
+from lightning_mics.errors import CheckpointError, MiCSConfigError
 from lightning_mics.testing import WorkerPool, full_state_dict, relative_difference, weight_differences
 
 ROWS, EPOCHS, CLIP = 2, 2, 0.5
@@ -325,6 +326,30 @@ def test_state_is_loaded_bitwise_on_other_shapes(pool: WorkerPool, tmp_path: Pat
             assert equal(loaded, saved)
             assert loaded_schedule["last_epoch"] == schedule["last_epoch"]
             assert (counter, step) == (17, 6)
+
+
+def save_and_load_at_a_url(root: str) -> tuple[bool, int, int, list[str]]:
+    os.environ["OBJECTS_ROOT"] = root
+    project = {"project_dir": "objects://bucket/run", "automatic_checkpoint_naming": True, "total_limit": 2}
+    accelerator, model, optimizer, _, counter = set_up(2, 1, **project)
+    optimizer.step()
+    for value in (16, 17, 18):
+        counter.value = value
+        accelerator.save_state()
+    before, counter.value = everything(model, optimizer), 0
+    optimizer.step()
+    accelerator.load_state("objects://bucket/run/checkpoints/checkpoint_1")
+    same, first = equal(everything(model, optimizer), before), counter.value
+    accelerator.load_state()
+    with pytest.raises(CheckpointError, match=r"a URL, and accelerator\.save_model writes to file systems only"):
+        accelerator.save_model(model, "objects://bucket/model")
+    return same, first, counter.value, sorted({key.split("/")[2] for key in keys(Path(root))})
+
+
+@works("Savers", "save_state and load_state in object storage")
+def test_states_at_urls(pool: WorkerPool, tmp_path: Path) -> None:
+    for result in pool.run(save_and_load_at_a_url, str(tmp_path), world_size=2):
+        assert result == (True, 17, 18, ["checkpoint_1", "checkpoint_2"])
 
 
 @works("Savers", "save_pretrained of transformers, after accelerator.prepare")
