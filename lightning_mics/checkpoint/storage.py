@@ -25,6 +25,7 @@ from lightning_mics.checkpoint.manifest import MANIFEST
 from lightning_mics.errors import CheckpointError
 
 _PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0, 4.0)  # between tries
+_PATIENCE_SECONDS = 20.0  # after which no other try begins: fsspec's file systems try again by themselves, too
 _BLOCK_BYTES, _LARGEST_READ_BYTES = 1 << 22, 1 << 26
 _CONNECTIONS = 8
 _LOCAL = ("file", "local")
@@ -206,14 +207,20 @@ class Remote:
 
     def write_bytes(self, content: bytes) -> None:
         """Puts an object, in one step."""
-        self._call(lambda system, key: system.pipe_file(key, content))
+        self._put(lambda system, key: system.pipe_file(key, content))
 
     def upload(self, file: Path) -> None:
         """Puts a local file as an object, which is there when all of it is."""
         if self.is_of_process:  # fsspec would show what is there so far
             self.write_bytes(file.read_bytes())
             return
-        self._call(lambda system, key: system.put_file(str(file), key))
+        self._put(lambda system, key: system.put_file(str(file), key))
+
+    def _put(self, action: Callable[[Any, str], object]) -> None:
+        try:
+            self._call(action)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error}: there is no such bucket. Create it, or check the URL.") from None
 
     def upload_all(self, local: Path) -> None:
         """Puts a local file, or each file of a folder."""
@@ -239,18 +246,18 @@ class Remote:
             FileNotFoundError: If there is no such object.
             CheckpointError: If it fails for another reason; says what to do, and no credentials.
         """
-        pauses = iter(_PAUSES_SECONDS)
-        while True:
+        begin = time.monotonic()
+        for pause in (*_PAUSES_SECONDS, None):
             try:
                 system, key = url_to_fs(self.url, **self._options)
                 return action(system, key)
             except FileNotFoundError as error:
                 raise FileNotFoundError(self._without_secrets(f"{error} ({self})")) from None
             except Exception as error:
-                pause = next(pauses, None)
-                if pause is None or not _may_pass(error):
+                if pause is None or not _may_pass(error) or time.monotonic() - begin > _PATIENCE_SECONDS:
                     raise self._explained(error) from None
                 time.sleep(pause)
+        raise AssertionError
 
     def _explained(self, error: Exception) -> CheckpointError:
         said = self._without_secrets(f"{type(error).__name__}: {' '.join(str(error).split()) or 'no more is known'}")
@@ -267,8 +274,8 @@ class Remote:
         if isinstance(error, ValueError | TypeError):
             return "Check the URL and storage_options=."
         return (
-            f"It was tried {len(_PAUSES_SECONDS) + 1} times. Check the network, the endpoint in storage_options= and "
-            "whether the storage is up."
+            "It was tried several times. Check the network, the endpoint in storage_options= and whether the storage "
+            "is up."
         )
 
     def _without_secrets(self, text: str) -> str:
