@@ -7,7 +7,6 @@ and that of the process wait for it.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import functools
 import io
@@ -187,7 +186,8 @@ def _own_group() -> dist.ProcessGroup | None:
 @functools.cache
 def _wait_before_the_end() -> None:
     before_destroying_world(wait_for_checkpoints)
-    atexit.register(_end)
+    # As early as there is: pools of threads, which uploads need, are shut before other functions at exit.
+    threading._register_atexit(_end)  # type: ignore[attr-defined]
     os.register_at_fork(after_in_child=_forget)  # which does not have the thread
 
 
