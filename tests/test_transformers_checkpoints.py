@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate_tools import forget_accelerate
 from models import build
-from test_transformers import ROWS, make_trainer
+from test_transformers import ROWS, make_trainer, train_alone
 from torch import Tensor, nn
 from works import works
 
@@ -23,7 +23,7 @@ from lightning_mics import CheckpointError
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.accelerate.resuming import find_checkpoint
 from lightning_mics.checkpoint import describe_checkpoint, list_checkpoints, verify_checkpoint
-from lightning_mics.testing import WorkerPool, full_state_dict
+from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 from lightning_mics.transformers import MiCSTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
@@ -219,6 +219,30 @@ def test_other_names_are_an_error(pool: WorkerPool, run: Path) -> None:
     save_file({f"other.{name}": tensor for name, tensor in weights.items()}, plain / "model.safetensors")
     for said in pool.run(resume_in_words, str(run), str(plain), world_size=2):
         assert "does not fit the model" in said and "Missing in the checkpoint" in said
+
+
+def go_on_from_others(folder: str) -> tuple[float, float]:
+    """Goes on from a checkpoint of transformers alone; returns how far that is from going on there."""
+    settings = {**SAVING, "optim": "adamw_torch", "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    together = train_alone(f"{folder}/alone{dist.get_rank()}", False, ROWS * 2, max_steps=4, **settings)
+    forget_accelerate()
+    worst = []
+    for model in (build("gpt2", 9), _on_meta()):
+        trainer = trainer_in(f"{folder}/ours", 4, model, **{**settings, "save_strategy": "no"})
+        trainer.train(resume_from_checkpoint=f"{folder}/alone0/checkpoint-2")
+        worst.append(max(weight_differences(full_state_dict(trainer.model), together[2]).values()))
+    return worst[0], worst[1]
+
+
+def _on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return build("gpt2", 9)
+
+
+@works("Savers", "Resuming from a checkpoint of transformers' own Trainer")
+def test_checkpoints_of_transformers_alone_are_gone_on_with(pool: WorkerPool, tmp_path: Path) -> None:
+    for worst in pool.run(go_on_from_others, str(tmp_path), world_size=2, timeout=120):
+        assert max(worst) <= 1e-4  # Adam enlarges rounding
 
 
 def rotate(folder: str, **settings: Any) -> tuple[list[str], str | None]:
