@@ -110,9 +110,9 @@ def test_hundreds_of_damages_are_errors(run: Path, record_property: Callable[[st
     record_property("figures", f"{sum(counts.values())} damages ({counts}): none was silent")
 
 
-def resume_in_words(folder: str, resume: str | bool, steps: int = 3) -> str:
+def resume_in_words(folder: str, resume: str | bool, steps: int = 3, **settings: Any) -> str:
     try:
-        train(folder, steps, resume)
+        train(folder, steps, resume, **settings)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -126,6 +126,8 @@ def test_what_is_not_whole_is_passed_over_or_refused_on_all_ranks(pool: WorkerPo
         assert "model.safetensors is damaged" in said
     for said in pool.run(resume_in_words, str(run), str(run / "checkpoint-7"), world_size=2):
         assert "trainer_state.json is missing" in said and "from_pretrained" in said
+    for said in pool.run(resume_in_words, str(run), str(run / "checkpoint-1"), optim="sgd", world_size=2):
+        assert "holds states of another optimizer" in said and "SGD has dampening" in said
     assert find_checkpoint(str(run), True, None) == str(run / "checkpoint-1")
     assert "passing over checkpoint-7 (" in caplog.text and "; checkpoint-2 (" in caplog.text
     (run / "checkpoint-2" / "notes.txt").write_text("of somebody")
@@ -199,7 +201,7 @@ def test_a_killed_save_leaves_the_checkpoint_before_it(pool: WorkerPool, tmp_pat
 def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(
     pool: WorkerPool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    found = kill_at(pool, tmp_path, list(range(1, 40)))
+    found = kill_at(pool, tmp_path, list(range(1, 121, 3)))
     record_property("figures", f"{len(found)} crashes: {found.count('checkpoint-1')} left the earlier checkpoint")
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate_tools import make_accelerator
 from checkpoint_tools import trained
+from lightning_tools import LanguageModel, loader, make_trainer
 from torch import nn
 
-from lightning_mics import CheckpointError, load_checkpoint, save_checkpoint
+from lightning_mics import CheckpointError, MiCSStrategy, load_checkpoint, save_checkpoint
 from lightning_mics.checkpoint import load_raw
 from lightning_mics.testing import WorkerPool
 
@@ -195,6 +196,12 @@ def test_raw_states_are_checked(tmp_path: Path) -> None:
         load_raw(tmp_path / "raw.pt", adamw(free(model)))
 
 
+def fit(optimizer: str, path: str | None = None) -> Any:
+    trainer = make_trainer(strategy=MiCSStrategy(shard_size=2))
+    trainer.fit(LanguageModel(optimizer), loader(1, 2), ckpt_path=path)
+    return trainer
+
+
 def load_other_kinds(folder: str) -> list[str]:
     """Returns what each way in says of the states of another optimizer."""
     model, optimizer = trained(1)
@@ -206,8 +213,10 @@ def load_other_kinds(folder: str) -> list[str]:
     inner.step()
     accelerator.save_state(f"{folder}/accelerate")
     accelerator._optimizers[0].optimizer = SGD(prepared.parameters(), 0.1)
+    fit("adamw").save_checkpoint(f"{folder}/trainer.ckpt")
     said = []
     for load in (
+        lambda: fit("sgd", f"{folder}/trainer.ckpt"),
         lambda: load_checkpoint(f"{folder}/bare.ckpt", model, SGD(model.parameters(), 0.1)),
         lambda: accelerator.load_state(f"{folder}/accelerate"),
     ):
@@ -221,4 +230,4 @@ def load_other_kinds(folder: str) -> list[str]:
 
 def test_every_rank_is_told(pool: WorkerPool, tmp_path: Path) -> None:
     for said in pool.run(load_other_kinds, str(tmp_path), world_size=2):
-        assert len(said) == 2 and all("SGD has dampening, momentum, nesterov instead" in words for words in said)
+        assert len(said) == 3 and all("SGD has dampening, momentum, nesterov instead" in words for words in said)
