@@ -17,7 +17,7 @@ from lightning_mics._moved import open_door
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.precision import DTYPE_NAMES, supported_precision
 from lightning_mics.text import did_you_mean, nearest, parse_quantity
-from lightning_mics.topology import ShardSize, check_positive_int
+from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
 from lightning_mics.yaml_text import parse_yaml, read_yaml
 
 Wrap = str | type[torch.nn.Module] | Collection[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
@@ -42,6 +42,7 @@ _LATER = (
     "verify_every",
     "on_mismatch",
     "async_checkpoint",
+    "optimizer_shard_size",
 )
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -80,6 +81,9 @@ class MiCSConfig:
             is an error before the next step's gradients are averaged, with parameter, ranks and step.
         on_mismatch: What follows from a difference: ``"raise"``, or ``"repair"``, which copies shard and optimizer
             states from the majority (of three replicas or more) before the next forward pass.
+        optimizer_shard_size: Ranks that divide the optimizer states of a replica, and the work of a step: a multiple of
+            ``shard_size`` that divides the world, ``"partition"`` (those of the partition group, as in the paper) or
+            ``"world"`` (all ranks: AdamW's states take 8/N bytes a float32 parameter instead of 8/p).
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
         async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
@@ -106,9 +110,11 @@ class MiCSConfig:
     verify_every: int | None = None
     on_mismatch: Literal["raise", "repair"] = "raise"
     async_checkpoint: bool = False
+    optimizer_shard_size: OptimizerShardSize = "partition"
 
     def __post_init__(self) -> None:
         self._check_shard_size()
+        self._check_optimizer_shard_size()
         if self.node_size is not None:
             check_positive_int("node_size", self.node_size, 1)
         if not isinstance(self.hierarchical, bool) and self.hierarchical != "auto":
@@ -148,6 +154,17 @@ class MiCSConfig:
                 )
             return
         check_positive_int("shard_size", self.shard_size, "node")
+
+    def _check_optimizer_shard_size(self) -> None:
+        if isinstance(self.optimizer_shard_size, str):
+            if self.optimizer_shard_size not in ("partition", "world"):
+                raise MiCSConfigError(
+                    f"optimizer_shard_size={self.optimizer_shard_size!r} is not a known word. Values that work: "
+                    "'partition', 'world', or a multiple of shard_size that divides the world.",
+                    setting="optimizer_shard_size",
+                )
+            return
+        check_positive_int("optimizer_shard_size", self.optimizer_shard_size, "world")
 
     def _check_wrap(self) -> None:
         entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
@@ -303,6 +320,7 @@ class Settings(TypedDict, total=False):
     verify_every: int | None
     on_mismatch: Literal["raise", "repair"] | None
     async_checkpoint: bool | None
+    optimizer_shard_size: OptimizerShardSize | None
 
 
 def takes_settings(init: _Init) -> _Init:

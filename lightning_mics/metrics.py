@@ -35,6 +35,7 @@ class Hop(str, Enum):
     PARTITION_GATHER = "partition gather"
     PARTITION_REDUCE = "partition reduce"
     REPLICATION_REDUCE = "replication reduce"
+    REPLICATION_GATHER = "replication gather"
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,31 @@ def partition_share(layout: GroupLayout, hierarchical: bool) -> LinkShare:
     return LinkShare(Fraction((k - 1) * (p - 1), p), Fraction(p - 1, p))
 
 
-def replication_share(layout: GroupLayout) -> LinkShare:
-    """Returns the link share of the all-reduce over a replication group; its message is one rank's shard."""
-    r, node_size = layout.num_replicas, layout.topology.node_size
-    groups_on_node = layout.local_size
-    members_on_node = node_size // groups_on_node
-    sent = Fraction(2 * (r - 1), r) * groups_on_node
-    leaving = 1 if layout.topology.num_nodes > 1 and r > members_on_node else 0
-    return LinkShare(sent * (members_on_node - leaving), sent * leaving)
+def replication_share(layout: GroupLayout, optimizer_shard_size: int | None = None) -> LinkShare:
+    """Returns the link share of hop two; its message is one rank's shard.
+
+    By default an all-reduce. Where ``m`` replicas divide optimizer states, a reduce-scatter between these, and an
+    all-reduce of what is left, ``1/m``, between the instances.
+    """
+    m = (optimizer_shard_size or layout.shard_size) // layout.shard_size
+    r, node_size = layout.num_replicas // m, layout.topology.node_size
+    scattered = slice_share(layout, m * layout.shard_size)
+    members_on_node = max(1, node_size // layout.local_size // m)
+    sent = Fraction(2 * (r - 1), r * m) * node_size
+    leaving = Fraction(1, members_on_node) if layout.topology.num_nodes > 1 and r > members_on_node else Fraction(0)
+    return LinkShare(scattered.intra + sent * (1 - leaving), scattered.inter + sent * leaving)
+
+
+def slice_share(layout: GroupLayout, optimizer_shard_size: int) -> LinkShare:
+    """Returns the link share of a gather of slices over ``m`` replicas; its message is one rank's shard.
+
+    Each rank sends ``(m-1)/m`` of it in a ring, and where that spans nodes, one rank of each sends elsewhere.
+    """
+    m, node_size = optimizer_shard_size // layout.shard_size, layout.topology.node_size
+    sent = Fraction(m - 1, m)
+    members_on_node = node_size // layout.local_size
+    leaving = layout.local_size if m > members_on_node else 0
+    return LinkShare(sent * (node_size - leaving), sent * leaving)
 
 
 class CommLedger:
@@ -104,19 +122,24 @@ class CommLedger:
 
     A collective only counts up the size of its message, cheap enough to stay on; the rest is worked out when asked for.
 
-    Attributes:
+    Args:
         layout: Which rank holds what.
+        optimizer_shard_size: Ranks that divide optimizer states; by default those of a partition.
+
+    Attributes:
+        layout: See above.
         num_resets: How often counting was started from zero.
     """
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(self, layout: GroupLayout, optimizer_shard_size: int | None = None) -> None:
         self.layout = layout
         self._shares = {
             (Hop.PARTITION_GATHER, False): partition_share(layout, False),
             (Hop.PARTITION_GATHER, True): partition_share(layout, True),
             (Hop.PARTITION_REDUCE, False): partition_share(layout, False),
             (Hop.PARTITION_REDUCE, True): partition_share(layout, True),
-            (Hop.REPLICATION_REDUCE, False): replication_share(layout),
+            (Hop.REPLICATION_REDUCE, False): replication_share(layout, optimizer_shard_size),
+            (Hop.REPLICATION_GATHER, False): slice_share(layout, optimizer_shard_size or layout.shard_size),
         }
         self._sizes: dict[tuple[str, Hop, bool], Counter[int]] = {}
         self.num_resets = 0
@@ -188,6 +211,8 @@ class CommLedger:
     def __str__(self) -> str:
         lines = [f"{'hop':<20}{'calls':>8}{'inside node':>14}{'out of node':>14}"]
         for hop, traffic in self.by_hop().items():
+            if hop is Hop.REPLICATION_GATHER and not traffic.calls:
+                continue
             inside, outside = format_bytes(traffic.intra_bytes), format_bytes(traffic.inter_bytes)
             lines.append(f"{hop.value:<20}{traffic.calls:>8}{inside:>14}{outside:>14}")
         return "\n".join(lines)

@@ -18,6 +18,7 @@ from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import listing
 
 ShardSize = int | Literal["node", "world", "auto"]
+OptimizerShardSize = int | Literal["partition", "world"]
 Group = tuple[int, ...]
 
 
@@ -237,6 +238,35 @@ class GroupLayout:
         """Ranks of a partition group with the same place in their nodes; used by the stage across nodes."""
         k = self.local_size
         return tuple(group[j::k] for group in self.partition_groups for j in range(k))
+
+    def resolve_optimizer_shard_size(self, size: OptimizerShardSize) -> int:
+        """Turns ``"partition"``, ``"world"`` or a number into a checked number of ranks that share optimizer states.
+
+        Raises:
+            MiCSConfigError: If the value cannot work with this layout; the message lists values that do.
+        """
+        p, world = self.shard_size, self.topology.world_size
+        words = {"partition": p, "world": world}
+        if isinstance(size, str) and size in words:
+            return words[size]
+        valid = [q for q in divisors(world) if q % p == 0]
+        if isinstance(size, bool) or not isinstance(size, int) or size not in valid:
+            raise MiCSConfigError(
+                f"optimizer_shard_size={size!r} is not a multiple of shard_size={p} that divides the world of {world} "
+                f"ranks. Values that work: {listing(valid)}, 'partition' or 'world'.",
+                setting="optimizer_shard_size",
+            )
+        return size
+
+    def optimizer_groups(self, optimizer_shard_size: int) -> tuple[Group, ...]:
+        """Returns ranks that divide the optimizer states of one shard: those of neighbouring replicas, in order."""
+        m = optimizer_shard_size // self.shard_size
+        return tuple(group[i : i + m] for group in self.replication_groups for i in range(0, len(group), m))
+
+    def instance_groups(self, optimizer_shard_size: int) -> tuple[Group, ...]:
+        """Returns ranks that hold the same optimizer states, of one parameter's slice in different instances."""
+        m = optimizer_shard_size // self.shard_size
+        return tuple(group[i::m] for group in self.replication_groups for i in range(m))
 
     def replica_of(self, rank: int) -> int:
         """Returns the replica (partition group) that ``rank`` belongs to."""

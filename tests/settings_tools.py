@@ -25,6 +25,7 @@ OTHER_VALUES: dict[str, Any] = {
     "verify_every": 100,
     "on_mismatch": "repair",
     "async_checkpoint": True,
+    "optimizer_shard_size": "world",
 }
 
 

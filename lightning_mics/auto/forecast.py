@@ -64,6 +64,9 @@ class Forecast:
         """Returns what a rank needs by partition size, for all sizes that work."""
         topology, is_staged = self._cluster.topology, self._config.hierarchical is True
         sizes = [size for size in topology.valid_shard_sizes() if not is_staged or size > topology.node_size]
+        divided = self._config.optimizer_shard_size
+        if not isinstance(divided, str):
+            sizes = [size for size in sizes if divided % size == 0]
         return {size: self._memory(self._candidate(size)) for size in sizes}
 
     def explain(self, needs: Mapping[int, MemoryBreakdown], limit: int) -> str:
@@ -82,8 +85,11 @@ class Forecast:
         return " ".join(["shard_size='auto':", explain_misfit(planning), *self.notes])
 
     def _candidate(self, shard_size: int) -> Candidate:
+        layout = self._cluster.topology.layout(shard_size)
+        divided = layout.resolve_optimizer_shard_size(self._config.optimizer_shard_size)
         return Candidate(
             shard_size=shard_size,
+            optimizer_shard_size=divided if divided > shard_size else None,
             micro_batch=self._micro_batch,
             activation_checkpointing=self._config.activation_checkpointing,
             reshard_after_forward=self._config.reshard_after_forward,
@@ -96,24 +102,25 @@ class Forecast:
             self.notes.append("AdamW is assumed: no optimizer is known.")
             return training
         for optimizer in self._optimizers:
-            if any(footprint.is_estimate for footprint, _ in self._footprints(optimizer, 1)):
+            if any(footprint.is_estimate for footprint, _ in self._footprints(optimizer, Candidate(shard_size=1))):
                 self.notes.append(
                     f"The states of {type(optimizer).__name__} are unknown: two float32 numbers an element are assumed."
                 )
         # Its temporaries count, too; those of several optimizers are not there at the same time.
         return replace(training, optimizer=asked[0])
 
-    def _footprints(self, optimizer: Optimizer, shard_size: int) -> Iterator[tuple[OptimizerFootprint, int]]:
-        """Yields what an optimizer needs for a shard, and how many such shards it has."""
+    def _footprints(self, optimizer: Optimizer, candidate: Candidate) -> Iterator[tuple[OptimizerFootprint, int]]:
+        """Yields what an optimizer needs for a slice of a shard, and how many such slices it has."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
         for (shape, dtype), count in Counter((tuple(param.shape), dtype_name(param.dtype)) for param in params).items():
-            shard = Param(shape=Param(shape=shape).shard_shape(shard_size), dtype=dtype)
-            yield optimizer_footprint(optimizer, (shard,), foreach=self._device_type != "cpu"), count
+            shard = Param(shape=Param(shape=shape).shard_shape(candidate.shard_size), dtype=dtype)
+            stepped = replace(shard, shape=shard.shard_shape(candidate.slices))
+            yield optimizer_footprint(optimizer, (stepped,), foreach=self._device_type != "cpu"), count
 
     def _memory(self, candidate: Candidate) -> MemoryBreakdown:
         memory = predict_memory(self._profile, candidate, self._training, self._cluster.node.accelerator)
         if self._optimizers:
-            found = itertools.chain(*(self._footprints(entry, candidate.shard_size) for entry in self._optimizers))
+            found = itertools.chain(*(self._footprints(entry, candidate) for entry in self._optimizers))
             memory = replace(memory, optimizer=float(sum(count * footprint.state_bytes for footprint, count in found)))
         return memory
 

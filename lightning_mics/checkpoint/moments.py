@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint.state import shard_like, trained_parameters
+from lightning_mics.checkpoint.state import trained_parameters
 from lightning_mics.checkpoint.storage import Place
 from lightning_mics.core.log import inform
+from lightning_mics.core.slices import state_like
 from lightning_mics.errors import CheckpointError
 
 # States with an entry for each of a parameter's, in the optimizers of PyTorch.
@@ -254,7 +255,7 @@ def _by_position(
 def sharded_state(value: Any, param: Tensor) -> Any:
     """Returns whole states as a parameter's shards, which share no memory with them."""
     if isinstance(value, Tensor):
-        return shard_like(value, param).clone()  # it may lie in a mapped file, which somebody may overwrite
+        return state_like(value, param)  # not the value itself: it may lie in a mapped file, which others may overwrite
     if isinstance(value, dict):
         return {key: sharded_state(entry, param) for key, entry in value.items()}
     return value

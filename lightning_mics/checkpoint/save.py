@@ -271,7 +271,7 @@ def _write(temporary: Path, state: dict[str, Any], rest: Any) -> dict[str, Facts
 
 
 def _shard_size(state: dict[str, Any]) -> int | None:
-    return next((leaf.device_mesh.size() for leaf in tree_leaves(state) if isinstance(leaf, DTensor)), None)
+    return next((leaf.device_mesh.shape[0] for leaf in tree_leaves(state) if isinstance(leaf, DTensor)), None)
 
 
 def _of_model(meta: dict[str, Any]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from lightning_mics.core._torch import plain_name, tree_leaves
 from lightning_mics.core._torch import shard_like as shard_like
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.class_names import class_of
+from lightning_mics.core.slices import empty_state
 from lightning_mics.errors import CheckpointError
 
 # Lightning validates, and then saves, in inference mode, in which DTensors cannot be detached.
@@ -163,7 +164,7 @@ def gathered(shard: DTensor) -> Tensor | None:
 
 @_outside_inference_mode
 def empty_like(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Returns memory for a state tensor: sharded like ``param`` if it has its shape, else in host memory."""
+    """Returns memory for a state: divided as ``param``'s states are if it has its shape, else in host memory."""
     if size == param.shape:
-        return torch.empty_like(param.detach(), dtype=dtype)
+        return empty_state(param, dtype)
     return torch.empty(size, dtype=dtype)

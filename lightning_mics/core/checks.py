@@ -22,6 +22,8 @@ def check_layout(config: MiCSConfig, topology: ClusterTopology) -> GroupLayout |
     """
     layout = topology.layout("world" if config.shard_size == "auto" else config.shard_size)
     resolve_hierarchical(config, layout)
+    if config.shard_size != "auto":
+        layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
     return None if config.shard_size == "auto" else layout
 
 

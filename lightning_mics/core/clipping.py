@@ -73,7 +73,8 @@ def _total_norm(grads: Iterable[Tensor], norm_type: float) -> Tensor:
         part = norm if is_max else norm**norm_type
         if mesh is not None:
             part = part.to(communication_device(mesh.device_type))
-            dist.all_reduce(part, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=mesh.get_group())
+            for group in mesh.get_all_groups():
+                dist.all_reduce(part, op=dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
         parts.append(part)
     if not parts:
         return torch.zeros(())

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -33,6 +34,7 @@ from lightning_mics.core.drift import DriftCheck
 from lightning_mics.core.failures import explaining
 from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.agreement import CollectiveOrder
+from lightning_mics.core.gradients.second_hop import AllReduce, ReduceToSlices, SecondHop
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
@@ -46,6 +48,7 @@ from lightning_mics.core.places import Call, of_world
 from lightning_mics.core.row_norms import RowNorms
 from lightning_mics.core.runtime import MiCSRuntime, attach
 from lightning_mics.core.self_check import SelfCheck
+from lightning_mics.core.slices import Slices
 from lightning_mics.core.stages import choose_stages
 from lightning_mics.core.units import Unit, backward_order, unit_names
 from lightning_mics.metrics import CommLedger, Hop
@@ -111,7 +114,8 @@ def connect(
         whole: Parameters that are not sharded, by name.
     """
     found = _find_units(model, units, config, mesh)
-    ledger, order = CommLedger(mesh.layout), CollectiveOrder()
+    ledger = CommLedger(mesh.layout, mesh.layout.resolve_optimizer_shard_size(config.optimizer_shard_size))
+    order = CollectiveOrder()
     carrier = transport.transport_for(
         mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
     )
@@ -127,18 +131,21 @@ def connect(
         whole_gradients.add(whole)
         clip_whole_beside_shards()
     row_norms = RowNorms(model, mesh)
+    slices, second_hop = _second_hop(mesh, carrier)
     window = AccumulationWindow(
         mesh,
-        _gradients(found, reduce_scatters, carrier, config),
+        _gradients(found, reduce_scatters, carrier, config, second_hop),
         ledger,
         order,
         whole_gradients,
         overlap=not config.cpu_offload,
+        slices=slices,
         observers=[*_checks(found, config, mesh, ledger), *observers, row_norms],
     )
     guard_steps(window)
     answer_for_the_whole(model.parameters(), explaining)
     parameters = Parameters(gathers.groups, list(map(row_norms.owned, gathers.groups)), order)
+    window.watch_gathers()
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)
     whole_gradients.on_backward = weakref.WeakMethod(passes.begin_backward_outside)
@@ -147,6 +154,17 @@ def connect(
     attach(model, runtime)
     refuse_copies(model)
     return runtime
+
+
+def _second_hop(mesh: MiCSMesh, carrier: transport.Transport) -> tuple[Slices | None, SecondHop]:
+    """Returns how optimizer states are divided further than parameters, if they are, and the hop that leads there."""
+    if mesh.optimizer_mesh is None or mesh.instance_group is None:
+        return None, AllReduce(mesh.replication_group)
+    all_gather, reduce_scatter = carrier.replication(mesh.optimizer_mesh.get_group("slice"))
+    slices = Slices(mesh.optimizer_mesh, all_gather)
+    clip_whole_beside_shards()
+    answer_for_the_whole([slices.like(torch.empty(0), torch.empty(0))])
+    return slices, ReduceToSlices(slices, reduce_scatter, mesh.instance_group)
 
 
 def _checks(units: Sequence[_Unit], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger) -> Iterator[WindowObserver]:
@@ -245,6 +263,7 @@ def _gradients(
     reduce_scatters: Sequence[ReduceScatter],
     carrier: transport.Transport,
     config: MiCSConfig,
+    second_hop: SecondHop,
 ) -> list[UnitGradients]:
     """Returns the gradients of all units in the order in which a backward pass finishes them, the root last."""
     dtype = as_dtype(config.reduce_dtype)
@@ -253,5 +272,5 @@ def _gradients(
         for group in unit.groups:
             group.unshard_outside_inference_mode()
             reductions = carrier.reductions(group, reduce_scatter)
-            found.append(UnitGradients(unit.name, group, dtype, reductions))
+            found.append(UnitGradients(unit.name, group, dtype, second_hop, reductions))
     return found[::-1]

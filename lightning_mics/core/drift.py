@@ -24,6 +24,7 @@ from lightning_mics.core.fingerprints import fingerprints, joint_fingerprint
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.log import inform
 from lightning_mics.core.mesh import MiCSMesh, communication_device
+from lightning_mics.core.slices import is_slice
 from lightning_mics.errors import SelfCheckError
 from lightning_mics.text import listing
 
@@ -108,6 +109,7 @@ class DriftCheck(WindowObserver):
 
     @torch.no_grad()
     def _ask(self, window: AccumulationWindow) -> None:
+        window.put_rows()
         shards = [local_tensor(param) for _, param in _held(window)]
         mine = joint_fingerprint(shards, shards[0].device).view(1)
         group = self._mesh.host_group
@@ -199,7 +201,7 @@ class DriftCheck(WindowObserver):
             optimizer = known()
             states: dict[str, Any] = {} if optimizer is None else optimizer.state.get(param, {})
             for name in sorted(states):
-                if isinstance(states[name], Tensor):
+                if isinstance(states[name], Tensor) and not is_slice(states[name]):  # that of another is another's
                     yield local_tensor(states[name])
 
     def _explain(self, differences: Sequence[_Difference], step: int) -> str:

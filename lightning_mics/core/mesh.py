@@ -57,6 +57,9 @@ class MiCSMesh:
         device_mesh: Two-dimensional mesh ``(replicate, shard)`` over the world, in node-major order.
         intra_group: Peers of the partition on this node; ``None`` where collectives are flat.
         inter_group: Peers of the partition with the same place on other nodes; ``None`` where collectives are flat.
+        optimizer_mesh: Two-dimensional mesh ``(shard, slice)`` over the ranks that divide optimizer states with this
+            one; ``None`` where these are the partition's.
+        instance_group: Ranks that hold the same optimizer states in other instances; ``None`` as above.
         host_group: The whole world, for messages of hosts; no hop uses it where these must travel by the device.
         timings: What was measured in them, by size of message in bytes.
     """
@@ -66,6 +69,8 @@ class MiCSMesh:
     intra_group: dist.ProcessGroup | None
     inter_group: dist.ProcessGroup | None
     host_group: dist.ProcessGroup
+    optimizer_mesh: DeviceMesh | None = None
+    instance_group: dist.ProcessGroup | None = None
     timings: dict[int, StageTiming] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -180,7 +185,8 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     hierarchical = resolve_hierarchical(config, layout)
     groups.end_well()
     world = dist.group.WORLD
-    key = (layout, device_type, hierarchical)
+    optimizer_shard_size = layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
+    key = (layout, device_type, hierarchical, optimizer_shard_size)
     cached = _MESHES.get(key)
     if cached is not None and cached[0] is world:
         return cached[1]
@@ -197,14 +203,31 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     )
     intra = maker.make("inside", layout.intra_groups) if hierarchical else None
     inter = maker.make("across", layout.inter_groups) if hierarchical else None
-    mesh = MiCSMesh(layout, device_mesh, intra, inter, maker.make_unused("hosts", [partition, replication]))
+    hosts = maker.make_unused("hosts", [partition, replication])
+    optimizer_mesh = instance = None
+    if optimizer_shard_size > layout.shard_size:
+        optimizer_mesh, instance = _optimizer_mesh(layout, optimizer_shard_size, maker, partition, device_type)
+    mesh = MiCSMesh(layout, device_mesh, intra, inter, hosts, optimizer_mesh, instance)
     _MESHES[key] = (world, mesh)
     return mesh
 
 
+def _optimizer_mesh(
+    layout: GroupLayout, size: int, maker: groups.GroupMaker, partition: dist.ProcessGroup, device_type: str
+) -> tuple[DeviceMesh, dist.ProcessGroup]:
+    """Makes the mesh of the ranks that divide optimizer states, partition first, and the group of its instances."""
+    slices = maker.make("slices", layout.optimizer_groups(size))
+    instance = maker.make("instances", layout.instance_groups(size))
+    first = dist.get_rank() // size * size
+    # A shard is divided further: the slices of one lie beside one another.
+    ranks = torch.arange(first, first + size).view(-1, layout.shard_size).t().contiguous()
+    mesh = DeviceMesh.from_group([partition, slices], device_type, ranks, mesh_dim_names=("shard", "slice"))
+    return mesh, instance
+
+
 # Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether
 # the process group was torn down in between.
-_MESHES: dict[tuple[GroupLayout, str, bool], tuple[Any, MiCSMesh]] = {}
+_MESHES: dict[tuple[GroupLayout, str, bool, int], tuple[Any, MiCSMesh]] = {}
 
 
 def communication_device(device_type: str) -> torch.device:

@@ -22,6 +22,7 @@ from lightning_mics.core.fingerprints import fingerprints
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.replicas import differing, raise_together
+from lightning_mics.core.slices import is_slice
 from lightning_mics.metrics import CommLedger, Hop
 
 _mode = operator.attrgetter("training")
@@ -107,8 +108,8 @@ class SelfCheck(WindowObserver):
                 if param.has_unsharded_grad:
                     self._problems.append(f"{param.name} keeps an unsharded gradient between microsteps")
                 grad = param.sharded.grad
-                if grad is not None and (
-                    not isinstance(grad, DTensor) or local_tensor(grad).shape != param.local_shape
+                if grad is not None and not (
+                    isinstance(grad, DTensor) and (is_slice(grad) or local_tensor(grad).shape == param.local_shape)
                 ):
                     self._problems.append(f"the gradient of {param.name} is not sharded like the parameter")
 
@@ -177,7 +178,8 @@ class SelfCheck(WindowObserver):
         params = [param for unit in window.units for param in unit.group.params]
         device = window.units[0].group.device
         nothing = torch.ones(1, dtype=torch.int64, device=device)  # unlike a gradient of zeros
-        grads = [param.sharded.grad for param in params]
+        # Slices differ: each replica has its own.
+        grads = [None if grad is None or is_slice(grad) else grad for grad in (param.sharded.grad for param in params)]
         shards = fingerprints([param.sharded for param in params], device)
         reduced = fingerprints([nothing if grad is None else grad for grad in grads], device)
         differs = differing(torch.cat([shards, reduced]), self._mesh.replication_group)

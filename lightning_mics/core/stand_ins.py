@@ -4,7 +4,7 @@ PyTorch lets a hook before ``step`` replace its arguments, the optimizer among t
 the memory of states with the optimizer, and holds other parameters over the same memory; the optimizer itself is never
 changed while the step runs, so one that raises leaves nothing behind.
 
-- Optimizers that work element by element step on this rank's shards, as plain tensors.
+- Optimizers that work element by element step on this rank's shards, or slices of them, as plain tensors.
 - Those that look at a whole matrix (its factors, norms, orthogonalisation) step on one gathered parameter at a time.
 - Of others nothing is known: they step on DTensors, among which plain parameters are replicated ones.
 """
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_mics.core._torch import local_tensor, shard_like
 from lightning_mics.core.mesh import communication_device
+from lightning_mics.core.slices import is_slice, slices_of, state_like
 
 _ELEMENTWISE = (
     torch.optim.SGD,
@@ -65,30 +66,36 @@ class View:
 
 
 class LocalView(View):
-    """Shards as plain tensors."""
+    """Shards as plain tensors; their slices where states are divided further than parameters."""
 
     def of(self, param: Tensor, tensor: Tensor) -> Tensor:
-        """Returns the local shard."""
-        return local_tensor(tensor)
+        """Returns the local shard, or this rank's rows of it."""
+        slices = slices_of(param)
+        return local_tensor(tensor) if slices is None else slices.local(tensor)
 
     def back(self, param: Tensor, seen: Tensor) -> Tensor:
-        """Makes a DTensor of what has the shard's shape."""
-        if not isinstance(param, DTensor) or isinstance(seen, DTensor) or seen.shape != local_tensor(param).shape:
+        """Makes a DTensor of what has the shape of what the parameter was seen as."""
+        if not isinstance(param, DTensor) or isinstance(seen, DTensor) or seen.shape != self.of(param, param).shape:
             return seen
-        return _like(param, seen)
+        slices = slices_of(param)
+        return _like(param, seen) if slices is None else slices.like(param, seen)
 
 
-class ReplicatedView(View):
-    """Plain tensors as replicated DTensors."""
+class DTensorView(View):
+    """DTensors, of slices where states are divided further than parameters, and plain tensors as replicated ones."""
 
     def __init__(self, mesh: Any) -> None:
         self._mesh = mesh
 
     def of(self, param: Tensor, tensor: Tensor) -> Tensor:
-        """Returns a DTensor, of a plain parameter's tensors one over the same memory."""
-        if isinstance(param, DTensor) or isinstance(tensor, DTensor) or tensor.shape != param.shape:
+        """Returns a DTensor over the same memory."""
+        if isinstance(param, DTensor):
+            slices = slices_of(param)
+            is_shard = isinstance(tensor, DTensor) and not is_slice(tensor) and tensor.shape == param.shape
+            return slices.like(param, slices.local(tensor)) if slices is not None and is_shard else tensor
+        if isinstance(tensor, DTensor) or tensor.shape != param.shape:
             return tensor
-        return DTensor.from_local(tensor, self._mesh, [Replicate()], run_check=False)
+        return DTensor.from_local(tensor, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
 
     def back(self, param: Tensor, seen: Tensor) -> Tensor:
         """Makes a plain tensor of a plain parameter's state."""
@@ -178,9 +185,12 @@ def stand_in_for(optimizer: Optimizer) -> StandIn | None:
         return None
     is_mixed = not all(isinstance(param, DTensor) for param in params)
     step = _step_of(optimizer)
+    slices = next((found for found in map(slices_of, params) if found is not None), None)
     if any(step is _unwrapped(cls) for cls in _ELEMENTWISE):
-        return StandIn(optimizer, LocalView()) if is_mixed or not _works_on_dtensors(optimizer) else None
-    return StandIn(optimizer, ReplicatedView(sharded.device_mesh)) if is_mixed else None
+        is_needed = slices is not None or is_mixed or not _works_on_dtensors(optimizer)
+        return StandIn(optimizer, LocalView()) if is_needed else None
+    mesh = sharded.device_mesh if slices is None else slices.mesh
+    return StandIn(optimizer, DTensorView(mesh)) if is_mixed or slices is not None else None
 
 
 def _works_on_dtensors(optimizer: Optimizer) -> bool:
@@ -227,7 +237,7 @@ class _WholeView(View):
         """Makes a DTensor of this rank's part of what has the parameter's shape."""
         if not isinstance(param, DTensor) or seen.shape != param.shape:
             return seen
-        return _like(param, local_tensor(shard_like(seen, param)).clone())
+        return state_like(seen, param)
 
     def written(self, tensor: Tensor, seen: Tensor) -> None:
         """Copies this rank's part of a gathered tensor into its shard."""

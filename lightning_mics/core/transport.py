@@ -20,6 +20,7 @@ from lightning_mics.core.collectives import (
 from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.deferred import DeferredReduction
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
+from lightning_mics.core.cpu.rings import replication_thread
 from lightning_mics.core.gradients.reductions import Reduction
 from lightning_mics.core.mesh import Stages
 from lightning_mics.core.places import Call
@@ -41,6 +42,10 @@ class Transport(ABC):
     @abstractmethod
     def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> ReduceScatter:
         """Returns a reduce-scatter; the arguments are those of :meth:`all_gather`."""
+
+    def replication(self, group: dist.ProcessGroup) -> tuple[AllGather, ReduceScatter]:
+        """Returns a gather and a reduce-scatter between replicas, beside which those of partitions go on."""
+        return FlatAllGather(), FlatReduceScatter()
 
     def reductions(self, group: UnitParamGroup, reduce_scatter: ReduceScatter) -> list[Reduction]:
         """Returns ways to run hop one of a unit that overlap better than FSDP2's own."""
@@ -91,6 +96,10 @@ class RingTransport(Transport):
     ) -> RingReduceScatter:
         """Returns a reduce-scatter."""
         return RingReduceScatter(stages, on_call, call)
+
+    def replication(self, group: dist.ProcessGroup) -> tuple[AllGather, ReduceScatter]:
+        """Returns rings on a thread of their own."""
+        return RingAllGather([group], thread=replication_thread), RingReduceScatter([group], thread=replication_thread)
 
     def reductions(self, group: UnitParamGroup, reduce_scatter: ReduceScatter) -> list[Reduction]:
         """Lets hop one run on beside the backward pass."""

@@ -21,6 +21,7 @@ _NAMES = {
     Hop.PARTITION_GATHER: "partition_gather",
     Hop.PARTITION_REDUCE: "partition_reduce",
     Hop.REPLICATION_REDUCE: "replication_reduce",
+    Hop.REPLICATION_GATHER: "replication_gather",
 }
 _MEBI = 2**20
 
@@ -31,7 +32,8 @@ class MiCSMonitor(Callback):
     Metrics go to the Trainer's logger; speed and bytes out of the node also to its progress bar:
 
     - ``mics/<hop>_intra_mib`` and ``mics/<hop>_inter_mib``: MiB that this rank's node sent inside and out of itself,
-      per optimizer step, for ``partition_gather``, ``partition_reduce`` and ``replication_reduce``;
+      per optimizer step, for ``partition_gather``, ``partition_reduce``, ``replication_reduce`` and
+      ``replication_gather`` (none unless optimizer states are divided further);
     - ``mics/inter_mib``: their sum out of the node;
     - ``mics/samples_per_s``, and ``mics/tokens_per_s`` where batches hold ``input_ids``, of the whole world;
     - ``mics/peak_memory_mib``: of this process; device memory on CUDA, resident memory on CPU.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_mics.metrics import partition_share, replication_share
+from lightning_mics.metrics import LinkShare, partition_share, replication_share, slice_share
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.topology import GroupLayout
 
@@ -55,14 +55,19 @@ class NetworkCosts:
         cluster: The hardware.
         layout: The groups.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
+        optimizer_shard_size: Ranks that divide optimizer states; by default those of a partition.
     """
 
-    def __init__(self, cluster: Cluster, layout: GroupLayout, hierarchical: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, layout: GroupLayout, hierarchical: bool, optimizer_shard_size: int | None = None
+    ) -> None:
         self._intra, self._inter = cluster.node.intra, cluster.node.inter
         self._has_trees = cluster.node.accelerator.device_type != "cpu"
         self._layout, self._hierarchical = layout, hierarchical and layout.spans_nodes
         self._shares = {staged: partition_share(layout, staged) for staged in (False, True)}
-        self._replication_share = replication_share(layout)
+        size = optimizer_shard_size or layout.shard_size
+        self._slices = size // layout.shard_size
+        self._replication_share, self._slice_share = replication_share(layout, size), slice_share(layout, size)
 
     def partition(self, message_bytes: float) -> Cost:
         """Returns the cost of a gather or reduce-scatter of a message (the whole of it) over a partition group."""
@@ -81,16 +86,26 @@ class NetworkCosts:
         return Cost(across + inside, across)
 
     def replication(self, shard_bytes: float) -> Cost:
-        """Returns the cost of the all-reduce of a shard over a replication group."""
-        replicas = self._layout.num_replicas
-        if replicas == 1:
+        """Returns the cost of hop two of a shard: the all-reduce over a replication group, or the way to its slices."""
+        replicas, m = self._layout.num_replicas, self._slices
+        instances = replicas // m
+        steps = (m - 1) + (self._all_reduce_steps(instances) if instances > 1 else 0)
+        sent = ((m - 1) / m + 2 * (instances - 1) / instances / m) * shard_bytes
+        return self._between_replicas(self._replication_share, steps, sent, shard_bytes)
+
+    def slices(self, shard_bytes: float) -> Cost:
+        """Returns the cost of the gather of a shard's slices, after a step on them."""
+        m = self._slices
+        return self._between_replicas(self._slice_share, m - 1, (m - 1) / m * shard_bytes, shard_bytes)
+
+    def _between_replicas(self, share: LinkShare, steps: int, sent: float, shard_bytes: float) -> Cost:
+        """Returns the cost of a ring in some steps, in which each rank sends ``sent`` bytes."""
+        if steps == 0:
             return FREE
-        inter_bytes = float(self._replication_share.inter) * shard_bytes
-        stays_inside = self._replication_share.intra > 0
-        sent = 2 * (replicas - 1) / replicas * shard_bytes if stays_inside else 0.0
+        inter_bytes = float(share.inter) * shard_bytes
         link = self._inter if inter_bytes else self._intra
-        latency = self._all_reduce_steps(replicas) * link.latency
-        seconds = latency + max(inter_bytes / self._inter.rate, sent / self._intra.rate)
+        inside = sent / self._intra.rate if share.intra > 0 else 0.0
+        seconds = steps * link.latency + max(inter_bytes / self._inter.rate, inside)
         return Cost(seconds, seconds if inter_bytes else 0.0)
 
     def agreement(self) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lightning_mics.metrics import Hop, LinkShare, Traffic, partition_share, replication_share
+from lightning_mics.metrics import Hop, LinkShare, Traffic, partition_share, replication_share, slice_share
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, gradient_bytes, predict_memory
@@ -64,7 +65,8 @@ class Plan:
     @property
     def partition_inter_bytes(self) -> int:
         """Bytes of partition groups' collectives that leave a node in an optimizer step: those of every microstep."""
-        return self.inter_bytes - self.traffic[Hop.REPLICATION_REDUCE].inter_bytes
+        partition = (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
+        return sum(self.traffic[hop].inter_bytes for hop in partition)
 
 
 def evaluate(
@@ -127,7 +129,7 @@ class _Step:
         self._profile, self._candidate, self._training = profile, candidate, training
         self._cluster, self._accelerator = cluster, cluster.node.accelerator
         self._layout = candidate.layout(cluster.topology)
-        self._costs = NetworkCosts(cluster, self._layout, candidate.hierarchical)
+        self._costs = NetworkCosts(cluster, self._layout, candidate.hierarchical, candidate.optimizer_shard_size)
 
     def work(self, memory: MemoryBreakdown, engine: Engine | None) -> StepWork:
         """Returns the work of a step."""
@@ -167,6 +169,7 @@ class _Step:
             gather=self._messages(unit, gathered, training.param_dtype, least_message),
             reduce=self._messages(unit, reduced, training.reduce_dtype, least_message),
             replicate=self._costs.replication(reduced / candidate.shard_size) if reduced else FREE,
+            slices=self._costs.slices(_sliced_bytes(unit, candidate, training)),
         )
 
     def _messages(self, unit: Unit, message_bytes: int, dtype: str, least_message: int | None) -> Cost:
@@ -192,7 +195,8 @@ class _Step:
 
     def _optimizer_seconds(self, memory: MemoryBreakdown) -> float:
         """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
-        moved = memory.gradients + 2 * (memory.gradients + memory.optimizer)  # frozen parameters stay
+        stepped = memory.gradients / self._candidate.slices
+        moved = stepped + 2 * (stepped + memory.optimizer)  # frozen parameters stay
         return moved / self._accelerator.memory_bandwidth
 
 
@@ -209,7 +213,8 @@ def predict_traffic(
     if candidate.scheme == "ddp":
         reduced = sum(gradient_bytes(unit, training) for unit in trainable)
     replications = microsteps if candidate.scheme == "mesh-2d" else 1
-    partition, replication = partition_share(layout, candidate.hierarchical), replication_share(layout)
+    partition, optimizer_shard_size = partition_share(layout, candidate.hierarchical), size * candidate.slices
+    replication = replication_share(layout, optimizer_shard_size)
 
     def traffic(calls: int, message_bytes: float, share: LinkShare) -> Traffic:
         return Traffic(calls, int(message_bytes), int(message_bytes * share.intra), int(message_bytes * share.inter))
@@ -226,4 +231,18 @@ def predict_traffic(
     if layout.num_replicas > 1:
         message = replications * reduced / layout.shard_size
         result[Hop.REPLICATION_REDUCE] = traffic(replications * len(trainable), message, replication)
+    if candidate.slices > 1:
+        message = sum(_sliced_bytes(unit, candidate, training) for unit in trainable)
+        result[Hop.REPLICATION_GATHER] = traffic(len(trainable), message, slice_share(layout, optimizer_shard_size))
     return result
+
+
+def _sliced_bytes(unit: Unit, candidate: Candidate, training: Training) -> int:
+    """Returns the bytes of the message that brings the slices of a unit's shards together."""
+    total = 0
+    for param in unit.params if candidate.slices > 1 else ():
+        if param.trainable:
+            rows, *rest = param.shard_shape(candidate.shard_size)
+            width = DTYPE_BYTES[training.state_dtype or param.dtype]
+            total += candidate.slices * -(-rows // candidate.slices) * math.prod(rest) * width
+    return total

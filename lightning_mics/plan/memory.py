@@ -1,16 +1,16 @@
 """The memory of one rank, by part, at the moment of a step when it is highest.
 
 States follow from shapes: FSDP2 divides the first dimension of each parameter, rounding up, and the rank with the
-largest shards counts. What comes and goes is walked through in the order of FSDP2: in the forward pass a unit is there
-twice, as the gathered message and as its parameters; in the backward pass its whole gradients and the message of its
-reduce-scatter are added.
+largest shards counts. Where optimizer states are divided further, so are the rows of each shard. What comes and goes is
+walked through in the order of FSDP2: in the forward pass a unit is there twice, as the gathered message and as its
+parameters; in the backward pass its whole gradients and the message of its reduce-scatter are added.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 
 from lightning_mics._moved import open_door
@@ -95,7 +95,8 @@ def predict_memory(
     for unit, count in Counter(profile.units).items():
         shards = [_shard(param, shard_size, training) for param in unit.params]
         trainable = tuple(shard for shard in shards if shard.trainable)
-        footprint = optimizer_footprint(training.optimizer, trainable, foreach=not on_cpu)
+        stepped = tuple(replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in trainable)
+        footprint = optimizer_footprint(training.optimizer, stepped, foreach=not on_cpu)
         parameters += count * _bytes(shards)
         gradients += count * _bytes(trainable)
         optimizer += count * footprint.state_bytes

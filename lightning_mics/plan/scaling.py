@@ -67,9 +67,12 @@ def _points(planning: Planning, way: Plan, counts: Iterable[int]) -> Iterator[Sc
         cluster = planning.cluster.with_nodes(count)
         if candidate.scheme == "full-sharding":
             candidate = replace(candidate, shard_size=cluster.world_size)
-        if candidate.shard_size in cluster.topology.valid_shard_sizes():
+        if way.candidate.optimizer_shard_size == way.world_size:
+            candidate = replace(candidate, optimizer_shard_size=cluster.world_size)
+        divides = cluster.world_size % (candidate.optimizer_shard_size or candidate.shard_size) == 0
+        if divides and candidate.shard_size in cluster.topology.valid_shard_sizes():
             plan = evaluate(profile, cluster, candidate, training, memory_limit=way.memory_limit)
-            yield ScalingPoint(label=candidate.label, num_nodes=count, plan=plan)
+            yield ScalingPoint(label=way.candidate.label, num_nodes=count, plan=plan)
 
 
 def _with_efficiency(points: list[ScalingPoint]) -> Iterator[ScalingPoint]:

@@ -16,6 +16,7 @@ from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.text import format_bytes
+from lightning_mics.topology import GroupLayout, OptimizerShardSize
 
 # Kept free for activations where nothing is known of them.
 UNKNOWN_ACTIVATIONS = 0.2
@@ -59,6 +60,8 @@ class Choices:
     Attributes:
         batches: Pairs of micro-batch and accumulation.
         shard_sizes: Partition sizes; those that work on the cluster by default.
+        optimizer_shard_size: Ranks that divide optimizer states, as :class:`~lightning_mics.MiCSConfig` has it; by
+            default those of the partition, and all where that does not fit.
         hierarchical: Whether to run partition collectives in two stages; both are tried by default.
         activation_checkpointing: The same for recomputing blocks in the backward pass.
         reshard_after_forward: The same for freeing blocks after the forward pass.
@@ -70,6 +73,7 @@ class Choices:
 
     batches: Sequence[tuple[int, int]]
     shard_sizes: Sequence[int] | None = None
+    optimizer_shard_size: OptimizerShardSize | None = None
     hierarchical: bool | None = None
     activation_checkpointing: bool | None = None
     reshard_after_forward: bool | None = None
@@ -159,12 +163,15 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
     """
     planning = Planning(profile=profile, cluster=cluster, training=training, choices=choices, plans=[], misfits=[])
     limit = planning.memory_limit
-    plans, misfits = [], []
+    plans, misfits, fits = [], [], set()
     for candidate in _candidates(profile, cluster, choices):
+        if candidate.slices > 1 and replace(candidate, optimizer_shard_size=None) in fits:
+            continue  # what fits without needs no division
         memory = predict_memory(profile, candidate, training, cluster.node.accelerator)
         if memory.total > limit:
             misfits.append(Misfit(candidate=candidate, memory=memory, memory_limit=limit))
             continue
+        fits.add(candidate)
         plans.append(evaluate(profile, cluster, candidate, training, memory=memory, memory_limit=limit))
     plans.sort(key=by_throughput)
     plans = plans if choices.ranking == "throughput" else _advised(plans)
@@ -173,7 +180,7 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
     return replace(planning, plans=plans, misfits=misfits, contenders=contenders)
 
 
-def by_throughput(plan: Plan) -> tuple[float, tuple[int, bool, bool, bool, int]]:
+def by_throughput(plan: Plan) -> tuple[float, tuple[int, ...]]:
     """Sorts plans by throughput; among those of the same speed, small partitions and simple settings come first."""
     return -float(f"{plan.samples_per_second:.3g}"), _simplicity(plan.candidate)
 
@@ -211,12 +218,13 @@ def _is_modest(plan: Plan, other: Plan) -> bool:
 def _cost_of_advice(plan: Plan) -> tuple[Any, ...]:
     # What partition groups send must hide behind each microstep, hop two behind the last one only.
     sent = [float(f"{count / plan.global_batch:.3g}") for count in (plan.partition_inter_bytes, plan.inter_bytes)]
-    return *sent, plan.candidate.shard_size, plan.memory.total, _simplicity(plan.candidate)
+    return *sent, plan.candidate.shard_size, plan.candidate.slices, plan.memory.total, _simplicity(plan.candidate)
 
 
-def _simplicity(candidate: Candidate) -> tuple[int, bool, bool, bool, int]:
+def _simplicity(candidate: Candidate) -> tuple[int, ...]:
     return (
         candidate.shard_size,
+        candidate.slices,
         candidate.activation_checkpointing,
         not candidate.reshard_after_forward,
         candidate.hierarchical,
@@ -235,15 +243,27 @@ def _candidates(profile: ModelProfile, cluster: Cluster, choices: Choices) -> It
         staged = [False]
         if layout.spans_nodes and layout.local_size > 1:
             staged = _both(choices.hierarchical, True)
-        for hierarchical in staged:
+        for hierarchical, slices in itertools.product(staged, _optimizer_shard_sizes(layout, choices)):
             yield Candidate(
                 shard_size=size,
+                optimizer_shard_size=slices,
                 hierarchical=hierarchical,
                 micro_batch=batch[0],
                 accumulation=batch[1],
                 activation_checkpointing=checkpoints,
                 reshard_after_forward=reshards,
             )
+
+
+def _optimizer_shard_sizes(layout: GroupLayout, choices: Choices) -> list[int | None]:
+    """Returns how far optimizer states may be divided; ``None`` where they are as parameters are."""
+    asked: list[OptimizerShardSize] = ["partition", "world"]
+    if isinstance(choices.optimizer_shard_size, int) and choices.optimizer_shard_size % layout.shard_size:
+        asked = [] if choices.shard_sizes is None else [choices.optimizer_shard_size]
+    elif choices.optimizer_shard_size is not None:
+        asked = [choices.optimizer_shard_size]
+    sizes = dict.fromkeys(map(layout.resolve_optimizer_shard_size, asked))
+    return [None if size == layout.shard_size else size for size in sizes]
 
 
 def _both(choice: bool | None, matters: bool, otherwise: bool = False) -> list[bool]:
@@ -254,7 +274,7 @@ def _both(choice: bool | None, matters: bool, otherwise: bool = False) -> list[b
 
 def _contenders(profile: ModelProfile, cluster: Cluster, training: Training, best: Plan, limit: float) -> list[Plan]:
     """Other ways to train, with the batch and the settings of the best plan."""
-    same = replace(best.candidate, hierarchical=False)
+    same = replace(best.candidate, hierarchical=False, optimizer_shard_size=None)
     others = [
         replace(same, scheme="full-sharding", shard_size=cluster.world_size),
         replace(same, scheme="mesh-2d"),
@@ -277,6 +297,28 @@ def explain_advice(planning: Planning) -> str | None:
         f"{words[0]} is within {max(1, math.ceil(100 * slower))}% of the fastest, {words[1]}{_gains(best, fastest)}. "
         f"Predictions are no better than {ERROR:.0%}; --rank throughput goes by speed alone."
     )
+
+
+def explain_division(planning: Planning) -> str | None:
+    """Says what it won that the best plan divides optimizer states further than parameters; ``None`` if it does not."""
+    candidate = planning.best.candidate
+    if candidate.slices == 1:
+        return None
+    accelerator = planning.cluster.node.accelerator
+    undivided = replace(candidate, optimizer_shard_size=None)
+    before = predict_memory(planning.profile, undivided, planning.training, accelerator)
+    saved = f"{format_bytes(planning.best.memory.optimizer)} a rank instead of {format_bytes(before.optimizer)}"
+    text = f"Optimizer states are divided over {candidate.optimizer_shard_size} ranks: {saved}"
+    if before.total > planning.memory_limit:
+        missing = format_bytes(before.total - planning.memory_limit)
+        text += f"; with those of the partition alone p={candidate.shard_size} needs {missing} too much"
+    rest = [plan for plan in planning.plans if plan.candidate.slices == 1]
+    if not rest:
+        return f"{text}, and no other partition size fits."
+    other = rest[0]
+    faster = planning.best.samples_per_second / other.samples_per_second - 1
+    speed = f"{faster:.0%} faster than" if faster >= 0.005 else f"within {math.ceil(-100 * faster)}% as fast as"
+    return f"{text}. It is {speed} the best plan without, p={other.candidate.shard_size}."
 
 
 def _gains(best: Plan, fastest: Plan) -> str:
@@ -311,7 +353,8 @@ def explain_misfit(planning: Planning) -> str:
 
 def describe(candidate: Candidate) -> str:
     """Returns a candidate in words, for example ``"p=8 with micro-batches of 2"``."""
-    words = f"p={candidate.shard_size} with micro-batches of {candidate.micro_batch}"
+    own = f" and optimizer states over {candidate.optimizer_shard_size} ranks" if candidate.slices > 1 else ""
+    words = f"p={candidate.shard_size}{own} with micro-batches of {candidate.micro_batch}"
     words += " and activation checkpointing" if candidate.activation_checkpointing else ""
     return words + ("" if candidate.reshard_after_forward else " and blocks kept gathered")
 
@@ -340,7 +383,7 @@ def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     while nodes < _MOST_NODES:
         nodes *= 2
         ranks = nodes * cluster.node.num_accelerators
-        alternatives[2][f"{nodes} nodes, shard_size={ranks}"] = {"shard_size": ranks}
+        alternatives[2][f"{nodes} nodes, shard_size={ranks}"] = {"shard_size": ranks, "optimizer_shard_size": None}
     for changes in alternatives:
         for words, changed in changes.items():
             other = replace(candidate, **changed)

@@ -71,6 +71,7 @@ class Candidate:
         accumulation: Microsteps of an optimizer step.
         activation_checkpointing: Whether blocks are computed again in the backward pass.
         reshard_after_forward: Whether blocks are freed between forward and backward.
+        optimizer_shard_size: Ranks that divide optimizer states; ``None`` for those of a partition.
     """
 
     scheme: Scheme = "mics"
@@ -80,6 +81,7 @@ class Candidate:
     accumulation: int = 1
     activation_checkpointing: bool = False
     reshard_after_forward: bool = True
+    optimizer_shard_size: int | None = None
 
     def __post_init__(self) -> None:
         assert self.scheme != "ddp" or self.shard_size == 1, "DDP does not shard"
@@ -92,6 +94,11 @@ class Candidate:
         """
         return topology.layout(self.shard_size)
 
+    @property
+    def slices(self) -> int:
+        """Number of slices into which the optimizer states of a shard are divided."""
+        return (self.optimizer_shard_size or self.shard_size) // self.shard_size
+
     def recomputes(self, unit: Unit) -> bool:
         """Returns whether a unit is computed again in the backward pass."""
         return self.activation_checkpointing and unit.can_checkpoint
@@ -101,7 +108,8 @@ class Candidate:
         """What to call it in tables, for example ``"MiCS p=8"``."""
         if self.scheme != "mics":
             return SCHEME_NAMES[self.scheme]
-        return f"MiCS p={self.shard_size}" + (" two-stage" if self.hierarchical else "")
+        own = f" q={self.optimizer_shard_size}" if self.slices > 1 else ""
+        return f"MiCS p={self.shard_size}{own}" + (" two-stage" if self.hierarchical else "")
 
     @property
     def short_label(self) -> str:

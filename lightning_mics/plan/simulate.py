@@ -9,7 +9,7 @@ order of their launch.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -78,7 +78,8 @@ class UnitTimes:
         backward: Compute of its backward pass, with recomputation.
         gather: Its gather.
         reduce: Its reduce-scatter.
-        replicate: Its all-reduce between replicas.
+        replicate: Its hop two between replicas.
+        slices: What brings its slices together after a step on them.
     """
 
     name: str
@@ -88,6 +89,7 @@ class UnitTimes:
     gather: Cost = FREE
     reduce: Cost = FREE
     replicate: Cost = FREE
+    slices: Cost = FREE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,7 @@ class _Run:
         self._link_free = 0.0
         self._reduced = self._replicated = 0.0
         self._where = ("forward", 0)
+        self._rows: deque[float] = deque()  # when what an optimizer's step made of units elsewhere is there
 
     def simulate(self, microsteps: int) -> StepTime:
         work = self.work
@@ -249,10 +252,15 @@ class _Run:
         self.events.append(Event(stream=stream, unit=unit, phase=phase, microstep=microstep, start=start, end=end))
 
     def _gather(self, unit: UnitTimes) -> float:
+        self._wait(self._rows.popleft() if self._rows else 0.0, REPLICATE)
         return self._launch(GATHER, unit.name, unit.gather, self.now)
 
     def _first_gather(self, units: Sequence[UnitTimes]) -> float:
-        return self._gather(units[0]) if units and self.engine.gathers_ahead else 0.0
+        return self._gather(units[0]) if units and self._gathers_ahead else 0.0
+
+    @property
+    def _gathers_ahead(self) -> bool:
+        return self.engine.gathers_ahead and not self._rows
 
     def _gather_in_turn(self, units: Sequence[UnitTimes], coming: float) -> Iterator[UnitTimes]:
         """Yields units when their parameters are there, with the gather of the next one on its way.
@@ -262,15 +270,18 @@ class _Run:
             coming: When the gather of the first one ends, where gathers run ahead.
         """
         for index, unit in enumerate(units):
-            self._wait(coming if self.engine.gathers_ahead else self._gather(unit), GATHER)
+            self._wait(coming if self._gathers_ahead else self._gather(unit), GATHER)
             self._compute(unit.name, unit.unpack)
-            if self.engine.gathers_ahead and index + 1 < len(units):
+            if self._gathers_ahead and index + 1 < len(units):
                 coming = self._gather(units[index + 1])
             yield unit
 
     def _forward(self, number: int) -> None:
         self._where = ("forward", number)
         root, blocks = self.work.root, self.work.blocks
+        if number == 0:  # rows of the step before come beside the forward pass that needs them, in its order
+            units = (root, *blocks) if any(unit.slices.seconds for unit in (root, *blocks)) else ()
+            self._rows = deque(self._launch(REPLICATE, unit.name, unit.slices, 0.0) for unit in units)
         self._wait(self._gather(root), GATHER)
         self._compute(root.name, root.unpack)
         for unit in self._gather_in_turn(blocks, self._first_gather(blocks)):

@@ -13,7 +13,7 @@ from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.search import Choices, Planning, search
 from lightning_mics.plan.settings import Training
-from lightning_mics.topology import ShardSize, check_positive_int
+from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
 from lightning_mics.trace import profile_model
 from lightning_mics.trace.models import build_model
 from lightning_mics.trace.optimizers import optimizer_footprint
@@ -37,6 +37,7 @@ def plan(
     reshard_after_forward: bool | None = None,
     memory_limit: float | None = None,
     ranking: str = "advice",
+    optimizer_shard_size: OptimizerShardSize | None = None,
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -60,6 +61,8 @@ def plan(
         reshard_after_forward: Fixes whether blocks are freed after the forward pass.
         memory_limit: Bytes that a rank may use; by default the accelerator's memory.
         ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
+        optimizer_shard_size: Fixes over how many ranks optimizer states are divided; by default those of the partition,
+            and all where that does not fit.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -87,6 +90,7 @@ def plan(
     choices = Choices(
         batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
         shard_sizes=None if shard_size is None else [shard_size],
+        optimizer_shard_size=optimizer_shard_size,
         hierarchical=hierarchical,
         activation_checkpointing=activation_checkpointing,
         reshard_after_forward=reshard_after_forward,

@@ -44,6 +44,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "verify_every": (100, "100"),
     "on_mismatch": ("repair", "repair"),
     "async_checkpoint": (True, "true"),
+    "optimizer_shard_size": ("world", "world"),
 }
 FLAGS = {
     "shard_size": ["--shard-size", "2"],

@@ -113,7 +113,7 @@ def test_the_table_has_as_many_rows_as_asked_for():
 
 
 def test_what_does_not_fit_is_explained_by_partition():
-    planning = find_from(4, batches=((1, 4), (2, 2)))
+    planning = find_from(4, batches=((1, 4), (2, 2)), optimizer_shard_size="partition")
     text = shown(planning)
     closest = min(misfit.memory.total for misfit in planning.misfits if misfit.candidate.shard_size == 1)
     limit = planning.misfits[0].memory_limit

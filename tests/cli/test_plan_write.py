@@ -149,7 +149,7 @@ def test_json_has_everything_under_the_names_of_the_dataclasses():
     assert best["candidate"]["shard_size"] == planning.best.candidate.shard_size
     assert best["memory"]["total"] == pytest.approx(planning.best.memory.total)
     assert best["time"]["seconds"] == planning.best.time.seconds and "events" not in best["time"]
-    assert set(best["traffic"]) == {"partition gather", "partition reduce", "replication reduce"}
+    assert set(best["traffic"]) == {"partition gather", "partition reduce", "replication reduce", "replication gather"}
     assert best["fits"] is True and best["global_batch"] == 64
     assert answer["profile"]["blocks"][0]["count"] == len(planning.profile.blocks)
     assert answer["precision"] == "bf16-mixed"

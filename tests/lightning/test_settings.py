@@ -45,6 +45,7 @@ def test_positions_keep_their_meaning(strategy: Any) -> None:
         "verify_every": None,
         "on_mismatch": "raise",
         "async_checkpoint": False,
+        "optimizer_shard_size": "partition",
     }
     late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]

@@ -36,7 +36,7 @@ def test_every_partition_that_works_is_tried():
 @pytest.mark.parametrize(("fits", "not_yet"), [(2, 1), (4, 2), (8, 4)])
 def test_the_smallest_partition_that_fits_is_found(fits, not_yet):
     limit = (needs(fits) + needs(not_yet)) / 2
-    found = find(limit)
+    found = find(limit, optimizer_shard_size="partition")
     assert found.smallest.candidate.shard_size == fits
     assert {misfit.candidate.shard_size for misfit in found.misfits} == {p for p in (1, 2, 4, 8) if p < fits}
     assert all(plan.fits for plan in found.plans)

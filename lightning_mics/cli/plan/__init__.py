@@ -59,6 +59,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     about = "Each value that works is tried, unless it is given."
     add, switch = parser.add_argument_group("settings to fix", about).add_argument, argparse.BooleanOptionalAction
     add("--shard-size", type=int_or_word, metavar="N", help="ranks of a partition group, 'node' or 'world'")
+    about_states = "ranks that divide optimizer states: 'partition', 'world', or a multiple of the shard size"
+    add("--optimizer-shard-size", type=int_or_word, metavar="N", help=about_states)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
     add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")

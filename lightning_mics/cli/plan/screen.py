@@ -15,7 +15,14 @@ from lightning_mics.cli.plan.page import Page, format_count, format_duration, fo
 from lightning_mics.cli.plan.write import accelerate_code, trainer_code
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
-from lightning_mics.plan.search import UNKNOWN_ACTIVATIONS, Misfit, Planning, explain_advice, largest_micro_batch
+from lightning_mics.plan.search import (
+    UNKNOWN_ACTIVATIONS,
+    Misfit,
+    Planning,
+    explain_advice,
+    explain_division,
+    largest_micro_batch,
+)
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.text import format_bytes, format_number
 
@@ -111,19 +118,20 @@ def _print_ranking(planning: Planning, page: Page, top: int) -> None:
     page.table([*names, "TFLOP/s\na rank", "MFU", "waits"], rows, words=0, gap=1, bold=0)
     more = len(planning.plans) - top
     page.say(
-        "p: ranks of a partition group. Stages of a collective: 2 across nodes, then inside them. Micro-batch: samples "
-        "of a rank x microsteps. Reshard: blocks are freed after the forward pass. Waits: exposed communication."
+        "p: ranks of a partition group (8/64: and 64 divide the optimizer states). Stages of a collective: 2 across "
+        "nodes, then inside them. Micro-batch: samples of a rank x microsteps. Reshard: blocks are freed after the "
+        "forward pass. Waits: exposed communication."
         + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
     )
-    advice = explain_advice(planning)
-    if advice is not None:
-        page.say(advice)
+    for advice in (explain_advice(planning), explain_division(planning)):
+        if advice is not None:
+            page.say(advice)
 
 
 def _ranked(plan: Plan, planning: Planning) -> list[str]:
     candidate, length = plan.candidate, planning.profile.sequence_length
     return [
-        str(candidate.shard_size),
+        str(candidate.shard_size) + (f"/{candidate.optimizer_shard_size}" if candidate.slices > 1 else ""),
         "-" if candidate.shard_size == 1 else "2" if candidate.hierarchical else "1",
         f"{candidate.micro_batch} x {candidate.accumulation}",
         "yes" if candidate.activation_checkpointing else "no",

@@ -35,6 +35,9 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
     settings: dict[str, Any] = {"shard_size": candidate.shard_size}
     if planning.choices.hierarchical is not None and candidate.layout(planning.cluster.topology).spans_nodes:
         settings["hierarchical"] = candidate.hierarchical
+    if candidate.slices > 1:
+        is_world = candidate.optimizer_shard_size == planning.cluster.world_size
+        settings["optimizer_shard_size"] = "world" if is_world else candidate.optimizer_shard_size
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
@@ -110,8 +113,8 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
     )
-    hierarchical = mics_settings(planning).get("hierarchical")
-    variables = {} if hierarchical is None else {"MICS_HIERARCHICAL": str(hierarchical).lower()}
+    beside = {name: mics_settings(planning).get(name) for name in ("hierarchical", "optimizer_shard_size")}
+    variables = {f"MICS_{name.upper()}": str(value).lower() for name, value in beside.items() if value is not None}
     write_launch_file(path, settings, environment=variables, force=force)
     use = f"Start a script with it: {launch_commands(path, variables, machines)[0]}"
     if several and main_process_ip is None:

@@ -43,6 +43,8 @@ def clip_mixed_gradients(total_norm: _Norm) -> None:
         found: dict[Any, Any] = {}
         for kind in (True, False):
             chosen = [tensor for tensor in lists[0] if isinstance(tensor, DTensor) == kind]
+            if not chosen:
+                continue
             for (device, dtype), members in group([chosen], *args, **kwargs).items():
                 found[device, (dtype, kind)] = members
         return found
@@ -52,4 +54,6 @@ def clip_mixed_gradients(total_norm: _Norm) -> None:
 
 
 def _is_mixed(tensors: Sequence[Tensor]) -> bool:
-    return len({isinstance(tensor, DTensor) for tensor in tensors}) > 1
+    """Returns whether tensors are of several kinds, or slices: DTensor knows no largest magnitude of an empty one."""
+    kinds = {tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0 for tensor in tensors}
+    return len(kinds) > 1 or 2 in kinds

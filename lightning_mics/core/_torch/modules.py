@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,10 @@ from lightning_mics.core._needs import gone, require
 
 try:
     from torch.distributed._composable.checkpoint_activation import checkpoint as checkpoint
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor.placement_types import Placement
     from torch.utils._pytree import keystr as keystr
     from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
     from torch.utils._pytree import tree_leaves as tree_leaves
@@ -102,6 +105,15 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         if name in module._buffers
     }
     return {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in passing}
+
+
+def dtensor_over(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], like: Tensor) -> DTensor:
+    """Returns a DTensor of the shape of ``like`` over local memory, wherever that lies.
+
+    ``DTensor.from_local`` would take an offloaded part to the mesh's device.
+    """
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 def shard_like(value: Tensor, param: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ class UnitParamGroup:
         self.params = [UnitParam(param) for param in group.fsdp_params]
         self._has_run = self.is_kept = False
         self._watched: dict[int, Any] = {}
+        self._waits: Callable[[], bool] = lambda: False
         self._gathered_of: list[tuple[int, int, int]] | None = None
 
     @property
@@ -463,6 +464,8 @@ class UnitParamGroup:
 
     def prefetch(self) -> None:
         """Starts gathering, for a forward pass of the unit that is about to come."""
+        if self._waits():
+            return
         self._gathered_of = self._shard_states()
         self._group._prefetch_unshard(self._group, "forward")
 
@@ -504,6 +507,33 @@ class UnitParamGroup:
                 wait_for_unshard()
 
         self._group.wait_for_unshard = wait
+
+    def before_gather(self, told: Callable[[], None], waits: Callable[[], bool]) -> None:
+        """Calls ``told`` where FSDP2 is about to read the shards for a gather, on the current stream.
+
+        Args:
+            told: See above.
+            waits: Tells whether ``told`` would wait. Nothing is gathered ahead then.
+        """
+        self._waits = waits
+        unshard, wait_for_unshard = self._group.unshard, self._group.wait_for_unshard
+
+        def begin(async_op: bool = False) -> None:
+            told()
+            unshard(async_op)
+
+        def wait() -> None:  # a partition of one rank is copied here
+            told()
+            wait_for_unshard()
+
+        self._group.unshard, self._group.wait_for_unshard = begin, wait
+
+    def copies_wait(self) -> None:
+        """Makes the stream on which shards are copied for a gather wait for the current one."""
+        context = self._group.comm_ctx
+        copying = getattr(context, "all_gather_copy_in_stream", None)  # there since the first forward pass
+        if copying is not None:
+            copying.wait_stream(context.device_handle.current_stream())
 
     def when_gathered(self, told: Callable[[], None]) -> None:
         """Calls ``told`` once, when the whole parameters are there for the first time."""
@@ -580,3 +610,8 @@ def fsdp_collectives() -> Any:
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
     return _fsdp_collectives
+
+
+def chunk_cat(shards: Sequence[Tensor], num_chunks: int) -> Tensor:
+    """Returns rows of shards by owner: of each shard ``ceil(rows / num_chunks)`` in each row of the result, padded."""
+    return torch._chunk_cat(list(shards), dim=0, num_chunks=num_chunks)

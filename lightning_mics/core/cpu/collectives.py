@@ -16,7 +16,12 @@ from torch import Tensor
 
 from lightning_mics.core._torch import AllGather, ReduceScatter, reduce_scatter_single
 from lightning_mics.core.collectives import Allocating, OnCall
-from lightning_mics.core.cpu.rings import communication_thread, ring_all_gather, ring_reduce_scatter
+from lightning_mics.core.cpu.rings import (
+    CommunicationThread,
+    communication_thread,
+    ring_all_gather,
+    ring_reduce_scatter,
+)
 from lightning_mics.core.mesh import Stages
 from lightning_mics.core.places import Call
 
@@ -32,10 +37,17 @@ class RingAllGather(Allocating, AllGather):
         stages: The groups it runs in.
         on_call: Told the bytes of each gathered message.
         call: Which one it is; those of different calls never meet.
+        thread: Who runs it.
     """
 
-    def __init__(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> None:
-        self._stages, self._on_call, self._call = stages, on_call, call
+    def __init__(
+        self,
+        stages: Stages,
+        on_call: OnCall | None = None,
+        call: Call | None = None,
+        thread: CommunicationThread = communication_thread,
+    ) -> None:
+        self._stages, self._on_call, self._call, self._thread = stages, on_call, call, thread
         self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
 
     def __call__(
@@ -47,7 +59,7 @@ class RingAllGather(Allocating, AllGather):
         place = output_tensor.view(group.size(), -1)[group.rank()]
         if input_tensor.data_ptr() != place.data_ptr():  # FSDP2 has it there already
             place.copy_(input_tensor)
-        return communication_thread.run(lambda: self._gather(output_tensor), async_op, self._call)
+        return self._thread.run(lambda: self._gather(output_tensor), async_op, self._call)
 
     def _gather(self, output: Tensor) -> None:
         if len(self._stages) == 1:
@@ -78,14 +90,21 @@ class RingReduceScatter(Allocating, ReduceScatter):
         stages: The groups it runs in, in the order of a gather.
         on_call: Told the bytes of each reduced message.
         call: Which one it is; those of different calls never meet.
+        thread: Who runs it.
 
     Attributes:
         pending: The handle of a reduction that runs on.
     """
 
-    def __init__(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        on_call: OnCall | None = None,
+        call: Call | None = None,
+        thread: CommunicationThread = communication_thread,
+    ) -> None:
         self.pending: dist.Work | None = None
-        self._stages, self._on_call, self._call = stages, on_call, call
+        self._stages, self._on_call, self._call, self._thread = stages, on_call, call, thread
         self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
         self._deferred_dtype: torch.dtype | None = None
 
@@ -120,7 +139,7 @@ class RingReduceScatter(Allocating, ReduceScatter):
         # As soon as the call returns, FSDP2 divides anything but an average, and casts another dtype to the gradient's.
         defers = output_tensor.dtype == self._deferred_dtype and op == dist.ReduceOp.AVG
         run = functools.partial(self._reduce, output_tensor, input_tensor, op)
-        work = communication_thread.run(run, async_op or defers, self._call)
+        work = self._thread.run(run, async_op or defers, self._call)
         if defers:
             self.pending = work
         return work

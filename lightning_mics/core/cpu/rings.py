@@ -210,14 +210,15 @@ class CommunicationThread:
             error = None
             if call is not None:
                 call.begun += 1
-            here.runs = call
+                here.runs = call
             try:
                 with torch.no_grad():
                     if not future.done():
                         collective()
             except BaseException as problem:
                 error = problem
-            here.runs = None
+            if call is not None:
+                here.runs = None
             self._open.popleft()
             with suppress(InvalidStateError):  # somebody has ended it
                 future.set_exception(error) if error is not None else future.set_result(None)
@@ -225,4 +226,6 @@ class CommunicationThread:
 
 
 communication_thread = CommunicationThread()
-here.breakers.append(communication_thread.fail)
+# What crosses slow links must not keep partitions waiting. Each thread has an order of its own, the same on all ranks.
+replication_thread = CommunicationThread()
+here.breakers += [communication_thread.fail, replication_thread.fail]

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_mics.core.gradients.inputs import answer_for_shards
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.slices import divide_states
 from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step_on_whole, steps_on_whole
 from lightning_mics.errors import MiCSError
 
@@ -53,6 +54,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
         result = None if closure is None else closure()
         _prepare(optimizer)
         return _stepping(step_on_whole(optimizer), args, kwargs, None if closure is None else lambda: result)
+    divide_states(optimizer)
     if closure is None:
         _prepare(optimizer)
         stand_in = stand_in_for(optimizer)
@@ -85,9 +87,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     if args[0] is not optimizer and stands_in(args[0]):
         StandIn.of(args[0]).hand_back()
     if not stands_in(optimizer):
-        params = _ids(optimizer)
+        params, on_slices = _ids(optimizer), not steps_on_whole(optimizer)
         for window in list(_WINDOWS.values()):
-            window.after_step(optimizer, params)
+            window.end_step(optimizer, params, on_slices=on_slices)
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import GradState, UnitParam, UnitParamGroup, labelled, local_gradients, local_tensor
+from lightning_mics.core._torch import (
+    GradState,
+    UnitParam,
+    UnitParamGroup,
+    current_backward_id,
+    labelled,
+    local_gradients,
+    local_tensor,
+)
 from lightning_mics.core.gradients.layout import FlatLayout
 from lightning_mics.core.gradients.reductions import ExactReduction, PlainReduction, Reduction
-from lightning_mics.core.places import here
+from lightning_mics.core.gradients.second_hop import Flight, SecondHop
+from lightning_mics.core.slices import is_slice
 
 
 class Phase(Enum):
@@ -29,23 +36,6 @@ class Phase(Enum):
     REPLICATING = "hop two is in flight"
     REPLICATED = "hop two's result is in the gradients"
     OUTDATED = "a microstep was added after hop two"
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """Hop two in flight.
-
-    Attributes:
-        work: Its handle.
-        layout: The parameters that take part.
-        buffer: What is reduced in place: memory of the reduce stream, kept until that stream has waited for ``work``.
-        source: The way of hop one whose sums ``buffer`` was made of, and that takes the result.
-    """
-
-    work: dist.Work
-    layout: FlatLayout
-    buffer: Tensor
-    source: Reduction
 
 
 class ParamSet:
@@ -129,7 +119,8 @@ class UnitGradients:
     Args:
         name: The unit's name in the root module.
         group: Its parameters.
-        reduce_dtype: Dtype of the replication all-reduce; ``None`` keeps the gradients' own.
+        reduce_dtype: Dtype of hop two; ``None`` keeps the gradients' own.
+        second_hop: How it runs hop two.
         reductions: Further ways to run hop one, which come before the plain one where they apply.
 
     Attributes:
@@ -147,6 +138,7 @@ class UnitGradients:
         name: str,
         group: UnitParamGroup,
         reduce_dtype: torch.dtype | None,
+        second_hop: SecondHop,
         reductions: Sequence[Reduction] = (),
     ) -> None:
         self.name = name
@@ -158,7 +150,13 @@ class UnitGradients:
         self._dtype = reduce_dtype
         exact = [] if reduce_dtype is None else [ExactReduction(group, reduce_dtype)]
         self._reductions: list[Reduction] = [*exact, *reductions, PlainReduction(group)]
-        self._flight: _Flight | None = None
+        self._second_hop = second_hop
+        self._flight: Flight | None = None
+        self._aside: dict[UnitParam, Tensor] = {}
+        # Gradients that hop two has taken. Some are the compute stream's memory, which must not be freed before that
+        # stream has waited for the reduce stream, as it has when the window is closed.
+        self._sent: list[Tensor] = []
+        self._kept, self._aside_in = 0, -1
         self._layouts: dict[int, FlatLayout] = {}
 
     # The parameters.
@@ -206,6 +204,7 @@ class UnitGradients:
         if self.phase is not Phase.OPEN:
             self.wait()
             self.phase = Phase.OUTDATED
+        self._set_aside()
         if not self.group.has_run:
             self.use.want(self.group.wanted())
             reduce_scatter()
@@ -247,13 +246,34 @@ class UnitGradients:
             self.wait()
             self.phase = Phase.OUTDATED
         self.group.wait_reduce_stream()
+        self._set_aside()
         self.use.note_outside(index)
 
     # Hop two.
 
+    def _set_aside(self) -> None:
+        """Sets aside gradients that are slices already, as shards come now; forgets those that a user has cleared."""
+        if not self._second_hop.makes_slices:
+            return
+        is_new_pass, self._aside_in = current_backward_id() != self._aside_in, current_backward_id()
+        for index, param in enumerate(self.group.params):
+            grad = param.sharded.grad
+            if grad is None and is_new_pass:
+                self._aside.pop(param, None)
+            elif grad is not None and is_slice(grad):
+                self._aside[param], param.sharded.grad = grad, None
+                self._kept |= ParamSet.only(index)
+
+    def give_back(self) -> None:
+        """Makes what was set aside the gradient of those that got no other."""
+        for param in list(self._aside):
+            if param.sharded.grad is None:
+                param.sharded.grad = self._aside.pop(param)
+
     @labelled("hop two")
-    def launch(self, replication_group: dist.ProcessGroup) -> int:
-        """Starts hop two, an all-reduce that averages; returns the bytes of its message."""
+    def launch(self) -> int:
+        """Starts hop two, which averages; returns the bytes of its message."""
+        self._set_aside()
         layout = self.participants
         self.num_launches += 1
         self.total_launches += 1
@@ -261,13 +281,13 @@ class UnitGradients:
         # What the reduce stream takes up now may have been edited, replaced or made on the current stream.
         self.group.reduce_stream_waits()
         with self.group.reduce_stream():
-            source, flat = self._sums(layout)
-            buffer = flat.to(device=self.group.device, dtype=self._dtype or flat.dtype)
-            here.launched[id(replication_group)] += 1
-            work = dist.all_reduce(buffer, op=dist.ReduceOp.AVG, group=replication_group, async_op=True)
-        self._flight = _Flight(work, layout, buffer, source)
+            source, sums = self._sums(layout)
+            if self._second_hop.makes_slices:
+                self._sent += layout.grads()
+            dtype = self._dtype or sums.dtype
+            self._flight = self._second_hop.launch(layout, source, sums, dtype, self.group.device)
         self.phase = Phase.REPLICATING
-        return buffer.nbytes
+        return layout.numel * dtype.itemsize
 
     @labelled("end of hop two")
     def wait(self) -> None:
@@ -276,8 +296,8 @@ class UnitGradients:
         if flight is None:
             return
         with self.group.reduce_stream():
-            flight.work.wait()
-            flight.source.take(flight.layout, flight.buffer)
+            flight.wait()
+            self._second_hop.take(flight, self._aside)
         self.phase = Phase.REPLICATED
 
     def join_flight(self) -> None:
@@ -287,7 +307,7 @@ class UnitGradients:
         """
         if self._flight is not None and self.group.has_streams:
             with self.group.reduce_stream():
-                self._flight.work.wait()
+                self._flight.wait()
 
     def _sums(self, layout: FlatLayout) -> tuple[Reduction, Tensor]:
         """Returns the window's sums as one buffer, the most exact ones, and whose they are."""
@@ -304,30 +324,37 @@ class UnitGradients:
         for index, param in enumerate(self.group.params):
             if param.sharded.grad is None and param in layout.params:
                 param.set_local_grad(torch.zeros_like(local_tensor(param.sharded)))
-                self.use.note_zeros(index)
+                if param not in self._aside:
+                    self.use.note_zeros(index)
 
     # The end of the window.
 
     def clear_unused(self, used_anywhere: int) -> None:
         """Takes the gradient from parameters that no rank used, as on one process."""
-        for index in ParamSet.indices(self.use.unclaimed & ~used_anywhere):
+        for index in ParamSet.indices(self.use.unclaimed & ~used_anywhere & ~self._kept):
             self.group.params[index].sharded.grad = None
 
     def close(self) -> None:
         """Ends the window. The current stream has waited for the reduce stream."""
+        self.give_back()
+        self._sent.clear()
         for reduction in self._reductions:
             reduction.drop()
         self.use.clear()
         self.phase, self.num_reductions, self.num_launches, self.num_relaunches = Phase.OPEN, 0, 0, 0
+        self._kept = 0
 
     def abandon(self) -> None:
         """Forgets a pass that an exception ended; what its hop two brings is not wanted any more."""
+        flight, self._flight = self._flight, None
+        self.group.reduce_stream_waits()
         with self.group.reduce_stream():
-            if self._flight is not None:
-                self._flight.work.wait()
-        self._flight = None
+            if flight is not None:
+                flight.wait()
+                self._second_hop.undo(flight, self._aside)
         for param in self.group.params:
             param.drop_unsharded_grad()
+        self.give_back()
         for reduction in self._reductions:
             reduction.drop()
-        self.phase, self.num_reductions, self.num_launches = Phase.OPEN, 0, 0
+        self.phase, self.num_reductions, self.num_launches, self._kept = Phase.OPEN, 0, 0, 0

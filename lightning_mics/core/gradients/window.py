@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mics.core._torch import adds_gradients, begin_label, queue_backward_callback
+from lightning_mics.core._torch import adds_gradients, before_reads, begin_label, queue_backward_callback
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.outside import OutsideGradients
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh
+from lightning_mics.core.slices import RowsUnderWay, Slices
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
 from lightning_mics.metrics import CommLedger, Hop
 
@@ -115,6 +116,7 @@ class AccumulationWindow:
         order: This rank's order of partition collectives.
         whole: The gradients of parameters that are not sharded.
         overlap: Whether hop two may start during the backward pass (not with gradients in host memory).
+        slices: How optimizer states are divided further than parameters, if they are.
         observers: What watches the first windows.
 
     Attributes:
@@ -137,9 +139,12 @@ class AccumulationWindow:
         whole: WholeGradients,
         *,
         overlap: bool,
+        slices: Slices | None = None,
         observers: Sequence[WindowObserver] = (),
     ) -> None:
-        self.units, self.whole = units, whole
+        self.units, self.whole, self._slices = units, whole, slices
+        self._stepped: set[int] = set()  # parameters, by ``id``, of which other ranks' slices are stale
+        self._rows: dict[UnitGradients, list[RowsUnderWay]] = {}
         self.deferring = self.pending = self.is_asked = False
         self.num_modes, self._mode = 0, True
         self.before_backward: Callable[[], None] = _nothing
@@ -150,6 +155,7 @@ class AccumulationWindow:
         self._queue = LaunchQueue(units, early=overlap and self.has_replicas)
         self._pass = _BackwardPass(self)
         self.outside = OutsideGradients(units, whole, self._pass.runs, self._pass.only_looks, self._pass.end_lone)
+        self.watch_slices()
         for unit in units:
             unit.group.wrap_post_backward(functools.partial(self._reduce, unit))
 
@@ -206,7 +212,7 @@ class AccumulationWindow:
     def _launch(self, unit: UnitGradients) -> None:
         if unit.participants.params:
             self._before_averaging()
-            message_bytes = unit.launch(self.mesh.replication_group)
+            message_bytes = unit.launch()
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
 
     @property
@@ -220,6 +226,7 @@ class AccumulationWindow:
             return
         if self._pass.is_lost:
             self.abandon()
+        self.put_rows()  # of units that no forward pass has used
         self.before_backward()
         if not self.deferring:
             self._before_averaging()
@@ -233,6 +240,8 @@ class AccumulationWindow:
             return
         self._finish_reduction()
         if self._defers:
+            for unit in self.units:
+                unit.give_back()
             self._hand_back()
             if any(unit.group.steps_in_backward for unit in self.units):
                 raise UnsyncedGradientsError(_STEPS_EARLY)
@@ -284,6 +293,12 @@ class AccumulationWindow:
         self._observers = [observer for observer in self._observers if not observer.after_window(self)]
         self._close()
 
+    def watch_slices(self) -> None:
+        """Makes shards known whose optimizer states are divided further, also those that replaced others."""
+        if self._slices is not None:
+            for unit in self.units:
+                self._slices.watch(unit.group.params)
+
     def _launch_again(self, outdated: Sequence[UnitGradients]) -> None:
         """Runs hop two once more for units that got another microstep after it, on any rank."""
         for unit in outdated:
@@ -293,6 +308,7 @@ class AccumulationWindow:
 
     def _close(self) -> None:
         self._pass.number = 0
+        self.watch_slices()
         self.outside.watch()
         for unit in self.units:
             unit.close()
@@ -336,6 +352,9 @@ class AccumulationWindow:
 
     def begin_forward(self, mode: bool) -> None:
         """Notes that a forward pass is about to begin, in a mode of the model: training or not."""
+        if self._stepped:  # of a step that failed, or that runs forward itself
+            self.gather_slices(self._stepped)
+            self.put_rows()
         if mode is not self._mode:
             self._mode = mode
             self.num_modes += 1
@@ -369,15 +388,62 @@ class AccumulationWindow:
                 "lightning_mics.sync_gradients(model) before the step."
             )
         self._before_averaging()
+        self.gather_slices(self._stepped)
+        self.put_rows()
         self.reshard()
         for unit in units:
             unit.group.free_kept()
+        if self._slices is not None:
+            self._stepped = params
 
-    def after_step(self, optimizer: torch.optim.Optimizer, params: set[int]) -> None:
-        """Tells observers of an optimizer's step on some parameters (by ``id``)."""
+    def end_step(self, optimizer: torch.optim.Optimizer, params: set[int], *, on_slices: bool) -> None:
+        """Ends an optimizer's step on some parameters (by ``id``). Collective where it was one on slices."""
+        if on_slices:
+            self.gather_slices(params, only_with_gradient=True)
+            if self._rows:
+                _UNDER_WAY[id(self)] = self
+                before_reads(put_rows)
+        self._stepped = self._stepped - params
         if self._observers and self.owns(params):
             for observer in self._observers:
                 observer.after_step(self, optimizer, params)
+
+    def gather_slices(self, params: set[int], *, only_with_gradient: bool = False) -> None:
+        """Begins to fetch what other ranks made of their slices of some parameters (by ``id``). Collective.
+
+        What a forward pass needs first comes first.
+        """
+        if self._slices is None or not params:
+            return
+        self._stepped = self._stepped - params
+        for unit in reversed(self.units):
+            chosen = [param for param in unit.group.params if id(param.sharded) in params]
+            if only_with_gradient:
+                chosen = [param for param in chosen if param.sharded.grad is not None]
+            if rows := self._slices.gather(chosen, unit.name, self._ledger):
+                self._rows[unit] = rows
+
+    def watch_gathers(self) -> None:
+        """Has units wait for rows that are under way before they are gathered; called when all else watches gathers."""
+        if self._slices is not None:
+            for unit in self.units:
+                reference = weakref.ref(self)
+                waits = functools.partial(_are_under_way, reference, unit)
+                unit.group.before_gather(functools.partial(_put_rows_of, reference, unit), waits)
+
+    def put_rows(self, unit: UnitGradients | None = None) -> None:
+        """Waits for rows of shards that are under way: those of a unit that is about to be gathered, or all."""
+        if not self._rows or self._slices is None:
+            return
+        for chosen in list(self._rows) if unit is None else [unit]:
+            rows = self._rows.pop(chosen, None)
+            if rows is not None:
+                self._slices.put(rows)
+                chosen.group.copies_wait()
+        if not self._rows:
+            _UNDER_WAY.pop(id(self), None)
+            if not _UNDER_WAY:
+                before_reads(None)
 
     def gathered(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yields the whole parameters that passes work with, and the shards of each."""
@@ -395,6 +461,27 @@ class AccumulationWindow:
         for unit in self.units:
             unit.group.reshard()
         self.units[0].group.wait_until_read()
+
+
+# Windows of which rows are under way.
+_UNDER_WAY: weakref.WeakValueDictionary[int, AccumulationWindow] = weakref.WeakValueDictionary()
+
+
+def put_rows() -> None:
+    """Waits for all rows of shards that are under way."""
+    for window in list(_UNDER_WAY.values()):
+        window.put_rows()
+
+
+def _put_rows_of(reference: weakref.ref[AccumulationWindow], unit: UnitGradients) -> None:
+    window = reference()
+    if window is not None:
+        window.put_rows(unit)
+
+
+def _are_under_way(reference: weakref.ref[AccumulationWindow], unit: UnitGradients) -> bool:
+    window = reference()
+    return window is not None and unit in window._rows
 
 
 def _refuse_unreduced(units: Sequence[UnitGradients]) -> None:
