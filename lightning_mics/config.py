@@ -44,6 +44,7 @@ _LATER = (
     "async_checkpoint",
     "optimizer_shard_size",
 )
+_LATER_ARGUMENTS = ("storage_options",)
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
@@ -341,7 +342,11 @@ def takes_settings(init: _Init) -> _Init:
         for name in MiCSConfig.setting_names()
     }
     later = [settings.pop(name) for name in _LATER]
-    arguments = [*settings.values(), *(parameter.replace(kind=by_position) for parameter in own), *later]
+    own = sorted(
+        (parameter.replace(kind=by_position) for parameter in own), key=lambda own: own.name in _LATER_ARGUMENTS
+    )
+    num_early = sum(parameter.name not in _LATER_ARGUMENTS for parameter in own)
+    arguments = [*settings.values(), *own[:num_early], *later, *own[num_early:]]
     signature = inspect.Signature([this, *arguments])
 
     @functools.wraps(init)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from works import works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core._torch import local_tensor
@@ -89,6 +90,7 @@ def differences(names: list[str], layouts: list[tuple[int, Any, int]]) -> dict[s
     return found
 
 
+@works("Optimizers", "AdamW, SGD, Adagrad and Adafactor with optimizer_shard_size")
 @pytest.mark.parametrize(
     "world_size, layouts",
     [(4, [(2, "world", 2), (1, "world", 1), (1, 2, 1)]), (6, [(2, "world", 1), (1, 3, 1)])],
