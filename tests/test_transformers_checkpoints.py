@@ -194,14 +194,14 @@ def kill_at(pool: WorkerPool, folder: Path, moments: list[int]) -> list[str]:
 
 
 def test_a_killed_save_leaves_the_checkpoint_before_it(pool: WorkerPool, tmp_path: Path) -> None:
-    assert kill_at(pool, tmp_path, [3, 14]) == ["checkpoint-1", "checkpoint-1"]
+    assert kill_at(pool, tmp_path, [3, 100]) == ["checkpoint-1", "checkpoint-1"]
 
 
 @pytest.mark.campaign
 def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(
     pool: WorkerPool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    found = kill_at(pool, tmp_path, list(range(1, 121, 3)))
+    found = kill_at(pool, tmp_path, list(range(1, 181, 4)))
     record_property("figures", f"{len(found)} crashes: {found.count('checkpoint-1')} left the earlier checkpoint")
 
 
