@@ -17,6 +17,7 @@ from lightning_mics.checkpoint import files
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.load import read
 from lightning_mics.checkpoint.manifest import MANIFEST
+from lightning_mics.checkpoint.storage import Place, place
 from lightning_mics.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -128,39 +129,43 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Listed]:
     Raises:
         CheckpointError: If there is no such folder.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise CheckpointError(f"There is no folder {folder}.{files.others(folder)}")
-    found = [folder] if _is_checkpoint(folder) else _find(folder)
+    where = place(folder)
+    if not where.exists():
+        raise CheckpointError(f"There is no folder {where}.{files.others(where)}")
+    found = [where] if _is_checkpoint(where) else _find(where)
     return sorted((_look(path) for path in found), key=lambda listed: (listed.modified, listed.path))
 
 
-def _find(folder: Path) -> Iterator[Path]:
-    entries: list[Path] = []
+def _find(folder: Place) -> Iterator[Place]:
+    entries: list[Place] = []
     with suppress(OSError):  # no rights, or somebody deletes it
-        entries = sorted(folder.iterdir())
+        entries = sorted(folder.iterdir(), key=str)
     for entry in entries:
         if files.is_unfinished(entry) or _is_checkpoint(entry):
             yield entry
-        elif entry.is_dir() and not entry.is_symlink():
+        elif entry.is_dir() and not _is_link(entry):
             yield from _find(entry)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    if path.is_symlink() and path.suffix in _FULL_ENDINGS:
+def _is_link(path: Place) -> bool:
+    return isinstance(path, Path) and path.is_symlink()
+
+
+def _is_checkpoint(path: Place) -> bool:
+    if _is_link(path) and path.suffix in _FULL_ENDINGS:
         return True
     if path.is_dir():
         return any((path / name).is_file() for name in (files.INDEX, MANIFEST))
     return path.is_file() and path.suffix in _FULL_ENDINGS and path.name != files.META
 
 
-def _look(path: Path) -> Listed:
+def _look(path: Place) -> Listed:
     size, modified = _size(path)
     seen = Listed(str(path), "sharded" if path.is_dir() else "full", bytes=size, modified=modified)
     if files.is_unfinished(path):
         state = "left by a crash; the next save here deletes it" if files.is_leftover(path) else "being written"
         return replace(seen, kind="unfinished", problem=state)
-    if path.is_symlink():
+    if isinstance(path, Path) and path.is_symlink():
         problem = None if path.exists() else f"leads to {os.readlink(path)}, which is not there"
         return replace(seen, kind="link", problem=problem)
     try:
@@ -180,7 +185,9 @@ def _look(path: Path) -> Listed:
         generation.close()
 
 
-def _size(path: Path) -> tuple[int, float]:
+def _size(path: Place) -> tuple[int, float]:
+    if not isinstance(path, Path):
+        return path.usage()
     sizes, times = [0], [0.0]
     for entry in [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]:
         with suppress(FileNotFoundError):
@@ -203,7 +210,7 @@ def describe_checkpoint(path: str | os.PathLike[str], *, weights_only: bool | No
 
     def describe(generation: Generation) -> Described:
         content = _Content(generation)
-        return Described(_look(Path(path)), content.tensors, {name: _text(v) for name, v in content.values().items()})
+        return Described(_look(place(path)), content.tensors, {name: _text(v) for name, v in content.values().items()})
 
     return read_generation(path, weights_only, describe, alone=True)
 

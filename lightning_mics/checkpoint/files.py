@@ -143,8 +143,10 @@ def is_unfinished(path: Place) -> bool:
     return path.name.startswith(".") and any(mark in path.name for mark in (_INCOMPLETE, _REPLACED))
 
 
-def is_leftover(path: Path) -> bool:
+def is_leftover(path: Place) -> bool:
     """Returns whether nobody works on what is unfinished any more."""
+    if isinstance(path, Remote):
+        return is_abandoned(path, path.modified)
     if _REPLACED in path.name:
         return _is_abandoned(path, lambda: _renamed(path), _REPLACING_SECONDS)
     return is_abandoned(path, lambda: _newest_change(path))

@@ -130,6 +130,11 @@ class Remote:
         """Returns the sizes of all objects whose names it begins, by the rest of those names."""
         return {name: info.get("size") or 0 for name, info in self._find().items()}
 
+    def usage(self) -> tuple[int, float]:
+        """Returns the size of all objects in it, or of the object, and when one was written last."""
+        infos = list(self._find().values()) or [self._info() or {}]
+        return sum(info.get("size") or 0 for info in infos), max(map(_modified, infos))
+
     def newest_change(self) -> float:
         """Returns when something in it was written last, in seconds since 1970; 0 if there is nothing."""
         return max(map(_modified, self._find().values()), default=0.0)

@@ -17,7 +17,16 @@ from torch import nn
 from works import works
 
 from lightning_mics import CheckpointError, consolidate, load_checkpoint, save_checkpoint, wait_for_checkpoints
-from lightning_mics.checkpoint import files, read_weights, remove, storage
+from lightning_mics.checkpoint import (
+    compare_checkpoints,
+    describe_checkpoint,
+    files,
+    list_checkpoints,
+    read_weights,
+    remove,
+    storage,
+    verify_checkpoint,
+)
 from lightning_mics.checkpoint.generation import Generation
 from lightning_mics.testing import WorkerPool
 
@@ -113,6 +122,19 @@ def test_what_was_uploaded_is_read_and_replaced(root: Path, tmp_path: Path) -> N
     assert read_weights(URL)["step"] == 1
     save_step(2)
     assert loaded_step() == 2 and keys(root) == WHOLE
+
+
+def test_what_is_in_it_is_shown(root: Path) -> None:
+    save_step(1)
+    save_step(2, sharded=False, url="objects://bucket/run/full.ckpt")
+    listed = list_checkpoints("objects://bucket/run")
+    assert {(entry.path, entry.kind, entry.step, entry.problem) for entry in listed} == {
+        (URL, "sharded", 1, None),
+        ("objects://bucket/run/full.ckpt", "full", 2, None),
+    }
+    assert describe_checkpoint(URL).tensors.keys() == {"state_dict.weight", "state_dict.bias"}
+    assert not any(verify_checkpoint(URL).values())
+    assert compare_checkpoints(URL, URL).differences == []
 
 
 def test_in_the_background(root: Path) -> None:
