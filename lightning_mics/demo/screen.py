@@ -59,7 +59,8 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
     )
     with _folder(keep) as folder:
         num_tokens = _prepare(console, folder)
-        total = steps + _RESUMED_STEPS
+        more = min(_RESUMED_STEPS, steps)
+        total = steps + more
         checkpoint = folder / "first.ckpt"
 
         layout = _TOPOLOGY.layout(2)
@@ -73,7 +74,7 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
 
         layout = _TOPOLOGY.layout(4)
         console.print(
-            f"\n[bold]3. Resuming[/] the checkpoint with MiCSStrategy(shard_size=4): {_RESUMED_STEPS} more steps, one "
+            f"\n[bold]3. Resuming[/] the checkpoint with MiCSStrategy(shard_size=4): {more} more steps, one "
             "partition over both nodes"
         )
         _draw(console, layout)
@@ -291,7 +292,7 @@ def _compare(console: Console, first: list[dict[str, Any]], second: list[dict[st
         f"{_find(events, 'validation', when=when)['loss']:.5f}"
         for events, when in ((first, "end"), (second, "start"), (second, "end"))
     )
-    last = steps + _RESUMED_STEPS
+    last = max(loss_at)
     table.add_row(str(steps), "2, saved", loss_at[steps], saved)
     table.add_row(str(steps), "4, loaded", "", loaded)
     table.add_row(str(steps + 1), "4", loss_at[steps + 1], "")
