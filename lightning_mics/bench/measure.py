@@ -22,6 +22,7 @@ from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.rings import ThreadedWork
 from lightning_mics.core.gradients.agreement import Agreement
 from lightning_mics.core.gradients.unit import UnitGradients
+from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -126,7 +127,8 @@ def gradient_bytes(model: nn.Module) -> int:
 @contextmanager
 def timed_hops(clock: StepClock) -> Iterator[None]:
     """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
-    gather, reduce, replicate = (hop.value for hop in Hop)
+    gather, reduce = Hop.PARTITION_GATHER.value, Hop.PARTITION_REDUCE.value
+    replicate = Hop.REPLICATION_REDUCE.value
     fsdp = fsdp_collectives()
     fsdp_dist = SimpleNamespace(**vars(dist))  # FSDP2's own, so that its all-reduce is told apart
     with ExitStack() as stack:
@@ -143,6 +145,7 @@ def timed_hops(clock: StepClock) -> Iterator[None]:
             (ThreadedWork, "wait", gather),
             (UnitGradients, "finish_reduction", reduce),
             (UnitGradients, "wait", replicate),
+            (AccumulationWindow, "put_rows", replicate),
             (Agreement, "reach", replicate),
             (fsdp_dist, "all_reduce", replicate),
         ):

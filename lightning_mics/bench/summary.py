@@ -18,7 +18,8 @@ from lightning_mics.metrics import Hop
 
 REFERENCE = "full-sharding"
 OURS = "mics"
-HOPS = ("compute", *(hop.value for hop in Hop), "other")
+_TIMED = (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE, Hop.REPLICATION_REDUCE)  # the last with what follows its step
+HOPS = ("compute", *(hop.value for hop in _TIMED), "other")
 
 _Item = TypeVar("_Item")
 _Key = TypeVar("_Key")
@@ -248,7 +249,7 @@ def reference_of(summaries: list[Summary]) -> Summary:
 
 def communication_share(summary: Summary) -> float | None:
     """Returns the part of a step in which rank 0 waits for collectives; ``None`` if they were not timed."""
-    hops = [summary.hop_seconds[hop.value] for hop in Hop if hop.value in summary.hop_seconds]
+    hops = [summary.hop_seconds[hop.value] for hop in _TIMED if hop.value in summary.hop_seconds]
     return ratio(sum(hops), sum(summary.hop_seconds.values())) if hops else None
 
 

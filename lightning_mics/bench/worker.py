@@ -94,7 +94,11 @@ def _ledger_facts(clock: StepClock) -> dict[str, Any]:
     hops = clock.ledger.by_hop()
     return {
         "ledger_bytes": sum(hops[hop].inter_bytes for hop in Hop) / clock.steps,
-        "ledger_calls": {hop.value: hops[hop].calls / clock.steps for hop in Hop},
+        "ledger_calls": {
+            hop.value: hops[hop].calls / clock.steps
+            for hop in Hop
+            if hop is not Hop.REPLICATION_GATHER or hops[hop].calls
+        },
     }
 
 

@@ -236,7 +236,8 @@ def test_the_trainer_of_transformers_says_that_it_waits(
 
     monkeypatch.setitem(sys.modules, "transformers.trainer", SimpleNamespace(Accelerator=None))
     with caplog.at_level("INFO", "lightning_mics"):
-        type("Ours", (TrainerMethods, Trainer), {})().create_accelerator_and_postprocess()
+        args = SimpleNamespace(output_dir="runs")
+        type("Ours", (TrainerMethods, Trainer), {"args": args})().create_accelerator_and_postprocess()
     assert "async_checkpoint=True does nothing here" in caplog.text
 
 

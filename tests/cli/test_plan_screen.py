@@ -65,7 +65,7 @@ def test_the_point_of_the_cluster_is_the_plan_itself():
 
 
 def test_what_does_not_fit_has_no_efficiency_and_what_does_not_divide_no_point():
-    planning = find_from(8, 4, 2)
+    planning = find_from(8, 4, 2, optimizer_shard_size="partition")
     points = weak_scaling(planning, [1, 2, 3, 4, 8])
     for point in points:
         assert (point.efficiency is None) is not point.plan.fits
