@@ -64,7 +64,12 @@ class Placement:
         """Notes where a new tensor lies."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        self._kinds[key] = kind, weakref.ref(storage, lambda _: self._kinds.pop(key, None))
+
+        def forget(ended: object) -> None:
+            if self._kinds.get(key, (kind, None))[1] is ended:  # another storage may have its place by now
+                del self._kinds[key]
+
+        self._kinds[key] = kind, weakref.ref(storage, forget)
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Returns the device that a tensor pretends to be on."""
