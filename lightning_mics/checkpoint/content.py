@@ -165,8 +165,8 @@ def _look(path: Place) -> Listed:
     if files.is_unfinished(path):
         state = "left by a crash; the next save here deletes it" if files.is_leftover(path) else "being written"
         return replace(seen, kind="unfinished", problem=state)
-    if isinstance(path, Path) and path.is_symlink():
-        problem = None if path.exists() else f"leads to {os.readlink(path)}, which is not there"
+    if _is_link(path):
+        problem = None if path.exists() else f"leads to {os.readlink(str(path))}, which is not there"
         return replace(seen, kind="link", problem=problem)
     try:
         generation = Generation(path, None)

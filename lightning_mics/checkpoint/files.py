@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from lightning_mics.checkpoint.manifest import GENERATION, INDEX, MANIFEST, META, Facts, Manifest
 from lightning_mics.checkpoint.storage import Place, Remote
@@ -253,15 +253,17 @@ def describe(folder: Path, names: Iterable[str] | None = None) -> dict[str, Fact
     described = {}
     for name in names_in(folder) if names is None else names:
         sync_file(folder / name)
-        described[name] = {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)}
+        with (folder / name).open("rb") as file:
+            described[name] = {"bytes": (folder / name).stat().st_size, "crc32": crc32_of(file)}
     return described
 
 
-def _crc32(path: Path) -> int:
+def crc32_of(file: BinaryIO) -> int:
+    """Returns the CRC-32 of all of an open file."""
     value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            value = zlib.crc32(block, value)
+    file.seek(0)
+    while block := file.read(_BLOCK_BYTES):
+        value = zlib.crc32(block, value)
     return value
 
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -160,7 +159,7 @@ class Generation:
             return
         facts = self.listed[name]
         self._check_size(name, handle)
-        if "crc32" in facts and _crc32(handle) != facts["crc32"]:
+        if "crc32" in facts and files.crc32_of(handle) != facts["crc32"]:
             raise CheckpointError(
                 f"{self.path / name} is damaged: its content does not match its checksum. Copy it again from where it "
                 f"is whole.{files.others(self.path)}"
@@ -384,14 +383,6 @@ def _recover(path: Place) -> None:
 
 
 # Files.
-
-
-def _crc32(handle: BinaryIO) -> int:
-    value = 0
-    handle.seek(0)
-    while block := handle.read(_BLOCK_BYTES):
-        value = zlib.crc32(block, value)
-    return value
 
 
 def _archive_digest(path: Place, handle: BinaryIO) -> str:

@@ -111,7 +111,7 @@ class Slices:
         for rows in under_way:
             if rows.work is not None:
                 rows.work.wait()
-            self._unpack(rows.shards, rows.everyones)
+            self.unpack(rows.everyones, rows.shards, keeps_own=True)
 
     def _packed(self, shards: list[Tensor]) -> Tensor:
         chunks = []
@@ -121,13 +121,20 @@ class Slices:
             chunks += [own.reshape(-1), own.new_zeros(padding)]
         return torch.cat(chunks)
 
-    def _unpack(self, shards: list[Tensor], everyones: Tensor) -> None:
+    def unpack(self, chunks: Tensor, shards: Iterable[Tensor], *, keeps_own: bool) -> None:
+        """Puts chunks, each rank's slices of some shards one behind another, into the shards.
+
+        Args:
+            chunks: Of shape ``[ranks, elements]``.
+            shards: Where they go.
+            keeps_own: Whether this rank's slices stay as they are.
+        """
         start = 0
         for shard in shards:
-            for place in range(self.group.size()):
+            for place, chunk in enumerate(chunks):
                 rows = shard[self.rows(len(shard), place)]
-                if place != self._place and rows.numel():
-                    rows.copy_(everyones[place, start : start + rows.numel()].view(rows.shape))
+                if rows.numel() and not (keeps_own and place == self._place):
+                    rows.copy_(chunk[start : start + rows.numel()].view(rows.shape))
             start += self.chunk_numel(shard.shape)
 
     def chunk_numel(self, shape: torch.Size) -> int:
@@ -142,7 +149,7 @@ def is_slice(tensor: Tensor) -> bool:
 
 def slices_of(param: Tensor) -> Slices | None:
     """Returns the slices of a shard; ``None`` where optimizer states are divided as parameters are."""
-    found: Slices | None = _SLICES.get(param)
+    found: Slices | None = _SLICES.get(param) if _SLICES else None  # asked for every parameter in every step
     return found
 
 
@@ -167,7 +174,7 @@ def state_like(value: Tensor, param: Tensor) -> Tensor:
 
 def divide_states(optimizer: Optimizer) -> None:
     """Keeps this rank's slices of states that are shards, as some optimizers make them when they are made."""
-    for param, states in optimizer.state.items():
+    for param, states in optimizer.state.items() if _SLICES else ():
         slices = slices_of(param) if isinstance(param, DTensor) else None
         if slices is None:
             continue

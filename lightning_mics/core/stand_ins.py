@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_mics.core._torch import local_tensor, shard_like
+from lightning_mics.core._torch import dtensor_over, local_tensor, shard_like
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.core.slices import is_slice, slices_of, state_like
 
@@ -253,8 +253,7 @@ def _gathered(tensor: DTensor) -> Tensor:
 
 def _like(param: DTensor, local: Tensor) -> DTensor:
     """Returns a DTensor over a local tensor, laid out like a parameter."""
-    shape, stride = param.shape, param.stride()
-    return DTensor.from_local(local, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride)
+    return dtensor_over(local, param.device_mesh, param.placements, param)
 
 
 def _step_of(optimizer: Optimizer) -> Step:

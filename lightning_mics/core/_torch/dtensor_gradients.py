@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_mics.core._needs import gone, require
+from lightning_mics.core._torch.modules import with_local
 
 try:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -83,5 +84,4 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     local = tensor._local_tensor
     if local.is_contiguous() and local.dtype == like.dtype and local.device == like.device:
         return tensor
-    # Not from_local, which would take an offloaded shard back to the mesh's device.
-    return DTensor(local.to(like.device, like.dtype).contiguous(), like._spec, requires_grad=False)
+    return with_local(like, local.to(like.device, like.dtype).contiguous())

@@ -87,7 +87,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def with_local(shard: DTensor, local: Tensor) -> DTensor:
-    """Returns a DTensor of the placement of ``shard`` whose local tensor is ``local``, on whatever device."""
+    """Returns a DTensor of the placement and dtype of ``shard`` over local memory, wherever that lies.
+
+    ``DTensor.from_local`` would take an offloaded part to the mesh's device.
+    """
     return DTensor(local, shard._spec, requires_grad=False)
 
 
@@ -108,10 +111,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dtensor_over(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], like: Tensor) -> DTensor:
-    """Returns a DTensor of the shape of ``like`` over local memory, wherever that lies.
-
-    ``DTensor.from_local`` would take an offloaded part to the mesh's device.
-    """
+    """Returns a DTensor of the shape of ``like``, laid out otherwise, over local memory; see :func:`with_local`."""
     meta = TensorMeta(like.shape, like.stride(), local.dtype)
     return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 

@@ -30,12 +30,12 @@ from lightning_mics.core.places import Call
 _MIN_CHUNK_BYTES = 2**18
 
 
-class RingAllGather(Allocating, AllGather):
-    """An all-gather on one ring or on two; bitwise equal to any other.
+class _OnRings(Allocating):
+    """A collective on one ring or on two.
 
     Args:
-        stages: The groups it runs in.
-        on_call: Told the bytes of each gathered message.
+        stages: The groups it runs in, in the order of a gather.
+        on_call: Told the bytes of each whole message.
         call: Which one it is; those of different calls never meet.
         thread: Who runs it.
     """
@@ -49,6 +49,10 @@ class RingAllGather(Allocating, AllGather):
     ) -> None:
         self._stages, self._on_call, self._call, self._thread = stages, on_call, call, thread
         self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
+
+
+class RingAllGather(_OnRings, AllGather):
+    """An all-gather on one ring or on two; bitwise equal to any other."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -80,32 +84,19 @@ class RingAllGather(Allocating, AllGather):
         ring_all_gather(mine, inter, inside, **self._tag)
 
 
-class RingReduceScatter(Allocating, ReduceScatter):
+class RingReduceScatter(_OnRings, ReduceScatter):
     """A reduce-scatter on one ring or on two, which may run on beside the backward pass.
 
     FSDP2 takes the output for finished when the call returns. Who calls it inside of :meth:`deferring` waits for it
     with :meth:`wait_pending`, and keeps the output from being read before that.
 
-    Args:
-        stages: The groups it runs in, in the order of a gather.
-        on_call: Told the bytes of each reduced message.
-        call: Which one it is; those of different calls never meet.
-        thread: Who runs it.
-
     Attributes:
         pending: The handle of a reduction that runs on.
     """
 
-    def __init__(
-        self,
-        stages: Stages,
-        on_call: OnCall | None = None,
-        call: Call | None = None,
-        thread: CommunicationThread = communication_thread,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.pending: dist.Work | None = None
-        self._stages, self._on_call, self._call, self._thread = stages, on_call, call, thread
-        self._tag: dict[str, Any] = {} if call is None else {"tag": call.tag}
         self._deferred_dtype: torch.dtype | None = None
 
     @contextmanager

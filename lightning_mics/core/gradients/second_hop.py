@@ -71,7 +71,7 @@ class SecondHop(ABC):
     def take(self, flight: Flight, aside: Aside) -> None:
         """Puts the result into the gradients. It has been waited for."""
 
-    def undo(self, flight: Flight, aside: Aside) -> None:  # noqa: B027
+    def undo(self, flight: Flight) -> None:  # noqa: B027
         """Gives the gradients back that a pass which failed has sent."""
 
 
@@ -152,13 +152,10 @@ class ReduceToSlices(SecondHop):
                 local_tensor(earlier).add_(mean)
             param.sharded.grad = earlier
 
-    def undo(self, flight: Flight, aside: Aside) -> None:
+    def undo(self, flight: Flight) -> None:
         """Unpacks what was sent."""
-        start = 0
-        for param in flight.layout.params:
-            shard = torch.empty_like(local_tensor(param.sharded))
-            for place, sent in enumerate(flight.sent):
-                rows = shard[self._slices.rows(len(shard), place)]
-                rows.copy_(sent[start : start + rows.numel()].view(rows.shape))
-            start += self._slices.chunk_numel(param.local_shape)
+        params = flight.layout.params
+        shards = [torch.empty_like(local_tensor(param.sharded)) for param in params]
+        self._slices.unpack(flight.sent, shards, keeps_own=False)
+        for param, shard in zip(params, shards, strict=True):
             param.set_local_grad(shard)

@@ -351,7 +351,7 @@ class UnitGradients:
         with self.group.reduce_stream():
             if flight is not None:
                 flight.wait()
-                self._second_hop.undo(flight, self._aside)
+                self._second_hop.undo(flight)
         for param in self.group.params:
             param.drop_unsharded_grad()
         self.give_back()
