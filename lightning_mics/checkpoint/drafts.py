@@ -75,9 +75,9 @@ class Draft:
             yield
         except CheckpointError as error:
             self.discard()
+            reason = str(error).replace(str(self.local), str(self.path)).rstrip(".")
             raise CheckpointError(
-                f"Saving {self.path} failed, and nothing was changed there: "
-                f"{str(error).replace(str(self.local), str(self.path))}. {self._advice}"
+                f"Saving {self.path} failed, and nothing was changed there: {reason}. {self._advice}".rstrip()
             ) from error
         except BaseException:
             self.release()

@@ -133,7 +133,8 @@ def test_the_screen_compares_the_contenders(smoke: tuple[Path, str], records: li
     assert rows["Full sharding"]["x of Full sharding"] == "1.00" and rows["Full sharding"]["sent / ledger"] == "-"
     assert float(rows["MiCS p=2"]["x of Full sharding"]) > 0 and rows["MiCS p=2"]["out of a node"].endswith(" MiB")
     assert all(0.97 < float(rows["MiCS p=2"][name]) < 1.03 for name in ("sent / minimum", "sent / ledger"))
-    assert re.search(r"MiCS p=2 has \d\.\d+ times the throughput of Full sharding", screen)
+    # Which of ours is the fastest in one step of each is chance on a busy machine.
+    assert re.search(r"- MiCS p=\d( \w+)? has \d+\.\d+ times the throughput of Full sharding", screen)
     assert f"mics bench report {smoke[0]}" in screen.replace("\n", "")
 
 
