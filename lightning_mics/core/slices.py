@@ -66,9 +66,7 @@ class Slices:
 
     def rows(self, num_rows: int, place: int | None = None) -> slice:
         """Returns which rows of a shard are a rank's, by default this one's."""
-        place = self._place if place is None else place
-        chunk = -(-num_rows // self.group.size())
-        return slice(min(place * chunk, num_rows), min((place + 1) * chunk, num_rows))
+        return rows_at(self._place if place is None else place, self.group.size(), num_rows)
 
     def local(self, tensor: Tensor) -> Tensor:
         """Returns this rank's rows of a parameter, its gradient or a state, as a view of their memory."""
@@ -140,6 +138,12 @@ class Slices:
     def chunk_numel(self, shape: torch.Size) -> int:
         """Returns the elements of the largest slice of a shard of some shape."""
         return -(-shape[0] // self.group.size()) * shape[1:].numel()
+
+
+def rows_at(place: int, size: int, num_rows: int) -> slice:
+    """Returns which of some rows are a rank's, where ``size`` ranks divide them."""
+    chunk = -(-num_rows // size)
+    return slice(min(place * chunk, num_rows), min((place + 1) * chunk, num_rows))
 
 
 def is_slice(tensor: Tensor) -> bool:

@@ -5,13 +5,15 @@ the memory of states with the optimizer, and holds other parameters over the sam
 changed while the step runs, so one that raises leaves nothing behind.
 
 - Optimizers that work element by element step on this rank's shards, or slices of them, as plain tensors.
-- Those that look at a whole matrix (its factors, norms, orthogonalisation) step on one gathered parameter at a time.
+- Those that look at a whole matrix (its factors, norms, orthogonalisation) step on whole parameters (``owners``).
 - Of others nothing is known: they step on DTensors, among which plain parameters are replicated ones.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from lightning_mics.core._torch import dtensor_over, local_tensor, shard_like
-from lightning_mics.core.mesh import communication_device
-from lightning_mics.core.slices import is_slice, slices_of, state_like
+from lightning_mics.core._torch import dtensor_over, local_tensor
+from lightning_mics.core.slices import is_slice, slices_of
+from lightning_mics.errors import MiCSError
 
 _ELEMENTWISE = (
     torch.optim.SGD,
@@ -44,6 +46,11 @@ _WHOLE = {
     ("torch.optim._muon", "Muon.step"),
     ("transformers.optimization", "Adafactor.step"),
 }
+# What a step on whole matrices calls, and what one that shares them out among ranks by itself calls.
+_OF_MATRICES = re.compile(
+    "newton_?schulz|zero_?power|zeroth_?power|orthogonali[sz]e|^(eigh|svd|matrix_power|inv_root)$"
+).search
+_EXCHANGES = {"all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "broadcast", "reduce_scatter_tensor"}
 _MARK = "_mics_stands_in_for"
 _OWN = ("param_groups", "state", _MARK)
 
@@ -60,9 +67,6 @@ class View:
     def back(self, param: Tensor, seen: Tensor) -> Tensor:
         """Returns what the optimizer is to keep of a state that a step has made."""
         raise NotImplementedError
-
-    def written(self, tensor: Tensor, seen: Tensor) -> None:
-        """Called when a step may have written into what stands for a state."""
 
 
 class LocalView(View):
@@ -115,11 +119,11 @@ class StandIn:
         self._optimizer, self._view = optimizer, view
         self._params: dict[Tensor, nn.Parameter] = {}
         self._given: dict[int, tuple[Tensor, Tensor]] = {}
-        self._groups = list(optimizer.param_groups if groups is None else groups)
+        groups = optimizer.param_groups if groups is None else groups
         self.optimizer: Any = object.__new__(type(optimizer))
         vars(self.optimizer).update(vars(optimizer))
         state: defaultdict[Tensor, Any] = defaultdict(dict)
-        vars(self.optimizer).update({"state": state, "param_groups": list(map(self._seen_group, self._groups))})
+        vars(self.optimizer).update({"state": state, "param_groups": list(map(self._seen_group, groups))})
         vars(self.optimizer)[_MARK] = self
         for param, seen in self._params.items():
             if param in optimizer.state:
@@ -152,14 +156,20 @@ class StandIn:
             grad = param.grad
             seen.grad = None if grad is None else self._view.of(param, grad)
 
-    def hand_back(self) -> None:
-        """Hands settings and states back to the optimizer."""
-        for group, seen_group in zip(self._groups, self.optimizer.param_groups, strict=True):
-            group.update({key: value for key, value in seen_group.items() if key != "params"})
+    def seen(self, param: Tensor) -> Tensor:
+        """Returns what the step has made of a parameter."""
+        return self._params[param].detach()
+
+    def hand_back(self, *, settings: bool = True) -> None:
+        """Hands states, and with ``settings`` what was set in groups and on the stand-in, back to the optimizer."""
         for param, seen in self._params.items():
             if seen in self.optimizer.state:
                 state = self.optimizer.state[seen]
                 self._optimizer.state[param] = {key: self._take(param, value) for key, value in state.items()}
+        if not settings:
+            return
+        for group, seen_group in zip(self._optimizer.param_groups, self.optimizer.param_groups, strict=True):
+            group.update({key: value for key, value in seen_group.items() if key != "params"})
         vars(self._optimizer).update({key: value for key, value in vars(self.optimizer).items() if key not in _OWN})
 
     def _take(self, param: Tensor, value: Any) -> Any:
@@ -167,7 +177,6 @@ class StandIn:
             return value
         if id(value) in self._given:
             kept = self._given[id(value)][1]
-            self._view.written(kept, value)
             return kept
         return self._view.back(param, value)
 
@@ -184,9 +193,8 @@ def stand_in_for(optimizer: Optimizer) -> StandIn | None:
     if sharded is None:
         return None
     is_mixed = not all(isinstance(param, DTensor) for param in params)
-    step = _step_of(optimizer)
     slices = next((found for found in map(slices_of, params) if found is not None), None)
-    if any(step is _unwrapped(cls) for cls in _ELEMENTWISE):
+    if is_elementwise(optimizer):
         is_needed = slices is not None or is_mixed or not _works_on_dtensors(optimizer)
         return StandIn(optimizer, LocalView()) if is_needed else None
     mesh = sharded.device_mesh if slices is None else slices.mesh
@@ -200,55 +208,63 @@ def _works_on_dtensors(optimizer: Optimizer) -> bool:
 
 
 def steps_on_whole(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer looks at whole matrices, and some of its parameters are sharded."""
-    step = _step_of(optimizer)
-    is_known = (step.__module__, step.__qualname__) in _WHOLE
-    return is_known and any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
+    """Returns whether an optimizer looks at whole matrices, and some of its parameters are sharded.
 
-
-@torch.no_grad()
-def step_on_whole(optimizer: Optimizer) -> StandIn:
-    """Steps on one gathered parameter after another. Collective over the partition group.
-
-    Returns:
-        A stand-in without parameters, on which nothing is left to do.
+    Raises:
+        MiCSError: If it exchanges matrices with other ranks by itself.
     """
-    step = _step_of(optimizer)
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                one = StandIn(optimizer, _WholeView(), [{**group, "params": [param]}])
-                one.take_gradients()
-                step(one.optimizer)
-                one.hand_back()
-                _WholeView().written(param, one.optimizer.param_groups[0]["params"][0])
-                group.update({key: value for key, value in one.optimizer.param_groups[0].items() if key != "params"})
-    return StandIn(optimizer, LocalView(), [])
+    if not any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"]):
+        return False
+    cls: Any = type(optimizer)
+    if not _looks_at_matrices(cls):
+        return False
+    exchanges = sorted(_EXCHANGES & set(_names(step_of(optimizer), cls)))
+    if exchanges:
+        raise MiCSError(
+            f"{cls.__name__}.step() shares out its matrices among ranks by itself ({', '.join(exchanges)}), but each "
+            "rank has some rows of each. Use the form of it for a single device, or torch.optim.Muon: every matrix "
+            "has one rank that steps on it."
+        )
+    return True
 
 
-class _WholeView(View):
-    """Shards as gathered tensors; what they become is copied back into the shards."""
-
-    def of(self, param: Tensor, tensor: Tensor) -> Tensor:
-        """Gathers a shard. Collective over the partition group."""
-        return _gathered(tensor) if isinstance(tensor, DTensor) else tensor
-
-    def back(self, param: Tensor, seen: Tensor) -> Tensor:
-        """Makes a DTensor of this rank's part of what has the parameter's shape."""
-        if not isinstance(param, DTensor) or seen.shape != param.shape:
-            return seen
-        return state_like(seen, param)
-
-    def written(self, tensor: Tensor, seen: Tensor) -> None:
-        """Copies this rank's part of a gathered tensor into its shard."""
-        if isinstance(tensor, DTensor):
-            local_tensor(tensor).copy_(local_tensor(shard_like(seen, tensor)))
+@functools.cache
+def _looks_at_matrices(cls: type) -> bool:
+    step = _unwrapped(cls)
+    if (step.__module__, step.__qualname__) in _WHOLE or getattr(cls, "steps_on_whole_parameters", False):
+        return True
+    if any(step is _unwrapped(known) for known in _ELEMENTWISE):
+        return False
+    return any("muon" in base.__name__.lower() for base in cls.__mro__) or any(map(_OF_MATRICES, _names(step, cls)))
 
 
-def _gathered(tensor: DTensor) -> Tensor:
-    local, device = local_tensor(tensor), communication_device(tensor.device_mesh.device_type)
-    whole = (tensor if local.device == device else _like(tensor, local.to(device))).full_tensor()
-    return whole.to(local.device)
+@functools.cache
+def _names(step: Step, cls: type) -> tuple[str, ...]:
+    """Returns the names in the code of a step, and in that of functions and methods which these name."""
+    found: dict[str, None] = {}
+    functions, seen = [step], set()
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        if not inspect.isfunction(function) or function in seen or _is_of_torch(function):
+            continue
+        seen.add(function)
+        codes: list[Any] = [function.__code__]
+        for code in codes:
+            codes += filter(inspect.iscode, code.co_consts)
+            for name in code.co_names:
+                found[name] = None
+                functions += filter(callable, (function.__globals__.get(name), getattr(cls, name, None)))
+    return tuple(found)
+
+
+def _is_of_torch(function: Step) -> bool:
+    return (function.__module__ or "").startswith("torch.")
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer is known to step on elements by themselves, and only where there is a gradient."""
+    step = step_of(optimizer)
+    return any(step is _unwrapped(cls) for cls in _ELEMENTWISE)
 
 
 def _like(param: DTensor, local: Tensor) -> DTensor:
@@ -256,7 +272,8 @@ def _like(param: DTensor, local: Tensor) -> DTensor:
     return dtensor_over(local, param.device_mesh, param.placements, param)
 
 
-def _step_of(optimizer: Optimizer) -> Step:
+def step_of(optimizer: Optimizer) -> Step:
+    """Returns the step of an optimizer's class, without what PyTorch wraps around it."""
     return _unwrapped(type(optimizer))
 
 

@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_mics.core.gradients.inputs import answer_for_shards
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.owners import step_on_whole
 from lightning_mics.core.slices import divide_states
-from lightning_mics.core.stand_ins import StandIn, stand_in_for, stands_in, step_on_whole, steps_on_whole
+from lightning_mics.core.stand_ins import StandIn, is_elementwise, stand_in_for, stands_in, steps_on_whole
 from lightning_mics.errors import MiCSError
 
 _BEFORE: list[Callable[[torch.optim.Optimizer], None]] = []
@@ -50,11 +51,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
         return None
     _refuse_lbfgs(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    divide_states(optimizer)
     if steps_on_whole(optimizer):
         result = None if closure is None else closure()
         _prepare(optimizer)
         return _stepping(step_on_whole(optimizer), args, kwargs, None if closure is None else lambda: result)
-    divide_states(optimizer)
     if closure is None:
         _prepare(optimizer)
         stand_in = stand_in_for(optimizer)
@@ -87,9 +88,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     if args[0] is not optimizer and stands_in(args[0]):
         StandIn.of(args[0]).hand_back()
     if not stands_in(optimizer):
-        params, on_slices = _ids(optimizer), not steps_on_whole(optimizer)
+        params, only_with_gradient = _ids(optimizer), is_elementwise(optimizer)
         for window in list(_WINDOWS.values()):
-            window.end_step(optimizer, params, on_slices=on_slices)
+            window.end_step(optimizer, params, only_with_gradient=only_with_gradient)
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:

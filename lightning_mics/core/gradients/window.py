@@ -396,13 +396,18 @@ class AccumulationWindow:
         if self._slices is not None:
             self._stepped = params
 
-    def end_step(self, optimizer: torch.optim.Optimizer, params: set[int], *, on_slices: bool) -> None:
-        """Ends an optimizer's step on some parameters (by ``id``). Collective where it was one on slices."""
-        if on_slices:
-            self.gather_slices(params, only_with_gradient=True)
-            if self._rows:
-                _UNDER_WAY[id(self)] = self
-                before_reads(put_rows)
+    def end_step(self, optimizer: torch.optim.Optimizer, params: set[int], *, only_with_gradient: bool) -> None:
+        """Ends an optimizer's step on slices of some parameters (by ``id``). Collective.
+
+        Args:
+            optimizer: The optimizer.
+            params: Its parameters.
+            only_with_gradient: Whether it left parameters without a gradient alone.
+        """
+        self.gather_slices(params, only_with_gradient=only_with_gradient)
+        if self._rows:
+            _UNDER_WAY[id(self)] = self
+            before_reads(put_rows)
         self._stepped = self._stepped - params
         if self._observers and self.owns(params):
             for observer in self._observers:
