@@ -13,7 +13,8 @@ hierarchical                          ``(p-k)/p * M``            ``(k-1) * M``
 ====================================  =========================  ==============================
 
 The factors ``(p-1)/p`` and ``(p-k)/p`` are those of the MiCS paper (Zhang et al., VLDB 2023, section 3.3). The
-replication all-reduce is a ring over ``r`` replicas, in which each rank sends ``2 (r-1)/r`` of its shard.
+replication all-reduce is a ring over ``r`` replicas, in which each rank sends ``2 (r-1)/r`` of its shard. Where pieces
+are exchanged in fewer bytes than their sums have, it sends ``(r-1)/r`` of these pieces, and then of the sums.
 """
 
 from __future__ import annotations
@@ -90,17 +91,19 @@ def partition_share(layout: GroupLayout, hierarchical: bool) -> LinkShare:
     return LinkShare(Fraction((k - 1) * (p - 1), p), Fraction(p - 1, p))
 
 
-def replication_share(layout: GroupLayout, optimizer_shard_size: int | None = None) -> LinkShare:
+def replication_share(layout: GroupLayout, optimizer_shard_size: int | None = None, widening: int = 1) -> LinkShare:
     """Returns the link share of hop two; its message is one rank's shard.
 
     By default an all-reduce. Where ``m`` replicas divide optimizer states, a reduce-scatter between these, and an
-    all-reduce of what is left, ``1/m``, between the instances.
+    all-reduce of what is left, ``1/m``, between the instances. Sums have ``widening`` times the bytes of the message:
+    what comes after the first exchange is made of them.
     """
     m = (optimizer_shard_size or layout.shard_size) // layout.shard_size
     r, node_size = layout.num_replicas // m, layout.topology.node_size
     scattered = slice_share(layout, m * layout.shard_size)
     members_on_node = max(1, node_size // layout.local_size // m)
-    sent = Fraction(2 * (r - 1), r * m) * node_size
+    parts = 1 + widening if m == 1 else 2 * widening
+    sent = Fraction(parts * (r - 1), r * m) * node_size
     leaving = Fraction(1, members_on_node) if layout.topology.num_nodes > 1 and r > members_on_node else Fraction(0)
     return LinkShare(scattered.intra + sent * (1 - leaving), scattered.inter + sent * leaving)
 
@@ -125,20 +128,22 @@ class CommLedger:
     Args:
         layout: Which rank holds what.
         optimizer_shard_size: Ranks that divide optimizer states; by default those of a partition.
+        widening: Bytes of a sum in hop two for each byte of what it is made of.
 
     Attributes:
         layout: See above.
         num_resets: How often counting was started from zero.
     """
 
-    def __init__(self, layout: GroupLayout, optimizer_shard_size: int | None = None) -> None:
+    def __init__(self, layout: GroupLayout, optimizer_shard_size: int | None = None, widening: int = 1) -> None:
         self.layout = layout
         self._shares = {
             (Hop.PARTITION_GATHER, False): partition_share(layout, False),
             (Hop.PARTITION_GATHER, True): partition_share(layout, True),
             (Hop.PARTITION_REDUCE, False): partition_share(layout, False),
             (Hop.PARTITION_REDUCE, True): partition_share(layout, True),
-            (Hop.REPLICATION_REDUCE, False): replication_share(layout, optimizer_shard_size),
+            (Hop.REPLICATION_REDUCE, False): replication_share(layout, optimizer_shard_size, widening),
+            (Hop.REPLICATION_REDUCE, True): replication_share(layout),
             (Hop.REPLICATION_GATHER, False): slice_share(layout, optimizer_shard_size or layout.shard_size),
         }
         self._sizes: dict[tuple[str, Hop, bool], Counter[int]] = {}
@@ -150,7 +155,7 @@ class CommLedger:
         Args:
             unit: Name of the FSDP unit.
             hop: What kind of communication it is.
-            hierarchical: Whether it runs in two stages.
+            hierarchical: Whether it runs in two stages; of hop two, whether it is an all-reduce whatever others are.
         """
         return self._sizes.setdefault((unit, hop, hierarchical), Counter())
 
@@ -161,7 +166,7 @@ class CommLedger:
             unit: Name of the FSDP unit.
             hop: What kind of communication it was.
             message_bytes: Size of the message, as :class:`Traffic` defines it.
-            hierarchical: Whether it ran in two stages.
+            hierarchical: As :meth:`sizes` has it.
         """
         self.sizes(unit, hop, hierarchical=hierarchical)[message_bytes] += 1
 

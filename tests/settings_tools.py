@@ -26,6 +26,7 @@ OTHER_VALUES: dict[str, Any] = {
     "on_mismatch": "repair",
     "async_checkpoint": True,
     "optimizer_shard_size": "world",
+    "replication_reduce_dtype": "bfloat16",
 }
 
 

@@ -161,6 +161,13 @@ def test_a_dtype_that_nothing_can_be_summed_in_is_refused(setting: str, dtype: A
         MiCSConfig(**{setting: dtype})
 
 
+def test_gradients_between_replicas_take_16_bits_or_those_of_the_reduction() -> None:
+    with pytest.raises(
+        MiCSConfigError, match=r"replication_reduce_dtype=torch\.float32 has more than 16 bits.*'bfloat16'"
+    ):
+        MiCSConfig(replication_reduce_dtype="float32")
+
+
 def test_replace_checks_anew() -> None:
     assert MiCSConfig().replace(shard_size=2).shard_size == 2
     with pytest.raises(MiCSConfigError, match="shard_size=0"):

@@ -9,6 +9,7 @@ reverse, one stage after the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -101,10 +102,11 @@ class FlatAllGather(Allocating, AllGather):
 
     Args:
         on_call: Told the bytes of each gathered message.
+        stream: Where asynchronous gathers run; by default where the backend has it.
     """
 
-    def __init__(self, on_call: OnCall | None = None) -> None:
-        self._on_call = on_call
+    def __init__(self, on_call: OnCall | None = None, stream: StageStream | None = None) -> None:
+        self._on_call, self._stream = on_call, stream
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -112,6 +114,9 @@ class FlatAllGather(Allocating, AllGather):
         """Gathers ``input_tensor`` (shape ``[n]``) of all ranks into ``output_tensor`` (shape ``[p * n]``)."""
         if self._on_call is not None:
             self._on_call(output_tensor.nbytes)
+        if async_op and self._stream is not None:
+            run = functools.partial(all_gather_single, group=group)
+            return self._stream.run(run, output_tensor, input_tensor)
         return all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -137,6 +142,45 @@ class FlatReduceScatter(Allocating, ReduceScatter):
         if self._on_call is not None:
             self._on_call(input_tensor.nbytes)
         return reduce_scatter_single(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
+class WideReduceScatter(Allocating, ReduceScatter):
+    """A reduce-scatter of 16-bit messages whose sums are wider: ranks exchange parts, and each adds up its own.
+
+    Args:
+        stream: Where it runs.
+    """
+
+    def __init__(self, stream: StageStream) -> None:
+        self._stream = stream
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Reduces ``input_tensor`` (shape ``[r * n]``) and leaves this rank's part in ``output_tensor`` (``[n]``)."""
+
+        def reduce(output: Tensor, message: Tensor) -> None:
+            received = torch.empty_like(message)
+            dist.all_to_all_single(received, message, group=group)
+            add_up(output, received, op)
+
+        if async_op:
+            return self._stream.run(reduce, output_tensor, input_tensor)
+        reduce(output_tensor, input_tensor)
+        return None
+
+
+def add_up(output: Tensor, received: Tensor, op: object) -> None:
+    """Sums (or averages) what the ranks of a group have sent, one behind another, in the dtype of the result."""
+    parts = received.view(-1, output.numel())
+    torch.sum(parts, 0, dtype=output.dtype, out=output)
+    if op == dist.ReduceOp.AVG:
+        output /= len(parts)
 
 
 class HierarchicalAllGather(Allocating, AllGather):

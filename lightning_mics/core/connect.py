@@ -34,7 +34,13 @@ from lightning_mics.core.drift import DriftCheck
 from lightning_mics.core.failures import explaining
 from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.agreement import CollectiveOrder
-from lightning_mics.core.gradients.second_hop import AllReduce, ReduceToSlices, SecondHop
+from lightning_mics.core.gradients.second_hop import (
+    AllReduce,
+    AllReduceOfWideSums,
+    ReduceToSlices,
+    SecondHop,
+    dtype_of_sums,
+)
 from lightning_mics.core.gradients.step import guard_steps
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
@@ -114,7 +120,10 @@ def connect(
         whole: Parameters that are not sharded, by name.
     """
     found = _find_units(model, units, config, mesh)
-    ledger = CommLedger(mesh.layout, mesh.layout.resolve_optimizer_shard_size(config.optimizer_shard_size))
+    wire, reduce_dtype = as_dtype(config.replication_reduce_dtype), as_dtype(config.reduce_dtype) or torch.float32
+    widening = 1 if wire is None else dtype_of_sums(wire, reduce_dtype).itemsize // wire.itemsize
+    divided = mesh.layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
+    ledger = CommLedger(mesh.layout, divided, widening)
     order = CollectiveOrder()
     carrier = transport.transport_for(
         mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
@@ -131,7 +140,7 @@ def connect(
         whole_gradients.add(whole)
         clip_whole_beside_shards()
     row_norms = RowNorms(model, mesh)
-    slices, second_hop = _second_hop(mesh, carrier)
+    slices, second_hop = _second_hop(mesh, carrier, wire)
     window = AccumulationWindow(
         mesh,
         _gradients(found, reduce_scatters, carrier, config, second_hop),
@@ -156,15 +165,21 @@ def connect(
     return runtime
 
 
-def _second_hop(mesh: MiCSMesh, carrier: transport.Transport) -> tuple[Slices | None, SecondHop]:
+def _second_hop(
+    mesh: MiCSMesh, carrier: transport.Transport, wire: torch.dtype | None
+) -> tuple[Slices | None, SecondHop]:
     """Returns how optimizer states are divided further than parameters, if they are, and the hop that leads there."""
     if mesh.optimizer_mesh is None or mesh.instance_group is None:
-        return None, AllReduce(mesh.replication_group)
-    all_gather, reduce_scatter = carrier.replication(mesh.optimizer_mesh.get_group("slice"))
+        group = mesh.replication_group
+        if wire is None:
+            return None, AllReduce(group)
+        return None, AllReduceOfWideSums(group, wire, *carrier.replication(group, widens=True))
+    group = mesh.optimizer_mesh.get_group("slice")
+    all_gather, reduce_scatter = carrier.replication(group, widens=wire is not None)
     slices = Slices(mesh.optimizer_mesh, all_gather)
     clip_whole_beside_shards()
     answer_for_the_whole([slices.like(torch.empty(0), torch.empty(0))])
-    return slices, ReduceToSlices(slices, reduce_scatter, mesh.instance_group)
+    return slices, ReduceToSlices(slices, reduce_scatter, mesh.instance_group, wire)
 
 
 def _checks(units: Sequence[_Unit], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger) -> Iterator[WindowObserver]:

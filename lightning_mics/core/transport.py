@@ -16,6 +16,7 @@ from lightning_mics.core.collectives import (
     HierarchicalReduceScatter,
     OnCall,
     StageStream,
+    WideReduceScatter,
 )
 from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.deferred import DeferredReduction
@@ -43,9 +44,17 @@ class Transport(ABC):
     def reduce_scatter(self, stages: Stages, on_call: OnCall | None = None, call: Call | None = None) -> ReduceScatter:
         """Returns a reduce-scatter; the arguments are those of :meth:`all_gather`."""
 
-    def replication(self, group: dist.ProcessGroup) -> tuple[AllGather, ReduceScatter]:
-        """Returns a gather and a reduce-scatter between replicas, beside which those of partitions go on."""
-        return FlatAllGather(), FlatReduceScatter()
+    def replication(self, group: dist.ProcessGroup, *, widens: bool = False) -> tuple[AllGather, ReduceScatter]:
+        """Returns a gather and a reduce-scatter between replicas, beside which those of partitions go on.
+
+        Args:
+            group: The replicas.
+            widens: Whether sums are wider than messages. What is started later also runs later then.
+        """
+        if not widens:
+            return FlatAllGather(), FlatReduceScatter()
+        stream = StageStream()
+        return FlatAllGather(stream=stream), WideReduceScatter(stream)
 
     def reductions(self, group: UnitParamGroup, reduce_scatter: ReduceScatter) -> list[Reduction]:
         """Returns ways to run hop one of a unit that overlap better than FSDP2's own."""
@@ -97,7 +106,7 @@ class RingTransport(Transport):
         """Returns a reduce-scatter."""
         return RingReduceScatter(stages, on_call, call)
 
-    def replication(self, group: dist.ProcessGroup) -> tuple[AllGather, ReduceScatter]:
+    def replication(self, group: dist.ProcessGroup, *, widens: bool = False) -> tuple[AllGather, ReduceScatter]:
         """Returns rings on a thread of their own."""
         return RingAllGather([group], thread=replication_thread), RingReduceScatter([group], thread=replication_thread)
 

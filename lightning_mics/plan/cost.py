@@ -56,18 +56,25 @@ class NetworkCosts:
         layout: The groups.
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
         optimizer_shard_size: Ranks that divide optimizer states; by default those of a partition.
+        widening: Bytes of a sum in hop two for each byte of what it is made of.
     """
 
     def __init__(
-        self, cluster: Cluster, layout: GroupLayout, hierarchical: bool, optimizer_shard_size: int | None = None
+        self,
+        cluster: Cluster,
+        layout: GroupLayout,
+        hierarchical: bool,
+        optimizer_shard_size: int | None = None,
+        widening: int = 1,
     ) -> None:
         self._intra, self._inter = cluster.node.intra, cluster.node.inter
         self._has_trees = cluster.node.accelerator.device_type != "cpu"
         self._layout, self._hierarchical = layout, hierarchical and layout.spans_nodes
         self._shares = {staged: partition_share(layout, staged) for staged in (False, True)}
         size = optimizer_shard_size or layout.shard_size
-        self._slices = size // layout.shard_size
-        self._replication_share, self._slice_share = replication_share(layout, size), slice_share(layout, size)
+        self._slices, self._widening = size // layout.shard_size, widening
+        self._replication_share = replication_share(layout, size, widening)
+        self._slice_share = slice_share(layout, size)
 
     def partition(self, message_bytes: float) -> Cost:
         """Returns the cost of a gather or reduce-scatter of a message (the whole of it) over a partition group."""
@@ -90,7 +97,8 @@ class NetworkCosts:
         replicas, m = self._layout.num_replicas, self._slices
         instances = replicas // m
         steps = (m - 1) + (self._all_reduce_steps(instances) if instances > 1 else 0)
-        sent = ((m - 1) / m + 2 * (instances - 1) / instances / m) * shard_bytes
+        parts = 1 + self._widening if m == 1 else 2 * self._widening
+        sent = ((m - 1) / m + parts * (instances - 1) / instances / m) * shard_bytes
         return self._between_replicas(self._replication_share, steps, sent, shard_bytes)
 
     def slices(self, shard_bytes: float) -> Cost:

@@ -129,7 +129,13 @@ class _Step:
         self._profile, self._candidate, self._training = profile, candidate, training
         self._cluster, self._accelerator = cluster, cluster.node.accelerator
         self._layout = candidate.layout(cluster.topology)
-        self._costs = NetworkCosts(cluster, self._layout, candidate.hierarchical, candidate.optimizer_shard_size)
+        self._costs = NetworkCosts(
+            cluster,
+            self._layout,
+            candidate.hierarchical,
+            candidate.optimizer_shard_size,
+            _widening(candidate, training),
+        )
 
     def work(self, memory: MemoryBreakdown, engine: Engine | None) -> StepWork:
         """Returns the work of a step."""
@@ -159,7 +165,9 @@ class _Step:
         if candidate.scheme == "ddp":
             return UnitTimes(name=unit.name, forward=forward, backward=backward)
         gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
-        reduced = unit.gathered_numel(candidate.shard_size, only_trainable=True) * DTYPE_BYTES[training.reduce_dtype]
+        trainable = unit.gathered_numel(candidate.shard_size, only_trainable=True)
+        reduced = trainable * DTYPE_BYTES[training.reduce_dtype]
+        exchanged = trainable * _exchanged_width(candidate, training) / candidate.shard_size
         # Gathered messages are copied into parameters, gradients into the message of the reduction.
         return UnitTimes(
             name=unit.name,
@@ -168,7 +176,7 @@ class _Step:
             backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
             gather=self._messages(unit, gathered, training.param_dtype, least_message),
             reduce=self._messages(unit, reduced, training.reduce_dtype, least_message),
-            replicate=self._costs.replication(reduced / candidate.shard_size) if reduced else FREE,
+            replicate=self._costs.replication(exchanged) if reduced else FREE,
             slices=self._costs.slices(_sliced_bytes(unit, candidate, training)),
         )
 
@@ -209,12 +217,12 @@ def predict_traffic(
     trainable = [unit for unit in profile.units if unit.trainable_numel]
     size = layout.shard_size
     elements = sum(unit.gathered_numel(size, only_trainable=True) for unit in trainable)
-    reduced = elements * DTYPE_BYTES[training.reduce_dtype]
+    reduced, exchanged = elements * DTYPE_BYTES[training.reduce_dtype], elements * _exchanged_width(candidate, training)
     if candidate.scheme == "ddp":
-        reduced = sum(gradient_bytes(unit, training) for unit in trainable)
+        exchanged = sum(gradient_bytes(unit, training) for unit in trainable)
     replications = microsteps if candidate.scheme == "mesh-2d" else 1
     partition, optimizer_shard_size = partition_share(layout, candidate.hierarchical), size * candidate.slices
-    replication = replication_share(layout, optimizer_shard_size)
+    replication = replication_share(layout, optimizer_shard_size, _widening(candidate, training))
 
     def traffic(calls: int, message_bytes: float, share: LinkShare) -> Traffic:
         return Traffic(calls, int(message_bytes), int(message_bytes * share.intra), int(message_bytes * share.inter))
@@ -229,12 +237,21 @@ def predict_traffic(
         result[Hop.PARTITION_GATHER] = traffic(calls, gathered, partition)
         result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, partition)
     if layout.num_replicas > 1:
-        message = replications * reduced / layout.shard_size
+        message = replications * exchanged / layout.shard_size
         result[Hop.REPLICATION_REDUCE] = traffic(replications * len(trainable), message, replication)
     if candidate.slices > 1:
         message = sum(_sliced_bytes(unit, candidate, training) for unit in trainable)
         result[Hop.REPLICATION_GATHER] = traffic(len(trainable), message, slice_share(layout, optimizer_shard_size))
     return result
+
+
+def _exchanged_width(candidate: Candidate, training: Training) -> int:
+    """Returns the bytes of an element of what replicas exchange; other schemes have one dtype for both hops."""
+    return training.exchanged_width if candidate.scheme == "mics" else DTYPE_BYTES[training.reduce_dtype]
+
+
+def _widening(candidate: Candidate, training: Training) -> int:
+    return training.widening if candidate.scheme == "mics" else 1
 
 
 def _sliced_bytes(unit: Unit, candidate: Candidate, training: Training) -> int:

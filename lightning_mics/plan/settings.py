@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_mics.plan.profile import Unit
+from lightning_mics.plan.profile import DTYPE_BYTES, Unit
 from lightning_mics.precision import PRECISIONS, find_precision
 from lightning_mics.topology import ClusterTopology, GroupLayout
 
@@ -28,12 +28,25 @@ class Training:
         reduce_dtype: Dtype of gradient reduction.
         optimizer: Name of a class in ``torch.optim``, a class, or an instance.
         state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
+        replication_reduce_dtype: Dtype in which replicas exchange gradients; ``None`` for ``reduce_dtype``.
     """
 
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "float32"
     optimizer: object = "AdamW"
     state_dtype: str | None = None
+    replication_reduce_dtype: str | None = None
+
+    @property
+    def exchanged_width(self) -> int:
+        """Bytes of an element of what replicas exchange in hop two."""
+        return DTYPE_BYTES[self.replication_reduce_dtype or self.reduce_dtype]
+
+    @property
+    def widening(self) -> int:
+        """Bytes of a sum in hop two for each byte of what it is made of."""
+        summed = DTYPE_BYTES[self.reduce_dtype]
+        return 1 if self.replication_reduce_dtype is None else max(summed, 4) // self.exchanged_width
 
     @classmethod
     def in_precision(cls, precision: str, optimizer: object) -> Training:

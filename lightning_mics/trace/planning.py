@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.batch import divide_batch
 from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
@@ -17,6 +19,7 @@ from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positiv
 from lightning_mics.trace import profile_model
 from lightning_mics.trace.models import build_model
 from lightning_mics.trace.optimizers import optimizer_footprint
+from lightning_mics.trace.structure import dtype_name
 
 
 def plan(
@@ -38,6 +41,7 @@ def plan(
     memory_limit: float | None = None,
     ranking: str = "advice",
     optimizer_shard_size: OptimizerShardSize | None = None,
+    replication_reduce_dtype: str | None = None,
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -63,6 +67,7 @@ def plan(
         ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
         optimizer_shard_size: Fixes over how many ranks optimizer states are divided; by default those of the partition,
             and all where that does not fit.
+        replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -77,7 +82,11 @@ def plan(
         print(best.candidate.shard_size, best.memory.total, best.time.seconds)
     """
     hardware = _hardware(cluster, num_nodes)
-    training = Training.in_precision(precision, optimizer)
+    wire = MiCSConfig(replication_reduce_dtype=replication_reduce_dtype).replication_reduce_dtype
+    training = replace(
+        Training.in_precision(precision, optimizer),
+        replication_reduce_dtype=None if wire is None else dtype_name(wire),
+    )
     optimizer_footprint(optimizer, (), foreach=False)  # refuses what is none before anything is traced
     if shard_size is not None:
         shard_size = hardware.topology.resolve_shard_size(shard_size)

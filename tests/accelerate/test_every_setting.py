@@ -45,6 +45,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "on_mismatch": ("repair", "repair"),
     "async_checkpoint": (True, "true"),
     "optimizer_shard_size": ("world", "world"),
+    "replication_reduce_dtype": (torch.bfloat16, "bf16"),
 }
 FLAGS = {
     "shard_size": ["--shard-size", "2"],

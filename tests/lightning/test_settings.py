@@ -46,6 +46,7 @@ def test_positions_keep_their_meaning(strategy: Any) -> None:
         "on_mismatch": "raise",
         "async_checkpoint": False,
         "optimizer_shard_size": "partition",
+        "replication_reduce_dtype": None,
     }
     late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]

@@ -193,6 +193,17 @@ def test_traffic_is_what_the_ledger_counts():
     assert predict_traffic(PROFILE, cluster, candidate, training) == ledger.by_hop()
 
 
+def test_16_bit_exchanges_between_replicas_take_half_of_the_first_part():
+    cluster, wire = make_cluster(4, 2), Training(replication_reduce_dtype="bfloat16")
+    for divided, kept in ((None, 0.75), (8, 0.5)):
+        candidate = Candidate(shard_size=2, optimizer_shard_size=divided)
+        exact, narrow = (
+            predict_traffic(PROFILE, cluster, candidate, training)[Hop.REPLICATION_REDUCE]
+            for training in (Training(), wire)
+        )
+        assert narrow.inter_bytes == pytest.approx(kept * exact.inter_bytes)
+
+
 def test_flops_count_recomputation_apart():
     plain = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4), TRAINING)
     again = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4, activation_checkpointing=True), TRAINING)

@@ -61,6 +61,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int_or_word, metavar="N", help="ranks of a partition group, 'node' or 'world'")
     about_states = "ranks that divide optimizer states: 'partition', 'world', or a multiple of the shard size"
     add("--optimizer-shard-size", type=int_or_word, metavar="N", help=about_states)
+    about_wire = "16-bit dtype in which replicas exchange gradients (default: that of their reduction)"
+    add("--replication-reduce-dtype", metavar="DTYPE", help=about_wire)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
     add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")

@@ -38,6 +38,8 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
     if candidate.slices > 1:
         is_world = candidate.optimizer_shard_size == planning.cluster.world_size
         settings["optimizer_shard_size"] = "world" if is_world else candidate.optimizer_shard_size
+    if planning.training.replication_reduce_dtype is not None:
+        settings["replication_reduce_dtype"] = planning.training.replication_reduce_dtype
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
@@ -113,7 +115,8 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
     )
-    beside = {name: mics_settings(planning).get(name) for name in ("hierarchical", "optimizer_shard_size")}
+    names = ("hierarchical", "optimizer_shard_size", "replication_reduce_dtype")
+    beside = {name: mics_settings(planning).get(name) for name in names}
     variables = {f"MICS_{name.upper()}": str(value).lower() for name, value in beside.items() if value is not None}
     write_launch_file(path, settings, environment=variables, force=force)
     use = f"Start a script with it: {launch_commands(path, variables, machines)[0]}"

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_mics.core._torch import AllGather, ReduceScatter, reduce_scatter_single
-from lightning_mics.core.collectives import Allocating, OnCall
+from lightning_mics.core.collectives import Allocating, OnCall, add_up
 from lightning_mics.core.cpu.rings import (
     CommunicationThread,
     communication_thread,
+    exchange,
     ring_all_gather,
     ring_reduce_scatter,
 )
@@ -138,6 +139,11 @@ class RingReduceScatter(_OnRings, ReduceScatter):
     def _reduce(self, output: Tensor, message: Tensor, op: object) -> None:
         if len(self._stages) == 1:
             (group,) = self._stages
+            if output.dtype != message.dtype:  # a ring would round each partial sum
+                received = torch.empty_like(message)
+                exchange(received.view(group.size(), -1), message.view(group.size(), -1), group)
+                add_up(output, received, op)
+                return
             ring_reduce_scatter(output, message.view(group.size(), -1).__getitem__, group, op, **self._tag)
             return
         inter, intra = self._stages

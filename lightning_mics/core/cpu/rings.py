@@ -26,7 +26,7 @@ from lightning_mics.core.places import THREAD, Call, here, waiting
 from lightning_mics.errors import MiCSError
 
 # Users may send messages of their own over the same group.
-_GATHER_TAG, _REDUCE_TAG = 19_781, 19_782
+_GATHER_TAG, _REDUCE_TAG, _EXCHANGE_TAG = 19_781, 19_782, 19_783
 # How long the end of a process waits for a collective whose peers may be gone.
 _PATIENCE_SECONDS = 2.0
 
@@ -103,6 +103,24 @@ def ring_reduce_scatter(
         outgoing = incoming
     if op == dist.ReduceOp.AVG:
         output /= size
+
+
+def exchange(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
+    """Sends a part to each rank of a group, and receives one from each.
+
+    Args:
+        received: Where parts go, of shape ``[size, n]``.
+        sent: What goes to each rank, of the same shape; both are contiguous.
+        group: Who takes part.
+    """
+    size, rank = group.size(), group.rank()
+    here.launched[id(group)] += 2 * (size - 1)
+    others = [(rank + step) % size for step in range(1, size)]
+    works = [group.recv([received[peer]], peer, _EXCHANGE_TAG) for peer in reversed(others)]
+    works += [group.send([sent[peer]], peer, _EXCHANGE_TAG) for peer in others]
+    received[rank] = sent[rank]
+    for work in works:
+        work.wait()
 
 
 _Task = tuple[Callable[[], None], "Future[None]", Call | None]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core._torch import ReduceScatter, UnitParam, chunk_cat, is_gloo, local_tensor
+from lightning_mics.core._torch import AllGather, ReduceScatter, UnitParam, chunk_cat, is_gloo, local_tensor
 from lightning_mics.core.gradients.layout import FlatLayout
 from lightning_mics.core.gradients.reductions import Reduction
 from lightning_mics.core.places import here
@@ -46,6 +46,8 @@ class Flight:
 
 class SecondHop(ABC):
     """One way to run hop two. All of it runs on the reduce stream.
+
+    What travels first may be narrower than the sums that are made of it, and travel on.
 
     Attributes:
         makes_slices: Whether gradients are slices afterwards.
@@ -99,6 +101,43 @@ class AllReduce(SecondHop):
         flight.source.take(flight.layout, flight.result)
 
 
+class AllReduceOfWideSums(AllReduce):
+    """Replicas exchange pieces in 16 bits; each adds up its own, and all get the sums.
+
+    Args:
+        group: The replication group.
+        wire: Dtype of the pieces.
+        all_gather: How sums travel, behind pieces that were sent before.
+        reduce_scatter: How pieces travel.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, wire: torch.dtype, all_gather: AllGather, reduce_scatter: ReduceScatter
+    ) -> None:
+        super().__init__(group)
+        self._wire, self._all_gather, self._reduce_scatter = wire, all_gather, reduce_scatter
+
+    def launch(
+        self, layout: FlatLayout, source: Reduction, sums: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> Flight:
+        """Starts a reduce-scatter that averages, and the gather of its results."""
+        group = self._group
+        chunk = -(-layout.numel // group.size())
+        sent = torch.zeros(group.size() * chunk, dtype=self._wire, device=device)
+        sent[: layout.numel] = sums
+        result = torch.empty(len(sent), dtype=dtype_of_sums(self._wire, dtype), device=device)
+        mine = result.view(group.size(), -1)[group.rank()]
+        here.launched[id(group)] += 2 * (not is_gloo(group))
+        self._reduce_scatter(mine, sent, group, dist.ReduceOp.AVG, async_op=True)
+        work = self._all_gather(result, mine, group, async_op=True)
+        return Flight(work, layout, source, sent, result[: layout.numel])
+
+
+def dtype_of_sums(wire: torch.dtype | None, reduce_dtype: torch.dtype) -> torch.dtype:
+    """Returns in which dtype replicas add up what they exchange."""
+    return reduce_dtype if wire is None else torch.promote_types(reduce_dtype, torch.float32)
+
+
 class ReduceToSlices(SecondHop):
     """Each rank gets the mean of its slices alone, which become the gradients.
 
@@ -108,12 +147,19 @@ class ReduceToSlices(SecondHop):
         slices: The slices.
         reduce_scatter: How messages travel between the ranks that divide a shard.
         instances: Ranks that hold the same slices.
+        wire: Dtype in which pieces travel to those who add them up; ``None`` for that of the sums.
     """
 
     makes_slices = True
 
-    def __init__(self, slices: Slices, reduce_scatter: ReduceScatter, instances: dist.ProcessGroup) -> None:
-        self._slices, self._reduce_scatter, self._instances = slices, reduce_scatter, instances
+    def __init__(
+        self,
+        slices: Slices,
+        reduce_scatter: ReduceScatter,
+        instances: dist.ProcessGroup,
+        wire: torch.dtype | None = None,
+    ) -> None:
+        self._slices, self._reduce_scatter, self._instances, self._wire = slices, reduce_scatter, instances, wire
 
     def launch(
         self, layout: FlatLayout, source: Reduction, sums: Tensor, dtype: torch.dtype, device: torch.device
@@ -122,8 +168,8 @@ class ReduceToSlices(SecondHop):
         group = self._slices.group
         shards = [shard for shard in layout.places(sums) if shard.numel()]
         sent = chunk_cat(shards, group.size()) if shards else sums.new_empty(group.size(), 0)
-        sent = sent.to(device=device, dtype=dtype)
-        result = sent.new_empty(sent.shape[1])
+        sent = sent.to(device=device, dtype=self._wire or dtype)
+        result = sent.new_empty(sent.shape[1], dtype=dtype_of_sums(self._wire, dtype))
         for param in layout.params:
             param.sharded.grad = None
         if not shards:

@@ -285,9 +285,9 @@ class UnitGradients:
             if self._second_hop.makes_slices:
                 self._sent += layout.grads()
             dtype = self._dtype or sums.dtype
-            self._flight = self._second_hop.launch(layout, source, sums, dtype, self.group.device)
+            self._flight = flight = self._second_hop.launch(layout, source, sums, dtype, self.group.device)
         self.phase = Phase.REPLICATING
-        return layout.numel * dtype.itemsize
+        return layout.numel * flight.sent.itemsize
 
     @labelled("end of hop two")
     def wait(self) -> None:

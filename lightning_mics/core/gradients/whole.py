@@ -165,7 +165,7 @@ class WholeGradients:
             self._ledger.record(UNIT, Hop.PARTITION_REDUCE, flat.nbytes)
         if replication.size() > 1:
             dist.all_reduce(mine, group=replication)
-            self._ledger.record(UNIT, Hop.REPLICATION_REDUCE, mine.nbytes)
+            self._ledger.record(UNIT, Hop.REPLICATION_REDUCE, mine.nbytes, hierarchical=True)
         if partition.size() > 1:
             all_gather_single(flat, mine, group=partition)
             self._ledger.record(UNIT, Hop.PARTITION_GATHER, flat.nbytes)
