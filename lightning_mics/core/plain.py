@@ -186,7 +186,9 @@ def adopt_beside_shards(optimizer: Optimizer) -> MiCSRuntime | None:
     runtime = None if owner is None else own_runtime(owner)
     if runtime is None:
         return None
-    gathered = set().union(*inside.values())  # after a forward pass parameters of a sharded model may look plain
+    # After a forward pass parameters of a sharded model may look plain. What took the place of one that stays whole is.
+    windows = [found.window for found in map(own_runtime, _ROOTS) if found is not None]
+    gathered = {id(whole) for window in windows for whole, _ in window.gathered()}
     named = {
         f"parameter {index} of {type(optimizer).__name__}": param
         for index, param in enumerate(plain)
