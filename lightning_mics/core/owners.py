@@ -247,6 +247,7 @@ class _Exchange:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
+        self._nothing = torch.empty(0, dtype=torch.uint8, device=device)
         self.size, self.place = group.size(), group.rank()
 
     def collect(self, rows: Sequence[Tensor], shapes: Sequence[torch.Size], owners: Sequence[int]) -> list[Tensor]:
@@ -289,7 +290,7 @@ class _Exchange:
     def _exchange(self, sent: list[list[Tensor]], received: list[list[Tensor]]) -> None:
         """Sends tensors to each rank, and puts what comes from each into tensors, whatever their dtypes."""
         parts = [part.contiguous().view(-1).view(torch.uint8) for parts in sent for part in parts]
-        outgoing = torch.cat([torch.empty(0, dtype=torch.uint8), *(part.to(self._device) for part in parts)])
+        outgoing = torch.cat([self._nothing, *(part.to(self._device) for part in parts)])
         sizes = [[sum(part.nbytes for part in parts) for parts in direction] for direction in (sent, received)]
         incoming = outgoing.new_empty(sum(sizes[1]))
         dist.all_to_all_single(incoming, outgoing, sizes[1], sizes[0], group=self._group)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +18,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_mics.core._torch import AllGather, UnitParam, dtensor_over, local_tensor, shard_like
+from lightning_mics.core._torch import AllGather, UnitParam, dtensor_over, local_tensor, notes_by_shard, shard_like
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.metrics import CommLedger, Hop
 
 # Whose slices parameters are divided into.
-_SLICES: Any = WeakIdKeyDictionary()
+_SLICES = notes_by_shard()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from test_slices import Net, rows
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from works import works
 
 from lightning_mics import MiCSConfig, clip_grad_norm_, mics_shard
 from lightning_mics.core.runtime import is_sharded
@@ -105,8 +106,12 @@ def weights_in_other_memory(loop: Loop) -> None:
     loop.step(optimizer, 0)
     for param in loop.model.parameters():
         param.data = param.data.clone()
+    loop.model.to(torch.float32)
     for number in (1, 2):
-        loop.step(optimizer, number)
+        loop.backward(number)
+        loop.model.to(torch.float32)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def weights_that_are_loaded(loop: Loop) -> None:
@@ -210,6 +215,10 @@ def _whole(value: Any) -> Tensor:
     return whole
 
 
+@works(
+    "Training loops", "`.to(device)` and `load_state_dict(assign=True)` of a sharded model, with optimizer_shard_size"
+)
+@works("Training loops", "Closures that are evaluated twice, with optimizer_shard_size")
 @pytest.mark.parametrize("world, p", [(4, 2), (2, 1), (1, 1)])
 def test_what_loops_do_ends_as_in_one_process(pool: WorkerPool, world: int, p: int) -> None:
     for found in pool.run(differences, p, world_size=world):

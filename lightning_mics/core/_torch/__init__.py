@@ -58,6 +58,7 @@ from lightning_mics.core._torch.modules import (
     unscale_and_check,
     with_local,
 )
+from lightning_mics.core._torch.notes import notes_by_shard, unnoted
 from lightning_mics.core._torch.reads import before_reads
 from lightning_mics.core._torch.root import (
     ForwardHooks,
@@ -134,6 +135,7 @@ __all__ = [
     "name_params",
     "new_local_group",
     "new_world_group",
+    "notes_by_shard",
     "outside_graphs",
     "parameter_registry",
     "persistent_buffers",
@@ -153,6 +155,7 @@ __all__ = [
     "tree_map_with_path",
     "uncompiled",
     "unit_param_groups",
+    "unnoted",
     "unscale_and_check",
     "wait_for_gloo_threads",
     "watch_base",

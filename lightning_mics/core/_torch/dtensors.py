@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_mics.core._needs import gone, require
+from lightning_mics.core._torch.notes import notes_by_shard
 from lightning_mics.errors import MiCSError
 
 try:
@@ -35,7 +35,7 @@ _MESHES: weakref.WeakKeyDictionary[DeviceMesh, Callable[[], AbstractContextManag
 _MESHES = weakref.WeakKeyDictionary()
 
 # What follows the local tensor of a shard; by identity, as tensors compare element by element.
-_FOLLOWERS: Any = WeakIdKeyDictionary()
+_FOLLOWERS = notes_by_shard()
 
 # What optimizers call for each parameter, and nobody for rows: looking at a write takes a third of its time.
 _OF_OPTIMIZERS = {"addcmul_", "addcdiv_", "lerp_"}
