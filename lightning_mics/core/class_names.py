@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_mics.core._torch import unnoted
+from lightning_mics.core._torch import apply_to_shards
 
 _CLASSES: dict[type, type] = {}  # FSDP2's class: ours
 _OWN_TO_EACH_CLASS = ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__")
@@ -33,7 +33,7 @@ def _renamed(fsdp_class: type) -> type:
     if fsdp_class not in _CLASSES:
         users = fsdp_class.__mro__[2]
         own: dict[str, Any] = {k: v for k, v in vars(fsdp_class).items() if k not in _OWN_TO_EACH_CLASS}
-        own["__new__"], own["_apply"] = _new, _apply
+        own["__new__"], own["_apply"] = _new, apply_to_shards
         kind = type("MiCSClass", (type(fsdp_class),), {"__call__": _construct})
         # Only renamed afterwards: classes that keep a register of their subclasses see no second one of the name.
         made: type = kind(f"MiCS{users.__name__}", (FSDPModule, users), own)
@@ -46,13 +46,6 @@ def _renamed(fsdp_class: type) -> type:
 def _construct(cls: type, *args: Any, **kwargs: Any) -> Any:
     """``type(module)(...)`` makes a module of the user's class, which is not sharded."""
     return cls.__mro__[2](*args, **kwargs)
-
-
-def _apply(module: FSDPModule, *args: Any, **kwargs: Any) -> Any:
-    """``module.to()`` and the like."""
-    assert isinstance(module, nn.Module)
-    with unnoted(module.parameters()):
-        return FSDPModule._apply(module, *args, **kwargs)
 
 
 def _new(cls: type, *args: Any, **kwargs: Any) -> Any:

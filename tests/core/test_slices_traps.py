@@ -215,9 +215,7 @@ def _whole(value: Any) -> Tensor:
     return whole
 
 
-@works(
-    "Training loops", "`.to(device)` and `load_state_dict(assign=True)` of a sharded model, with optimizer_shard_size"
-)
+@works("Training loops", "`.to(device)`, `load_state_dict(assign=True)` of sharded models, optimizer_shard_size")
 @works("Training loops", "Closures that are evaluated twice, with optimizer_shard_size")
 @pytest.mark.parametrize("world, p", [(4, 2), (2, 1), (1, 1)])
 def test_what_loops_do_ends_as_in_one_process(pool: WorkerPool, world: int, p: int) -> None:

@@ -58,7 +58,7 @@ from lightning_mics.core._torch.modules import (
     unscale_and_check,
     with_local,
 )
-from lightning_mics.core._torch.notes import notes_by_shard, unnoted
+from lightning_mics.core._torch.notes import apply_to_shards, notes_by_shard
 from lightning_mics.core._torch.reads import before_reads
 from lightning_mics.core._torch.root import (
     ForwardHooks,
@@ -99,6 +99,7 @@ __all__ = [
     "adds_gradients",
     "all_gather_single",
     "answer_for_the_whole",
+    "apply_to_shards",
     "average_gradients_over",
     "batched",
     "before_destroying_world",
@@ -155,7 +156,6 @@ __all__ = [
     "tree_map_with_path",
     "uncompiled",
     "unit_param_groups",
-    "unnoted",
     "unscale_and_check",
     "wait_for_gloo_threads",
     "watch_base",

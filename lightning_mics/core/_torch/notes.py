@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_mics.core._needs import require
+
+require(FSDPModule, "_apply")
 
 _NOTES: list[Any] = []
 
@@ -18,12 +20,12 @@ def notes_by_shard() -> Any:
     return _NOTES[-1]
 
 
-@contextmanager
-def unnoted(shards: Iterable[Tensor]) -> Iterator[None]:
-    """Lets ``module.to()`` swap what shards hold, which PyTorch refuses while there are weak references to them."""
+def apply_to_shards(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands behind ``module.to()``: PyTorch refuses to swap what shards hold while there are notes on them."""
+    shards = list(module.parameters())
     kept = [(notes, shard, notes.pop(shard)) for shard in shards for notes in _NOTES if shard in notes]
     try:
-        yield
+        return FSDPModule._apply(module, *args, **kwargs)
     finally:
         for notes, shard, note in kept:
             notes[shard] = note
