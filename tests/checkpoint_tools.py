@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,31 @@ def slow_writing(seconds: float = 0.05) -> Iterator[None]:
     finally:
         background.settle()
         ranks.together = together
+
+
+@contextmanager
+def held_up(error: str | None = None) -> Iterator[threading.Event]:
+    """Lets nothing be written in the background until the event is set; then it fails if there is an error."""
+    go_on, together, fsync = threading.Event(), ranks.together, os.fsync
+
+    def is_behind() -> bool:
+        return threading.current_thread() is not threading.main_thread()
+
+    def patient(step: Any, **options: Any) -> Any:
+        return together((lambda: [go_on.wait(), step()][1]) if is_behind() else step, **options)
+
+    def failing(handle: int) -> None:
+        if is_behind() and error is not None:
+            raise OSError(error)
+        fsync(handle)
+
+    ranks.together, os.fsync = patient, failing
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+        background.settle()
+        ranks.together, os.fsync = together, fsync
 
 
 def trained(seed: int, steps: int = 2, config: MiCSConfig = PLAIN, optimizer: str = "adamw") -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate_tools import forget_accelerate
+from checkpoint_tools import equal, held_up
 from models import build
 from test_transformers import ROWS, make_trainer, train_alone
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from works import works
 
 from lightning_mics import CheckpointError
 from lightning_mics.accelerate import MiCSPlugin
+from lightning_mics.accelerate import trainer as trainers
 from lightning_mics.accelerate.resuming import find_checkpoint
 from lightning_mics.checkpoint import describe_checkpoint, list_checkpoints, verify_checkpoint
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
@@ -29,11 +33,12 @@ from lightning_mics.transformers import MiCSTrainer
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 1}
 
 
-def trainer_in(folder: str, steps: int, model: nn.Module | None = None, **settings: Any) -> Any:
+def trainer_in(folder: str, steps: int, model: nn.Module | None = None, behind: bool = False, **settings: Any) -> Any:
     forget_accelerate()
     model = build("gpt2", 3) if model is None else model
     settings = {**SAVING, "optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": steps, **settings}
-    return make_trainer(MiCSTrainer, folder, model, ROWS, plugin=MiCSPlugin(shard_size=2), **settings)
+    plugin = MiCSPlugin(shard_size=2, async_checkpoint=behind)
+    return make_trainer(MiCSTrainer, folder, model, ROWS, plugin=plugin, **settings)
 
 
 def train(folder: str, steps: int, resume: str | bool | None = None, **settings: Any) -> dict[str, Tensor]:
@@ -165,14 +170,71 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(pool: WorkerPool, tmp_pat
         assert left == ["checkpoint-1"]
 
 
-def die_while_saving(folder: str, moment: int) -> None:
-    trainer, passed = trainer_in(folder, 2), 0
+class GoOn(TrainerCallback):
+    """Lets the checkpoint in flight be written after the third step; notes whether it was there until then."""
+
+    def __init__(self, folder: str, go_on: threading.Event) -> None:
+        self.path, self.go_on = Path(folder) / "checkpoint-2", go_on
+        self.was_there: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            dist.barrier()
+            self.was_there.append(self.path.exists())
+            self.go_on.set()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.was_there.append(self.path.exists())
+
+
+def save_behind(folder: str) -> tuple[list[bool], bool]:
+    """Trains on while a checkpoint is written, and anew from it; returns when it was there, and whether both agree."""
+    said: list[str] = []
+    trainers.inform, original = said.append, trainers.inform
+    with held_up() as go_on:
+        trainer = trainer_in(folder, 4, behind=True, save_steps=2)
+        noted = GoOn(folder, go_on)
+        trainer.add_callback(noted)
+        trainer.train()
+        was_there = [*noted.was_there, Path(folder, "checkpoint-4").exists()]
+    trainers.inform = original
+    assert said == ["async_checkpoint=True: on_save of GoOn is called before the checkpoint is there."]
+    whole = full_state_dict(trainer.model)
+    return was_there, equal(train(folder, 4, f"{folder}/checkpoint-2", save_strategy="no"), whole)
+
+
+@works("Savers", "Checkpoints of MiCSTrainer that are written while training goes on")
+def test_training_goes_on_while_a_checkpoint_is_written(pool: WorkerPool, tmp_path: Path) -> None:
+    for was_there, equals in pool.run(save_behind, str(tmp_path), world_size=2, timeout=120):
+        assert was_there == [False, False, True, True]  # saved, a step later, saved the next, at the end
+        assert equals
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
+
+
+def fail_behind(folder: str) -> str:
+    with held_up("No space left" if dist.get_rank() == 0 else None) as go_on:
+        go_on.set()
+        try:
+            trainer_in(folder, 1, behind=True).train()
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_a_failure_while_training_goes_on_is_raised_on_all_ranks(pool: WorkerPool, tmp_path: Path) -> None:
+    for said in pool.run(fail_behind, str(tmp_path), world_size=2):
+        assert f"Saving {tmp_path}/checkpoint-1 failed" in said and "No space left" in said
+    assert os.listdir(tmp_path) == []
+
+
+def die_while_saving(folder: str, moment: int, behind: bool) -> None:
+    trainer, passed, first = trainer_in(folder, 2, behind=behind), 0, Path(folder, "checkpoint-1")
     for owner, name in ((torch, "save"), (os, "fsync"), (os, "rename"), (dist, "all_gather_object")):
         original = getattr(owner, name)
 
         def watched(*args: Any, original: Any = original, **kwargs: Any) -> Any:
             nonlocal passed
-            passed += trainer.state.global_step == 2
+            passed += trainer.state.global_step == 2 and first.exists()
             if passed == moment:
                 os._exit(1)
             return original(*args, **kwargs)
@@ -182,26 +244,31 @@ def die_while_saving(folder: str, moment: int) -> None:
     os._exit(2)
 
 
-def kill_at(pool: WorkerPool, folder: Path, moments: list[int]) -> list[str]:
+def kill_at(pool: WorkerPool, folder: Path, moments: list[int], behind: bool) -> list[str]:
     """Kills a job in its second checkpoint; returns from which one can be resumed each time."""
     found = []
     for moment in moments:
         run = folder / str(moment)
-        pool.attempt(die_while_saving, str(run), moment, world_size=2)
+        pool.attempt(die_while_saving, str(run), moment, behind, world_size=2)
         found.append(Path(str(find_checkpoint(str(run), True, None))).name)
         assert sorted(path.name for path in run.glob("checkpoint-*"))[-1] == found[-1], "half of it has the name"
     return found
 
 
-def test_a_killed_save_leaves_the_checkpoint_before_it(pool: WorkerPool, tmp_path: Path) -> None:
-    assert kill_at(pool, tmp_path, [3, 100]) == ["checkpoint-1", "checkpoint-1"]
+BEHIND = pytest.mark.parametrize("behind", [False, True], ids=["waited for", "in the background"])
+
+
+@BEHIND
+def test_a_killed_save_leaves_the_checkpoint_before_it(pool: WorkerPool, tmp_path: Path, behind: bool) -> None:
+    assert kill_at(pool, tmp_path, [3, 70 if behind else 100], behind) == ["checkpoint-1", "checkpoint-1"]
 
 
 @pytest.mark.campaign
+@BEHIND
 def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(
-    pool: WorkerPool, tmp_path: Path, record_property: Callable[[str, object], None]
+    pool: WorkerPool, tmp_path: Path, behind: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    found = kill_at(pool, tmp_path, list(range(1, 181, 4)))
+    found = kill_at(pool, tmp_path, list(range(1, 181, 4)), behind)
     record_property("figures", f"{len(found)} crashes: {found.count('checkpoint-1')} left the earlier checkpoint")
 
 
@@ -253,8 +320,9 @@ def rotate(folder: str, **settings: Any) -> tuple[list[str], str | None]:
     return sorted(os.listdir(folder)), trainer.state.best_model_checkpoint
 
 
-def test_rotation_the_best_and_weights_alone(pool: WorkerPool, tmp_path: Path, caplog: Any) -> None:
-    settings = {"save_total_limit": 2, "save_only_model": True, "greater_is_better": True}
+@BEHIND
+def test_rotation_the_best_and_weights_alone(pool: WorkerPool, tmp_path: Path, caplog: Any, behind: bool) -> None:
+    settings = {"behind": behind, "save_total_limit": 2, "save_only_model": True, "greater_is_better": True}
     for kept, best in pool.run(rotate, str(tmp_path), metric_for_best_model="loss", world_size=2, **settings):
         assert kept == ["checkpoint-1", "checkpoint-4"]  # the worst is the best, and the last
         assert best == str(tmp_path / "checkpoint-1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class TrainerMethods:
     accelerator_class: type[MiCSAccelerator] = MiCSAccelerator
     mics_plugin: MiCSPlugin | None = None
     _aside: Path | None = None  # the checkpoint that is being written, under its name in a hidden folder
+    _shared: Path | None = None  # the same where all ranks see it, if it is written in the background
     _weights_only: bool | None = None
     _strict = True
     _fills_later = False  # a model on the meta device has no memory before it is prepared
@@ -56,8 +57,6 @@ class TrainerMethods:
         checkpoints.local_place(self.args.output_dir, "the Trainer of transformers")
         with _accelerator_is(functools.partial(self.accelerator_class, mics_plugin=self.mics_plugin)):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self.accelerator.mics_plugin.config.async_checkpoint:
-            inform("async_checkpoint=True does nothing here: the Trainer of transformers waits for its checkpoints.")
 
     def _move_model_to_device(self: Any, model: nn.Module, device: torch.device) -> None:
         if self.accelerator.topology is None:
@@ -97,28 +96,40 @@ class TrainerMethods:
         """Saves a checkpoint, which appears under its name when it is whole. Collective over the world."""
         step, run_dir = self.state.global_step, self._get_output_dir(trial)
         folder, save = Path(run_dir) / _CHECKPOINT.format(step), super()._save_checkpoint  # type: ignore[misc]
+        background = self._saves_in_background()
 
-        def write(aside: Path) -> None:
-            self._aside = aside
+        def write(aside: Path, shared: Path) -> None:
+            self._aside, self._shared = aside, shared if background else None
             try:
                 save(model, trial)
             finally:
-                self._aside = None
+                self._aside = self._shared = None
             self._name_best(run_dir)
             if self.args.should_save:
                 self.state.save_to_json(str(aside / STATE))
                 keep_additions(folder, aside)
 
         layout = self.accelerator.layout
+        shard_size = 1 if layout is None else layout.shard_size
         with on_all_ranks("saving a checkpoint of the Trainer"):
-            checkpoints.save_folder(folder, write, step=step, shard_size=1 if layout is None else layout.shard_size)
+            checkpoints.save_folder(folder, write, step=step, shard_size=shard_size, background=background)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             from transformers.trainer_utils import rotate_checkpoints
 
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            checkpoints.afterwards(
+                lambda: rotate_checkpoints(run_dir, limit, best_model_checkpoint=best, use_mtime=True)
+            )
+
+    def _saves_in_background(self: Any) -> bool:
+        return self.accelerator.mics_plugin.config.async_checkpoint and not self.args.push_to_hub
+
+    def _finalize_training(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Ends the training when its last checkpoint is whole: the best is loaded, and others are deleted."""
+        checkpoints.wait_for_checkpoints()
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
 
     def _name_best(self: Any, run_dir: str) -> None:
         """Notes where the best checkpoint is going to be: the Trainer saw none but the one that is being written."""
@@ -134,7 +145,8 @@ class TrainerMethods:
             return
         inner = self.optimizer.optimizer
         state = {"optimizer_0": checkpoints.optimizer_state(self.model, inner)}
-        checkpoints.save_sharded(Path(output_dir) / OPTIMIZER_FOLDER, state, {})
+        folder = (self._shared or Path(output_dir)) / OPTIMIZER_FOLDER
+        checkpoints.save_sharded(folder, state, {}, background=self._shared is not None)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
@@ -159,6 +171,9 @@ class TrainerMethods:
             CheckpointError: On every rank, if a checkpoint is damaged or does not fit.
         """
         self._weights_only, self._strict = weights_only, strict
+        checkpoints.wait_for_checkpoints()
+        if self._saves_in_background() and (early := _that_act_on_saves(self.callback_handler.callbacks)):
+            inform(f"async_checkpoint=True: on_save of {', '.join(early)} is called before the checkpoint is there.")
         found = find_checkpoint(self.args.output_dir, resume_from_checkpoint, weights_only)
         return super().train(found, *args, **kwargs)  # type: ignore[misc]
 
@@ -208,6 +223,12 @@ def _accelerator_is(factory: Any) -> Iterator[None]:
         yield
     finally:
         trainer_module.Accelerator = original
+
+
+def _that_act_on_saves(callbacks: Iterable[Any]) -> list[str]:
+    from transformers import TrainerCallback
+
+    return [type(callback).__name__ for callback in callbacks if type(callback).on_save is not TrainerCallback.on_save]
 
 
 def _each_once(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

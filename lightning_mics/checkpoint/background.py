@@ -137,8 +137,8 @@ def wait_for_checkpoints() -> None:
         CheckpointError: On every rank, if writing failed on any and nobody was told; the earlier checkpoint is
             untouched.
     """
-    pending = settle()
-    if pending is not None and not pending._is_told:
+    pending = in_flight()
+    if pending is not None:
         pending.wait()
 
 
@@ -150,14 +150,20 @@ def settle() -> PendingCheckpoint | None:
     return pending
 
 
+def in_flight() -> PendingCheckpoint | None:
+    """Returns the checkpoint that is being written, or was and nobody was told that it failed."""
+    pending = _Process.pending
+    return None if pending is None or pending._is_told else pending
+
+
 def afterwards(action: Callable[[], None]) -> None:
     """Runs what may only happen when the checkpoint in flight is whole: by the thread that writes it, or at once.
 
     Args:
         action: Such as deleting an older checkpoint. Left out if writing fails.
     """
-    pending = _Process.pending
-    if pending is None or pending._is_told:
+    pending = in_flight()
+    if pending is None:
         action()
     else:
         pending._then(action)

@@ -9,6 +9,7 @@ tells the next save of one that crashed.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,11 +28,27 @@ class Draft:
     Attributes:
         path: Its name to be.
         local: The folder, or file, to write.
+        aside: Where this rank may write before :meth:`bring`; elsewhere than ``local`` if that takes long.
         replaces_all: Whether it takes the place of whatever has the name.
     """
 
-    def __init__(self, path: Place, local: Path, *, replaces_all: bool = False) -> None:
-        self.path, self.local, self.replaces_all = path, local, replaces_all
+    def __init__(self, path: Place, local: Path, aside: Path | None = None, *, replaces_all: bool = False) -> None:
+        self.path, self.local, self.aside, self.replaces_all = path, local, aside or local, replaces_all
+
+    def bring(self) -> None:
+        """Copies what ranks wrote aside; of files of one name the first rank's. Collective over the world."""
+        if self.aside == self.local:
+            return
+        names = [file.relative_to(self.aside) for file in self.aside.rglob("*") if file.is_file()]
+        before = ranks.together(lambda: names)[: ranks.rank()]
+
+        def copy() -> None:
+            for name in names:
+                if not any(name in others for others in before):
+                    (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.aside / name, self.local / name)
+
+        ranks.on_each_rank(copy)
 
     def describe_added(self) -> dict[str, Facts]:
         """Returns what was written before the shards, on rank 0. Collective over the world."""
@@ -57,6 +74,9 @@ class Draft:
 
     def release(self) -> None:
         """Says that nobody writes here any more; the next save deletes what is left."""
+        if self.aside != self.local:
+            files.delete(self.aside)
+            files.release(self.aside)
         files.release(self.local)
 
     def close(self) -> None:
@@ -75,7 +95,9 @@ class Draft:
             yield
         except CheckpointError as error:
             self.discard()
-            reason = str(error).replace(str(self.local), str(self.path)).rstrip(".")
+            reason = str(error).rstrip(".")
+            for place in (self.local, self.aside):
+                reason = reason.replace(str(place), str(self.path))
             raise CheckpointError(
                 f"Saving {self.path} failed, and nothing was changed there: {reason}. {self._advice}".rstrip()
             ) from error
@@ -139,13 +161,14 @@ class _RemoteDraft(Draft):
     _advice = ""
 
 
-def begin(path: Place, *, folder: bool, replaces_all: bool = False) -> Draft:
+def begin(path: Place, *, folder: bool, replaces_all: bool = False, aside: bool = False) -> Draft:
     """Cleans up after crashes and makes room. Collective over the world.
 
     Args:
         path: The checkpoint.
         folder: Whether it is to be a folder.
         replaces_all: Whether it takes the place of whatever has the name, on a file system.
+        aside: Whether ranks first write to disks of their own, on a file system.
 
     Raises:
         CheckpointError: On every rank, if the checkpoint cannot be written, or something else is there.
@@ -156,16 +179,32 @@ def begin(path: Place, *, folder: bool, replaces_all: bool = False) -> Draft:
     def prepare() -> Path:
         if not replaces_all:
             check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.recover(path)
-        temporary = files.temporary_name(path)
-        if folder:
-            temporary.mkdir()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.recover(path)
+            temporary = files.temporary_name(path)
+            if folder:
+                temporary.mkdir()
+        except OSError as error:
+            reason = ranks.describe_error(error)
+            raise CheckpointError(
+                f"Saving {path} failed, and nothing was changed there: {reason}. {Draft._advice}"
+            ) from error
         return temporary
 
     temporary = ranks.on_first_rank(prepare)
     assert temporary is not None
-    return Draft(path, temporary, replaces_all=replaces_all)
+    own = ranks.on_each_rank(lambda: _make_room(folder)) if aside else None
+    return Draft(path, temporary, own, replaces_all=replaces_all)
+
+
+def _make_room(folder: bool) -> Path:
+    """Returns a place on this machine's disk."""
+    files.recover(staging())
+    local = files.temporary_name(staging())
+    if folder:
+        local.mkdir()
+    return local
 
 
 def _begin_remote(path: Remote, *, folder: bool) -> Draft:
@@ -176,17 +215,10 @@ def _begin_remote(path: Remote, *, folder: bool) -> Draft:
         marker.write_bytes(path.name.encode())
         return marker.name
 
-    def make_room() -> Path:
-        files.recover(staging())
-        local = files.temporary_name(staging())
-        if folder:
-            local.mkdir()
-        return local
-
     check_shared(path)
     name = ranks.on_first_rank(prepare)
     assert name is not None
-    return _RemoteDraft(path, ranks.on_each_rank(make_room), path.parent / name)
+    return _RemoteDraft(path, ranks.on_each_rank(lambda: _make_room(folder)), path.parent / name)
 
 
 def _check_sizes(manifest: Manifest, sizes: dict[str, int]) -> None:

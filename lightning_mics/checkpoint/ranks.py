@@ -66,6 +66,9 @@ def describe_error(error: BaseException) -> str:
     """Returns an error in one line; of DCP's collected errors, the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    # What PyTorch cannot finish after the file system's error hides that one.
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 

@@ -19,7 +19,9 @@ from lightning_mics.checkpoint.background import (
     PendingCheckpoint,
     carry_out,
     host_copies,
+    in_flight,
     pickled,
+    settle,
     wait_for_checkpoints,
 )
 from lightning_mics.checkpoint.beside import without_shards
@@ -184,38 +186,60 @@ def save_full(
     return carry_out(path, write, background=background)
 
 
-def save_folder(path: str | os.PathLike[str], write: Callable[[Path], None], *, step: int, shard_size: int) -> None:
+def save_folder(
+    path: str | os.PathLike[str],
+    write: Callable[[Path, Path], None],
+    *,
+    step: int,
+    shard_size: int,
+    background: bool = False,
+) -> PendingCheckpoint:
     """Saves files of other libraries as a checkpoint: checked by a manifest, and named when whole. Collective.
 
     Args:
         path: The folder; what was there is replaced.
-        write: Writes the files, on every rank, into the folder that it is given, which has the name of ``path``.
+        write: Writes the files, on every rank, into the first folder that it is given, which has the name of ``path``;
+            in the background that is on a disk of the machine's own. What it saves by :func:`save_sharded` it puts
+            into the second, which all ranks see, in the background as well.
         step: The step of training.
         shard_size: Number of ranks that the model is spread over.
+        background: Whether to write to ``path`` while training goes on; see :func:`save_checkpoint`.
 
     Raises:
         CheckpointError: On every rank, if writing failed on any; what was there is untouched.
     """
     wait_for_checkpoints()
-    ranks.agree("save_folder", path=path)
+    ranks.agree("save_folder", path=path, background=background)
     path = Path(path)
-    draft = drafts.begin(path, folder=True, replaces_all=True)
-    named = draft.local / path.name
-    with draft.undone_on_error():
-        with final_name_in_logs(named, path):
-            ranks.on_each_rank(lambda: write(named))
-        seen = ranks.together(lambda: files.names_in(named))
-        if any(names != seen[0] for names in seen):
-            raise CheckpointError(
-                "not all ranks see the same files in it. Save to an absolute path on storage that all nodes share"
-            )
-        mine = seen[0][ranks.rank() :: ranks.world_size()]
-        described = ranks.together(lambda: files.describe(named, mine))
-        listed = {name: facts for part in described for name, facts in part.items()}
-        manifest = Manifest(listed, ranks.world_size(), shard_size, step, {})
-        ranks.on_first_rank(lambda: _lift(named, draft.local))
-        ranks.on_first_rank(lambda: draft.finish(manifest))
-    draft.close()
+    draft = drafts.begin(path, folder=True, replaces_all=True, aside=background)
+    named, aside = draft.local / path.name, draft.aside / path.name
+    with draft.undone_on_error(), final_name_in_logs(aside, path):
+        try:
+            ranks.on_each_rank(lambda: write(aside, named))
+        except CheckpointError:
+            settle()  # nobody may write into what is deleted now
+            raise
+    inside = in_flight()
+
+    def finish() -> None:
+        with draft.undone_on_error():
+            if inside is not None:
+                inside.wait()
+            draft.bring()
+            seen = ranks.together(lambda: files.names_in(named))
+            if any(names != seen[0] for names in seen):
+                raise CheckpointError(
+                    "not all ranks see the same files in it. Save to an absolute path on storage that all nodes share"
+                )
+            mine = seen[0][ranks.rank() :: ranks.world_size()]
+            described = ranks.together(lambda: files.describe(named, mine))
+            listed = {name: facts for part in described for name, facts in part.items()}
+            manifest = Manifest(listed, ranks.world_size(), shard_size, step, {})
+            ranks.on_first_rank(lambda: _lift(named, draft.local))
+            ranks.on_first_rank(lambda: draft.finish(manifest))
+        draft.close()
+
+    return carry_out(path, finish, background=background)
 
 
 def _lift(inner: Path, outer: Path) -> None:

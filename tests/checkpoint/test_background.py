@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_tools import equal, everything, load_anew, trained
+from checkpoint_tools import equal, everything, held_up, load_anew, trained
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tools import LanguageModel, Net, cross_entropy, loader, make_trainer, where
@@ -33,36 +30,9 @@ from lightning_mics import (
     save_checkpoint,
     wait_for_checkpoints,
 )
-from lightning_mics.accelerate import MiCSPlugin
-from lightning_mics.accelerate.trainer import TrainerMethods
 from lightning_mics.checkpoint import background, ranks, writer
 from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.testing import WorkerPool, full_state_dict
-
-
-@contextmanager
-def held_up(error: str | None = None) -> Iterator[threading.Event]:
-    """Lets nothing be written in the background until the event is set; then it fails if there is an error."""
-    go_on, together, fsync = threading.Event(), ranks.together, os.fsync
-
-    def is_behind() -> bool:
-        return threading.current_thread() is not threading.main_thread()
-
-    def patient(step: Any, **options: Any) -> Any:
-        return together((lambda: [go_on.wait(), step()][1]) if is_behind() else step, **options)
-
-    def failing(handle: int) -> None:
-        if is_behind() and error is not None:
-            raise OSError(error)
-        fsync(handle)
-
-    ranks.together, os.fsync = patient, failing
-    try:
-        yield go_on
-    finally:
-        go_on.set()
-        background.settle()
-        ranks.together, os.fsync = together, fsync
 
 
 def train(model: Any, optimizer: Any) -> None:
@@ -159,6 +129,56 @@ def save_new_behind(path: str, seed: int) -> dict[str, Tensor]:
     return everything(model, optimizer)  # the end of the world waits for the checkpoint
 
 
+def save_as_a_job_of_its_own(path: str) -> set[int]:
+    """Saves again and again, as if there were no other ranks; returns whose checkpoints it has read."""
+    job, is_distributed, read = dist.get_rank(), ranks.is_distributed, set()
+    dist.barrier()
+    ranks.is_distributed = lambda: False
+    try:
+        for _ in range(8):
+            model = nn.Linear(64, 64)
+            nn.init.constant_(model.weight, job)
+            save_checkpoint(path, model, meta={"job": job}, background=True).wait()
+            found = load_checkpoint(path, model)["job"]
+            assert (model.weight == found).all()
+            read.add(found)
+    finally:
+        ranks.is_distributed = is_distributed
+    return read
+
+
+def test_two_jobs_at_one_name_leave_a_whole_checkpoint(pool: WorkerPool, tmp_path: Path) -> None:
+    read = pool.run(save_as_a_job_of_its_own, str(tmp_path / "last.ckpt"), world_size=2)
+    assert set.union(*read) == {0, 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for folder in (Path("/proc"), tmp_path / "file"):  # as on a file system that is read-only
+        for sharded in (True, False):
+            with pytest.raises(CheckpointError, match=r"Saving .*run\.ckpt failed.*permissions"):
+                save_checkpoint(folder / "run.ckpt", nn.Linear(2, 2), sharded=sharded, background=True).wait()
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["in the background", "waited for"])
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_a_quota_keeps_the_earlier_checkpoint(tmp_path: Path, sharded: bool, background: bool) -> None:
+    small, large = nn.Linear(2, 2), nn.Linear(512, 512)
+    save_checkpoint(tmp_path / "run.ckpt", small, meta={"step": 1}, sharded=sharded)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"run.ckpt failed, and nothing was changed there: .*File too large"):
+            save_checkpoint(
+                tmp_path / "run.ckpt", large, meta={"step": 2}, sharded=sharded, background=background
+            ).wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(tmp_path / "run.ckpt", small) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
+
+
 SCRIPT = """
 import sys, time, torch
 from concurrent.futures import ThreadPoolExecutor
@@ -225,20 +245,6 @@ def test_the_end_of_a_fit_waits_and_raises(pool: WorkerPool, tmp_path: Path) -> 
     for told in pool.run(fit_on_a_full_disk, str(tmp_path), world_size=2):
         assert "epoch=0-step=2.ckpt failed" in told and "No space left" in told
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_trainer_of_transformers_says_that_it_waits(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Trainer:
-        def create_accelerator_and_postprocess(self) -> None:
-            self.accelerator = SimpleNamespace(mics_plugin=MiCSPlugin(async_checkpoint=True))
-
-    monkeypatch.setitem(sys.modules, "transformers.trainer", SimpleNamespace(Accelerator=None))
-    with caplog.at_level("INFO", "lightning_mics"):
-        args = SimpleNamespace(output_dir="runs")
-        type("Ours", (TrainerMethods, Trainer), {"args": args})().create_accelerator_and_postprocess()
-    assert "async_checkpoint=True does nothing here" in caplog.text
 
 
 def time_saves(path: str, rounds: int = 3, num_steps: int = 15) -> dict[str, list[float]]:
