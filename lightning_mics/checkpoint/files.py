@@ -78,12 +78,13 @@ def _place() -> str:
 
 
 def _birth(pid: int) -> str:
-    """Returns when a process started, in the kernel's ticks; process ids are reused. Empty if it is gone."""
+    """Returns when a process started, in the kernel's ticks; process ids are reused. Empty if it is over."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    state, *told = stat.rpartition(")")[2].split()
+    return "" if state in "ZX" else told[18]  # one that nobody has waited for is over as well
 
 
 def commit(temporary: Path, path: Path) -> None:

@@ -23,6 +23,8 @@ _ELEMENTWISE = {
 }
 # Settings that say which states there are, or what they mean.
 _DECISIVE = ("amsgrad", "centered", "momentum", "nesterov", "maximize", "decoupled_weight_decay")
+# Of these, what an optimizer has in every version of PyTorch, or never.
+_OF_A_CLASS = ("amsgrad", "centered", "momentum", "nesterov")
 # What schedulers and others leave in a group.
 _NO_SETTINGS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 _NAMED = 3
@@ -102,9 +104,12 @@ def _other_kind(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> str |
                 f"group {index} was saved with {', '.join(sorted(unknown))}, and {type(optimizer).__name__} has "
                 f"{', '.join(sorted(lacking))} instead"
             )
+        name = type(optimizer).__name__
+        for key in _OF_A_CLASS:
+            if (key in saved) != (key in own):
+                return f"group {index} was saved {'with' if key in saved else 'without'} {key}, unlike {name}"
         for key in _DECISIVE:
             if key in saved and key in own and bool(saved[key]) != bool(own[key]):
-                name = type(optimizer).__name__
                 return f"group {index} was saved with {key}={saved[key]}, and {name} has {key}={own[key]}"
     return None
 

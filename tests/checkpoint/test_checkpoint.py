@@ -31,10 +31,16 @@ def test_round_trip(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
-def save_large(path: str) -> tuple[int, int]:
-    """Returns the bytes of the model, and for how many shards this rank planned."""
+def written() -> int:
+    """Returns how many bytes the kernel has seen this process write."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["wchar"])
+
+
+def save_large(path: str) -> tuple[int, int, int]:
+    """Returns the bytes of the model, for how many shards this rank planned, and the bytes that it wrote."""
     torch.manual_seed(0)
-    model = mics_shard(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), PLAIN)
+    model = mics_shard(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), PLAIN)
     planned, create = [], DefaultSavePlanner.create_local_plan
 
     def watched(self: DefaultSavePlanner) -> SavePlan:
@@ -42,21 +48,24 @@ def save_large(path: str) -> tuple[int, int]:
         return planned[-1]
 
     DefaultSavePlanner.create_local_plan = watched
+    before = written()
     try:
         save_checkpoint(path, model)
     finally:
         DefaultSavePlanner.create_local_plan = create
-    return sum(param.numel() * param.element_size() for param in model.parameters()), len(planned[0].items)
+    model_bytes = sum(param.numel() * param.element_size() for param in model.parameters())
+    return model_bytes, len(planned[0].items), written() - before
 
 
 def test_each_shard_is_written_once_and_replicas_share_the_writing(pool: WorkerPool, tmp_path: Path) -> None:
-    (model_bytes, *_), planned = zip(*pool.run(save_large, str(tmp_path / "saved"), world_size=4), strict=True)
+    (model_bytes, *_), planned, counted = zip(*pool.run(save_large, str(tmp_path / "saved"), world_size=4), strict=True)
     assert sum(planned) == 16 * 2  # two shards of each tensor: what replicas share is not even planned twice
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "saved").glob("*.distcp")}
     assert len(sizes) == 4
     overhead = 16 * 2 * 4096  # each tensor is a small archive of its own
     assert model_bytes < sum(sizes.values()) < model_bytes + overhead
     assert max(sizes.values()) < 0.6 * sum(sizes.values()) / 2
+    assert model_bytes < sum(counted) < 1.05 * model_bytes, "more than one replica's worth went to the file system"
 
 
 class Branches(nn.Module):

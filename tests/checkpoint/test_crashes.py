@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -163,7 +164,7 @@ def save_until_killed(path: str, sharded: bool, delays: tuple[float, float], bac
 def test_kills_at_random_times_keep_a_whole_checkpoint(
     pool: WorkerPool, tmp_path: Path, sharded: bool, background: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    path, generator, kills = tmp_path / "last.ckpt", random.Random(0), 40
+    path, generator, kills = tmp_path / "last.ckpt", random.Random(0), 50 if background else 40
     contents = {seed: pool.run(save_new, str(path), seed, sharded, world_size=2)[0] for seed in (1, 2)}
     survivors = []
     for kill in range(kills):
@@ -217,13 +218,19 @@ def test_leftovers_of_running_saves_are_left_alone(tmp_path: Path) -> None:
     over = tmp_path / f"{mine}0"  # another save of this process, which is none of those that run
     reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}.{number}"
     dead = tmp_path / f"{prefix}-{2**22 + 1}-5.0"
+    child = subprocess.Popen(["sleep", "60"])
+    birth_of_child = files._birth(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    zombie = tmp_path / f"{prefix}-{child.pid}-{birth_of_child}.0"  # its parent has not waited for it
     older = tmp_path / f"{prefix}-{2**22 + 1}-5"
-    for leftover in (running, ours, over, reused, dead, older):
+    for leftover in (running, ours, over, reused, dead, zombie, older):
         leftover.mkdir()
         (leftover / "__0_0.distcp").write_text("half")
         os.utime(leftover / "__0_0.distcp", (0, 0))
         os.utime(leftover, (0, 0))
     files.recover(path)
+    child.wait()
     assert sorted(tmp_path.iterdir()) == sorted([running, ours])
     files.release(ours)
     files.recover(path)

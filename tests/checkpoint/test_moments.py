@@ -58,6 +58,8 @@ KINDS: dict[str, tuple[Make, Make, str]] = {
     "amsgrad": (adamw, lambda p: AdamW(p, amsgrad=True), "saved with amsgrad=False, and AdamW has amsgrad=True"),
     "momentum": (lambda p: SGD(p, 0.1), lambda p: SGD(p, 0.1, momentum=0.9), "momentum=0, and SGD has momentum=0.9"),
     "Adam into AdamW": (torch.optim.Adam, adamw, "decoupled_weight_decay=False"),
+    "Adam into RAdam": (torch.optim.Adam, torch.optim.RAdam, "saved with amsgrad, unlike RAdam"),
+    "RAdam into Adam": (torch.optim.RAdam, torch.optim.Adam, "saved without amsgrad, unlike Adam"),
     "groups": (adamw, lambda p: AdamW([{"params": p[:1]}, {"params": p[1:]}]), "1 parameter group(s), AdamW has 2"),
 }
 
