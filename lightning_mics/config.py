@@ -44,6 +44,7 @@ _LATER = (
     "async_checkpoint",
     "optimizer_shard_size",
     "replication_reduce_dtype",
+    "replication_gather_dtype",
 )
 _LATER_ARGUMENTS = ("storage_options",)
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -89,6 +90,9 @@ class MiCSConfig:
         replication_reduce_dtype: Dtype in which replicas exchange gradients at the end of a window, ``"bfloat16"`` or
             ``"float16"``: half the bytes for one rounding, as sums are made in float32 (or a wider ``reduce_dtype``),
             and travel in it. ``None`` exchanges them in ``reduce_dtype``.
+        replication_gather_dtype: With ``optimizer_shard_size`` and a 16-bit ``param_dtype``, the same dtype here has
+            ranks fetch what others have stepped on as forward passes would cast it. Who stepped keeps float32, and
+            whoever reads parameters gets it: ranks fetch it then, together. ``None`` fetches it after each step.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
         async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
@@ -117,6 +121,7 @@ class MiCSConfig:
     async_checkpoint: bool = False
     optimizer_shard_size: OptimizerShardSize = "partition"
     replication_reduce_dtype: torch.dtype | str | None = None
+    replication_gather_dtype: torch.dtype | str | None = None
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -131,14 +136,16 @@ class MiCSConfig:
             check_switch("cast_forward_inputs", self.cast_forward_inputs, "True, False or 'units'")
         for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify", "async_checkpoint"):
             check_switch(name, getattr(self, name))
-        for name in ("param_dtype", "reduce_dtype", "output_dtype", "replication_reduce_dtype"):
+        wires = ("replication_reduce_dtype", "replication_gather_dtype")
+        for name in ("param_dtype", "reduce_dtype", "output_dtype", *wires):
             object.__setattr__(self, name, as_dtype(getattr(self, name), name))
-        if self.replication_reduce_dtype not in (None, torch.bfloat16, torch.float16):
-            raise MiCSConfigError(
-                f"replication_reduce_dtype={self.replication_reduce_dtype} has more than 16 bits. Values that work: "
-                "'bfloat16', 'float16', or None for reduce_dtype.",
-                setting="replication_reduce_dtype",
-            )
+        for name in wires:
+            if getattr(self, name) not in (None, torch.bfloat16, torch.float16):
+                raise MiCSConfigError(
+                    f"{name}={getattr(self, name)} has more than 16 bits. Values that work: 'bfloat16', 'float16', or "
+                    "None, which keeps what is exact.",
+                    setting=name,
+                )
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", as_bytes(self.memory_limit, "memory_limit"))
         self._check_wrap()
@@ -334,6 +341,7 @@ class Settings(TypedDict, total=False):
     async_checkpoint: bool | None
     optimizer_shard_size: OptimizerShardSize | None
     replication_reduce_dtype: torch.dtype | str | None
+    replication_gather_dtype: torch.dtype | str | None
 
 
 def takes_settings(init: _Init) -> _Init:

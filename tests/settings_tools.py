@@ -27,6 +27,7 @@ OTHER_VALUES: dict[str, Any] = {
     "async_checkpoint": True,
     "optimizer_shard_size": "world",
     "replication_reduce_dtype": "bfloat16",
+    "replication_gather_dtype": "bfloat16",
 }
 
 

@@ -57,6 +57,7 @@ from lightning_mics.core.self_check import SelfCheck
 from lightning_mics.core.slices import Slices
 from lightning_mics.core.stages import choose_stages
 from lightning_mics.core.units import Unit, backward_order, unit_names
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import CommLedger, Hop
 
 
@@ -140,7 +141,7 @@ def connect(
         whole_gradients.add(whole)
         clip_whole_beside_shards()
     row_norms = RowNorms(model, mesh)
-    slices, second_hop = _second_hop(mesh, carrier, wire)
+    slices, second_hop = _second_hop(mesh, carrier, wire, _gather_wire(config, mesh))
     window = AccumulationWindow(
         mesh,
         _gradients(found, reduce_scatters, carrier, config, second_hop),
@@ -166,7 +167,7 @@ def connect(
 
 
 def _second_hop(
-    mesh: MiCSMesh, carrier: transport.Transport, wire: torch.dtype | None
+    mesh: MiCSMesh, carrier: transport.Transport, wire: torch.dtype | None, gather_wire: torch.dtype | None
 ) -> tuple[Slices | None, SecondHop]:
     """Returns how optimizer states are divided further than parameters, if they are, and the hop that leads there."""
     if mesh.optimizer_mesh is None or mesh.instance_group is None:
@@ -176,10 +177,37 @@ def _second_hop(
         return None, AllReduceOfWideSums(group, wire, *carrier.replication(group, widens=True))
     group = mesh.optimizer_mesh.get_group("slice")
     all_gather, reduce_scatter = carrier.replication(group, widens=wire is not None)
-    slices = Slices(mesh.optimizer_mesh, all_gather)
+    slices = Slices(mesh.optimizer_mesh, all_gather, gather_wire)
     clip_whole_beside_shards()
     answer_for_the_whole([slices.like(torch.empty(0), torch.empty(0))])
     return slices, ReduceToSlices(slices, reduce_scatter, mesh.instance_group, wire)
+
+
+def _gather_wire(config: MiCSConfig, mesh: MiCSMesh) -> torch.dtype | None:
+    """Returns the dtype in which rows that others have stepped on are fetched; ``None`` for their own.
+
+    Raises:
+        MiCSConfigError: If nothing is fetched, or forward passes would see other values than without it.
+    """
+    wire = as_dtype(config.replication_gather_dtype)
+    if wire is None or mesh.layout.num_replicas == 1:
+        return None
+    name = str(wire).removeprefix("torch.")
+    if mesh.optimizer_mesh is None:
+        raise MiCSConfigError(
+            f"replication_gather_dtype={name!r} has nothing to act on: with optimizer_shard_size="
+            f"{config.optimizer_shard_size!r} no rows are fetched after a step. Use optimizer_shard_size='world', or "
+            "leave it out.",
+            setting="replication_gather_dtype",
+        )
+    if as_dtype(config.param_dtype) != wire:
+        raise MiCSConfigError(
+            f"replication_gather_dtype={name!r}, but parameters are computed with in another dtype (param_dtype="
+            f"{config.param_dtype}), so forward passes would see other values. Use param_dtype={name!r} or such a "
+            "precision, or leave it out.",
+            setting="replication_gather_dtype",
+        )
+    return wire
 
 
 def _checks(units: Sequence[_Unit], config: MiCSConfig, mesh: MiCSMesh, ledger: CommLedger) -> Iterator[WindowObserver]:

@@ -109,7 +109,7 @@ class DriftCheck(WindowObserver):
 
     @torch.no_grad()
     def _ask(self, window: AccumulationWindow) -> None:
-        window.put_rows()
+        window.restore_rows()
         shards = [local_tensor(param) for _, param in _held(window)]
         mine = joint_fingerprint(shards, shards[0].device).view(1)
         group = self._mesh.host_group

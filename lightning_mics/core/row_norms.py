@@ -49,6 +49,8 @@ class RowNorms(WindowObserver):
 
     def after_window(self, window: AccumulationWindow) -> bool:
         """Renormalises what any rank looked up. Collective over the world."""
+        if self._tables:
+            window.restore_rows()
         for table in self._tables:
             for group in (self._mesh.partition_group, self._mesh.replication_group):
                 if group.size() > 1:

@@ -175,6 +175,7 @@ class SelfCheck(WindowObserver):
                 )
 
     def _check_replicas(self, window: AccumulationWindow) -> None:
+        window.restore_rows()
         params = [param for unit in window.units for param in unit.group.params]
         device = window.units[0].group.device
         nothing = torch.ones(1, dtype=torch.int64, device=device)  # unlike a gradient of zeros

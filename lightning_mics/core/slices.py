@@ -50,10 +50,11 @@ class Slices:
     Args:
         mesh: Two-dimensional mesh ``(shard, slice)``.
         all_gather: How messages travel between the ranks that divide a shard.
+        wire: Dtype in which rows come from those who stepped on them, where it is narrower than a shard's.
     """
 
-    def __init__(self, mesh: DeviceMesh, all_gather: AllGather) -> None:
-        self.mesh, self._all_gather = mesh, all_gather
+    def __init__(self, mesh: DeviceMesh, all_gather: AllGather, wire: torch.dtype | None = None) -> None:
+        self.mesh, self._all_gather, self._wire = mesh, all_gather, wire
         self.group = mesh.get_group("slice")
         self._place = self.group.rank()
 
@@ -75,14 +76,21 @@ class Slices:
         """Returns a DTensor of a parameter's shape, over this rank's rows."""
         return dtensor_over(local, self.mesh, [Shard(0), Shard(0)], param)
 
+    def rounds(self, param: UnitParam) -> bool:
+        """Returns whether rows of a shard are rounded on their way."""
+        return self._wire is not None and self._wire.itemsize < param.sharded.dtype.itemsize
+
     @torch.no_grad()
-    def gather(self, params: Iterable[UnitParam], unit: str, ledger: CommLedger) -> list[RowsUnderWay]:
+    def gather(
+        self, params: Iterable[UnitParam], unit: str, ledger: CommLedger, *, exact: bool = False
+    ) -> list[RowsUnderWay]:
         """Begins to fetch the rows of shards that other ranks have stepped on. Collective over the group of slices.
 
         Args:
             params: Parameters of one unit, the same on all ranks of the group.
             unit: Its name.
             ledger: Where it is recorded.
+            exact: Whether no row is rounded on its way.
 
         Returns:
             What :meth:`put` is to be called with before anybody reads or writes the shards.
@@ -91,9 +99,10 @@ class Slices:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for param in params:
             shard = local_tensor(param.sharded)
-            by_dtype.setdefault(shard.dtype, []).append(shard)
+            dtype = self._wire if self.rounds(param) and not exact else None
+            by_dtype.setdefault(dtype or shard.dtype, []).append(shard)
         for dtype, shards in by_dtype.items():
-            mine = self._packed(shards).to(communication_device(self.mesh.device_type))
+            mine = self._packed(shards, dtype).to(communication_device(self.mesh.device_type))
             if mine.numel():
                 everyones = torch.empty(self.group.size() * len(mine), dtype=dtype, device=mine.device)
                 work = self._all_gather(everyones, mine, self.group, async_op=True)
@@ -109,10 +118,10 @@ class Slices:
                 rows.work.wait()
             self.unpack(rows.everyones, rows.shards, keeps_own=True)
 
-    def _packed(self, shards: list[Tensor]) -> Tensor:
+    def _packed(self, shards: list[Tensor], dtype: torch.dtype) -> Tensor:
         chunks = []
         for shard in shards:
-            own = shard[self.rows(len(shard))]
+            own = shard[self.rows(len(shard))].to(dtype)
             padding = self.chunk_numel(shard.shape) - own.numel()
             chunks += [own.reshape(-1), own.new_zeros(padding)]
         return torch.cat(chunks)

@@ -139,8 +139,9 @@ class StandIn:
         return {**group, "params": list(map(self._seen_param, group["params"]))}
 
     def _seen_param(self, param: Tensor) -> nn.Parameter:
+        own = param if slices_of(param) is not None else param.detach()  # rows of others are not looked at
         with torch.no_grad():
-            self._params[param] = nn.Parameter(self._view.of(param, param.detach()), param.requires_grad)
+            self._params[param] = nn.Parameter(self._view.of(param, own), param.requires_grad)
         return self._params[param]
 
     def _give(self, param: Tensor, value: Any) -> Any:

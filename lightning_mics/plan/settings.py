@@ -29,6 +29,7 @@ class Training:
         optimizer: Name of a class in ``torch.optim``, a class, or an instance.
         state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; ``None`` for ``reduce_dtype``.
+        replication_gather_dtype: Dtype in which slices come together after a step; ``None`` for that of the shards.
     """
 
     param_dtype: str = "bfloat16"
@@ -36,6 +37,7 @@ class Training:
     optimizer: object = "AdamW"
     state_dtype: str | None = None
     replication_reduce_dtype: str | None = None
+    replication_gather_dtype: str | None = None
 
     @property
     def exchanged_width(self) -> int:

@@ -42,6 +42,7 @@ def plan(
     ranking: str = "advice",
     optimizer_shard_size: OptimizerShardSize | None = None,
     replication_reduce_dtype: str | None = None,
+    replication_gather_dtype: str | None = None,
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -68,6 +69,7 @@ def plan(
         optimizer_shard_size: Fixes over how many ranks optimizer states are divided; by default those of the partition,
             and all where that does not fit.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
+        replication_gather_dtype: Dtype in which what others have stepped on is fetched; by default that of the shards.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -82,11 +84,12 @@ def plan(
         print(best.candidate.shard_size, best.memory.total, best.time.seconds)
     """
     hardware = _hardware(cluster, num_nodes)
-    wire = MiCSConfig(replication_reduce_dtype=replication_reduce_dtype).replication_reduce_dtype
-    training = replace(
-        Training.in_precision(precision, optimizer),
-        replication_reduce_dtype=None if wire is None else dtype_name(wire),
+    config = MiCSConfig(
+        replication_reduce_dtype=replication_reduce_dtype, replication_gather_dtype=replication_gather_dtype
     )
+    names = ("replication_reduce_dtype", "replication_gather_dtype")
+    wires = {name: dtype_name(wire) for name in names if (wire := getattr(config, name)) is not None}
+    training = replace(Training.in_precision(precision, optimizer), **wires)
     optimizer_footprint(optimizer, (), foreach=False)  # refuses what is none before anything is traced
     if shard_size is not None:
         shard_size = hardware.topology.resolve_shard_size(shard_size)

@@ -46,6 +46,11 @@ VALUES: dict[str, tuple[Any, str]] = {
     "async_checkpoint": (True, "true"),
     "optimizer_shard_size": ("world", "world"),
     "replication_reduce_dtype": (torch.bfloat16, "bf16"),
+    "replication_gather_dtype": (torch.bfloat16, "bf16"),
+}
+# What a value needs beside it to mean something.
+BESIDE: dict[str, dict[str, Any]] = {
+    "replication_gather_dtype": {"param_dtype": torch.bfloat16, "optimizer_shard_size": "world"},
 }
 FLAGS = {
     "shard_size": ["--shard-size", "2"],
@@ -98,7 +103,7 @@ def shard_by_every_setting(folder: str) -> dict[str, list[Any]]:
     """Returns what the engine was told, by the accelerator and by the Trainer."""
     told = {}
     for name, (value, _) in VALUES.items():
-        settings = {"shard_size": 2, "node_size": 2, name: value}
+        settings = {"shard_size": 2, "node_size": 2, **BESIDE.get(name, {}), name: value}
         ours = make_accelerator(settings=settings).prepare(build("gpt2"))
         forget_accelerate()
         arguments = TrainingArguments(folder, use_cpu=True, report_to=[])

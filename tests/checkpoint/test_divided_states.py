@@ -66,3 +66,33 @@ def test_other_numbers_of_ranks_read_them(pool: WorkerPool, tmp_path: Path) -> N
     for world, p in ((2, 1), (6, 2)):
         loaded, is_divided, _ = pool.run(load_at, path, p, "world", "adamw", world_size=world)[0]
         assert equal(loaded, saved) and is_divided
+
+
+def run_on(path: str | None, wire: Any, sharded: bool, steps: int = 2, **settings: Any) -> dict[str, Tensor]:
+    """Returns everything after some more steps, and saves it; begins at what a path holds, if it is there."""
+    rounding = MiCSConfig(
+        shard_size=2, node_size=2, optimizer_shard_size="world", param_dtype="bfloat16", replication_gather_dtype=wire
+    ).replace(**settings)
+    model, inner = trained(1, steps=0, config=rounding)
+    if path is not None and Path(path).exists():
+        load_checkpoint(path, model, inner)
+    for _ in range(steps):
+        tokens = torch.arange(10).view(2, 5)
+        model(tokens).float().square().mean().backward()
+        inner.step()
+        inner.zero_grad()
+    if path is not None:
+        save_checkpoint(path, model, inner, sharded=sharded)
+    return everything(model, inner)
+
+
+@works("Savers", "Float32 of parameters whose rows come in 16 bits (replication_gather_dtype), and resuming to the bit")
+@pytest.mark.parametrize("sharded, settings", [(True, {"async_checkpoint": True}), (False, {})])
+def test_rows_that_came_in_16_bits_are_saved_as_they_are(
+    pool: WorkerPool, tmp_path: Path, sharded: bool, settings: dict[str, Any]
+) -> None:
+    path = str(tmp_path / "saved.ckpt")
+    unbroken = pool.run(run_on, None, None, sharded, 4, world_size=4)
+    pool.run(run_on, path, "bfloat16", sharded, **settings, world_size=4)
+    resumed = pool.run(run_on, path, "bfloat16", sharded, **settings, world_size=4)
+    assert all(map(equal, resumed, unbroken))

@@ -47,6 +47,7 @@ def test_positions_keep_their_meaning(strategy: Any) -> None:
         "async_checkpoint": False,
         "optimizer_shard_size": "partition",
         "replication_reduce_dtype": None,
+        "replication_gather_dtype": None,
     }
     late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]

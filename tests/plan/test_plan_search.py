@@ -204,6 +204,15 @@ def test_16_bit_exchanges_between_replicas_take_half_of_the_first_part():
         assert narrow.inter_bytes == pytest.approx(kept * exact.inter_bytes)
 
 
+def test_rows_that_come_in_16_bits_take_half():
+    cluster, candidate = make_cluster(4, 2), Candidate(shard_size=2, optimizer_shard_size=8)
+    whole, half = (
+        predict_traffic(PROFILE, cluster, candidate, training)[Hop.REPLICATION_GATHER].inter_bytes
+        for training in (Training(), Training(replication_gather_dtype="bfloat16"))
+    )
+    assert 2 * half == whole > 0
+
+
 def test_flops_count_recomputation_apart():
     plain = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4), TRAINING)
     again = evaluate(PROFILE, make_cluster(), Candidate(shard_size=4, activation_checkpointing=True), TRAINING)

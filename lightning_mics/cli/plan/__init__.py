@@ -63,6 +63,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     add("--optimizer-shard-size", type=int_or_word, metavar="N", help=about_states)
     about_wire = "16-bit dtype in which replicas exchange gradients (default: that of their reduction)"
     add("--replication-reduce-dtype", metavar="DTYPE", help=about_wire)
+    about_rows = "16-bit dtype of the precision, in which rows that others stepped on are fetched (default: their own)"
+    add("--replication-gather-dtype", metavar="DTYPE", help=about_rows)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
     add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")

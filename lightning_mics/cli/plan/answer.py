@@ -55,6 +55,7 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         shard_size=None if shard_size == "auto" else shard_size,  # all sizes are tried anyway
         optimizer_shard_size=options.optimizer_shard_size,
         replication_reduce_dtype=options.replication_reduce_dtype,
+        replication_gather_dtype=options.replication_gather_dtype,
         hierarchical={"auto": None, "true": True, "false": False}[options.hierarchical],
         activation_checkpointing=options.activation_checkpointing,
         reshard_after_forward=options.reshard_after_forward,

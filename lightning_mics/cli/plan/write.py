@@ -40,6 +40,8 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
         settings["optimizer_shard_size"] = "world" if is_world else candidate.optimizer_shard_size
     if planning.training.replication_reduce_dtype is not None:
         settings["replication_reduce_dtype"] = planning.training.replication_reduce_dtype
+    if planning.training.replication_gather_dtype is not None and candidate.slices > 1:
+        settings["replication_gather_dtype"] = planning.training.replication_gather_dtype
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
@@ -115,7 +117,7 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
     )
-    names = ("hierarchical", "optimizer_shard_size", "replication_reduce_dtype")
+    names = ("hierarchical", "optimizer_shard_size", "replication_reduce_dtype", "replication_gather_dtype")
     beside = {name: mics_settings(planning).get(name) for name in names}
     variables = {f"MICS_{name.upper()}": str(value).lower() for name, value in beside.items() if value is not None}
     write_launch_file(path, settings, environment=variables, force=force)

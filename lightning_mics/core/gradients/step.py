@@ -55,6 +55,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
     if steps_on_whole(optimizer):
         result = None if closure is None else closure()
         _prepare(optimizer)
+        for window in list(_WINDOWS.values()):
+            window.restore_rows()
         return _stepping(step_on_whole(optimizer), args, kwargs, None if closure is None else lambda: result)
     if closure is None:
         _prepare(optimizer)
@@ -88,9 +90,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
     if args[0] is not optimizer and stands_in(args[0]):
         StandIn.of(args[0]).hand_back()
     if not stands_in(optimizer):
-        params, only_with_gradient = _ids(optimizer), is_elementwise(optimizer)
+        params, only_with_gradient, exact = _ids(optimizer), is_elementwise(optimizer), steps_on_whole(optimizer)
         for window in list(_WINDOWS.values()):
-            window.end_step(optimizer, params, only_with_gradient=only_with_gradient)
+            window.end_step(optimizer, params, only_with_gradient=only_with_gradient, exact=exact)
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:

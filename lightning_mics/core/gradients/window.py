@@ -25,20 +25,28 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_mics.core._torch import adds_gradients, before_reads, begin_label, queue_backward_callback
+from lightning_mics.core._torch import (
+    UnitParam,
+    adds_gradients,
+    before_reads,
+    begin_label,
+    local_tensor,
+    queue_backward_callback,
+)
+from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.outside import OutsideGradients
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.mesh import MiCSMesh
-from lightning_mics.core.slices import RowsUnderWay, Slices
+from lightning_mics.core.slices import RowsUnderWay, Slices, is_slice
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
 from lightning_mics.metrics import CommLedger, Hop
 
@@ -145,6 +153,7 @@ class AccumulationWindow:
         self.units, self.whole, self._slices = units, whole, slices
         self._stepped: set[int] = set()  # parameters, by ``id``, of which other ranks' slices are stale
         self._rows: dict[UnitGradients, list[RowsUnderWay]] = {}
+        self._rounded: dict[UnitParam, int] = {}  # where shards lie of which other ranks' rows are rounded
         self.deferring = self.pending = self.is_asked = False
         self.num_modes, self._mode = 0, True
         self.before_backward: Callable[[], None] = _nothing
@@ -396,24 +405,27 @@ class AccumulationWindow:
         if self._slices is not None:
             self._stepped = params
 
-    def end_step(self, optimizer: torch.optim.Optimizer, params: set[int], *, only_with_gradient: bool) -> None:
+    def end_step(
+        self, optimizer: torch.optim.Optimizer, params: set[int], *, only_with_gradient: bool, exact: bool = False
+    ) -> None:
         """Ends an optimizer's step on slices of some parameters (by ``id``). Collective.
 
         Args:
             optimizer: The optimizer.
             params: Its parameters.
             only_with_gradient: Whether it left parameters without a gradient alone.
+            exact: Whether the next step needs all rows as they are.
         """
-        self.gather_slices(params, only_with_gradient=only_with_gradient)
+        self.gather_slices(params, only_with_gradient=only_with_gradient, exact=exact)
         if self._rows:
-            _UNDER_WAY[id(self)] = self
-            before_reads(put_rows)
+            _WATCHED[id(self)] = self
+            before_reads(_before_read)
         self._stepped = self._stepped - params
         if self._observers and self.owns(params):
             for observer in self._observers:
                 observer.after_step(self, optimizer, params)
 
-    def gather_slices(self, params: set[int], *, only_with_gradient: bool = False) -> None:
+    def gather_slices(self, params: set[int], *, only_with_gradient: bool = False, exact: bool = False) -> None:
         """Begins to fetch what other ranks made of their slices of some parameters (by ``id``). Collective.
 
         What a forward pass needs first comes first.
@@ -425,7 +437,11 @@ class AccumulationWindow:
             chosen = [param for param in unit.group.params if id(param.sharded) in params]
             if only_with_gradient:
                 chosen = [param for param in chosen if param.sharded.grad is not None]
-            if rows := self._slices.gather(chosen, unit.name, self._ledger):
+            for param in chosen:
+                self._rounded.pop(param, None)
+                if self._slices.rounds(param) and not exact:
+                    self._rounded[param] = _place(param.sharded)
+            if rows := self._slices.gather(chosen, unit.name, self._ledger, exact=exact):
                 self._rows[unit] = rows
 
     def watch_gathers(self) -> None:
@@ -445,10 +461,23 @@ class AccumulationWindow:
             if rows is not None:
                 self._slices.put(rows)
                 chosen.group.copies_wait()
-        if not self._rows:
-            _UNDER_WAY.pop(id(self), None)
-            if not _UNDER_WAY:
+        if not self._rows and not self._rounded:
+            _WATCHED.pop(id(self), None)
+            if not _WATCHED:
                 before_reads(None)
+
+    def restore_rows(self) -> None:
+        """Waits for rows that are under way, and fetches as they are those that were rounded. Collective."""
+        self.put_rows()
+        if self._rounded:
+            with on_all_ranks("a look at parameters, whose float32 rows (replication_gather_dtype) all ranks fetch"):
+                self.gather_slices({id(param.sharded) for param in self._rounded}, exact=True)
+                self._rounded.clear()
+                self.put_rows()
+
+    def is_rounded(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor lies where rows of other ranks are rounded."""
+        return bool(self._rounded) and _place(tensor) in self._rounded.values()
 
     def gathered(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yields the whole parameters that passes work with, and the shards of each."""
@@ -468,14 +497,26 @@ class AccumulationWindow:
         self.units[0].group.wait_until_read()
 
 
-# Windows of which rows are under way.
-_UNDER_WAY: weakref.WeakValueDictionary[int, AccumulationWindow] = weakref.WeakValueDictionary()
+# Windows of which rows are under way, or were rounded on it.
+_WATCHED: weakref.WeakValueDictionary[int, AccumulationWindow] = weakref.WeakValueDictionary()
 
 
-def put_rows() -> None:
-    """Waits for all rows of shards that are under way."""
-    for window in list(_UNDER_WAY.values()):
+def _before_read(tensors: Iterable[Tensor]) -> None:
+    """Waits for all rows that are under way, and fetches what was rounded where somebody looks at it."""
+    for window in list(_WATCHED.values()):
         window.put_rows()
+    rounded = list(_WATCHED.values())
+    if not rounded:
+        before_reads(None)
+    elif any(window.is_rounded(tensor) for tensor in tensors for window in rounded if not is_slice(tensor)):
+        for window in rounded:  # all, in the same order on all ranks
+            window.restore_rows()
+
+
+def _place(tensor: Tensor) -> int:
+    """Returns where the memory begins that a tensor lies in."""
+    local = local_tensor(tensor)
+    return local.untyped_storage().data_ptr() if type(local) in (Tensor, nn.Parameter) else 0
 
 
 def _put_rows_of(reference: weakref.ref[AccumulationWindow], unit: UnitGradients) -> None:
