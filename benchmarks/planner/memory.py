@@ -35,7 +35,6 @@ from lightning_mics.plan import Candidate, Training, evaluate
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.trace import profile_model
 
-RANKS = 4
 _PARAM_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 
 
@@ -51,10 +50,16 @@ class Combination:
     reshard: bool = True
     batch: int = 4
     accumulation: int = 2
+    ranks: int = 4
+    optimizer_shard_size: int | None = None
 
     @property
     def label(self) -> str:
-        words = [f"{self.model} p={self.shard_size}", self.precision, self.optimizer, f"batch {self.batch}"]
+        sizes = f"p={self.shard_size}"
+        if self.optimizer_shard_size is not None:
+            sizes += f" q={self.optimizer_shard_size}"
+        words = [f"{self.model} {sizes}", self.precision, self.optimizer, f"batch {self.batch}"]
+        words += [f"{self.ranks} ranks"] * (self.ranks != 4)
         words += ["recompute"] * self.checkpointing + ["no reshard"] * (not self.reshard)
         return ", ".join(words)
 
@@ -74,6 +79,9 @@ COMBINATIONS = [
     Combination("llama", 2, batch=8),
     Combination("llama", 4, precision="bf16-mixed"),
     Combination("llama", 4, checkpointing=True, batch=16),
+    Combination("gpt2", 2, batch=1, ranks=8),
+    Combination("gpt2", 2, batch=1, ranks=8, optimizer_shard_size=8),
+    Combination("llama", 2, batch=1, ranks=8, optimizer_shard_size=4),
 ]
 
 
@@ -119,18 +127,20 @@ def predict(combination: Combination) -> dict[str, float]:
         device_type="cpu",
     )  # fmt: skip
     cluster = Cluster(
-        node=Node(name="node", accelerator=cpu, num_accelerators=RANKS, intra=link, inter=link), num_nodes=1
+        node=Node(name="node", accelerator=cpu, num_accelerators=combination.ranks, intra=link, inter=link), num_nodes=1
     )
     candidate = Candidate(
         shard_size=combination.shard_size,
+        optimizer_shard_size=combination.optimizer_shard_size,
         micro_batch=combination.batch,
         accumulation=combination.accumulation,
         activation_checkpointing=combination.checkpointing,
         reshard_after_forward=combination.reshard,
     )
     memory = evaluate(profile, cluster, candidate, training).memory
-    # Partial sums are gone between steps.
-    return {**memory.parts(), "states": memory.states - memory.partial_sums, "total": memory.total}
+    # Between steps partial sums are gone, and gradients are those of the rows that a rank steps on.
+    gone = memory.partial_sums + memory.gradients * (1 - 1 / candidate.slices)
+    return {**memory.parts(), "states": memory.states - gone, "total": memory.total}
 
 
 def train(combination: Combination) -> tuple[int, int]:
@@ -144,6 +154,7 @@ def train(combination: Combination) -> tuple[int, int]:
         model.to(torch.bfloat16)
     config = MiCSConfig(
         shard_size=combination.shard_size,
+        optimizer_shard_size=combination.optimizer_shard_size or "partition",
         param_dtype=_PARAM_DTYPES[combination.precision],
         activation_checkpointing=combination.checkpointing,
         reshard_after_forward=combination.reshard,
@@ -162,6 +173,7 @@ def train(combination: Combination) -> tuple[int, int]:
         if step == 0:
             optimizer.zero_grad()
     peak = memory.peak_growth()
+    model.state_dict()  # waits for rows from other ranks, which take memory while they are under way
     del batch
     gc.collect()
     before = memory.growth()
@@ -175,7 +187,7 @@ def work(results: Path, numbers: list[int]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for precision in _PARAM_DTYPES:  # libraries take their memory first
-        train(Combination("gpt2", RANKS, precision=precision, batch=1))
+        train(Combination("gpt2", dist.get_world_size(), precision=precision, batch=1))
     for number in numbers:
         gc.collect()
         states, peak = (_largest(size) for size in train(COMBINATIONS[number]))
@@ -191,12 +203,12 @@ def _largest(size: int) -> int:
     return int(tensor.item())
 
 
-def measure(numbers: list[int]) -> dict[int, dict[str, Any]]:
+def measure(numbers: list[int], ranks: int) -> dict[int, dict[str, Any]]:
     """Returns what ranks of their own measured, by number of the combination."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += [__file__, "--worker", str(results), "--only", *map(str, numbers)]
         subprocess.run(command, env=environment, check=True)
         lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -214,7 +226,9 @@ def main() -> None:
     if options.worker is not None:
         work(options.worker, options.only)
         return
-    measured = measure(options.only)
+    measured: dict[int, dict[str, Any]] = {}
+    for ranks in sorted({COMBINATIONS[number].ranks for number in options.only}):
+        measured |= measure([number for number in options.only if COMBINATIONS[number].ranks == ranks], ranks)
     rows = []
     for number in options.only:
         combination = COMBINATIONS[number]

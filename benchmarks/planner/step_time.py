@@ -2,6 +2,7 @@
 
 python benchmarks/planner/step_time.py --json benchmarks/results/planner-step-time.jsonl \\
     --table docs/results/planner-step-time.md
+python benchmarks/planner/step_time.py --experiment scale
 
 Linux, as root, about ten minutes. Each cluster is first measured, then all contenders train on it in turn. Blocks
 compute for given times without using a CPU, so that the ranks of a few cores stand for accelerators.
@@ -112,6 +113,7 @@ def predict(case: Case, contender: Contender, profile: ModelProfile, cluster: Cl
         scheme=_SCHEMES[contender.name],
         shard_size=contender.shard_size,
         hierarchical=contender.hierarchical,
+        optimizer_shard_size=contender.optimizer_shard_size,
         micro_batch=case.microbatch_size,
         accumulation=case.accumulation,
     )
@@ -150,17 +152,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines")
     parser.add_argument("--table", type=Path, help="write a Markdown table")
+    parser.add_argument("--experiment", default=str(_HERE / "step-time.yaml"), help="what to measure")
     parser.add_argument("--folder", type=Path, help="keep measurements here, and go on from what is there")
     options = parser.parse_args()
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        experiment, results = load_experiment(str(_HERE / "step-time.yaml")), folder / "records.jsonl"
+        experiment, results = load_experiment(options.experiment), folder / "records.jsonl"
         for case in experiment.cases():
             measure_cluster(case, folder)
         run_experiment(experiment, results, console)
-        records = [record for record in read_results(results) if record.status == "ok"]
+        records = [
+            record for record in read_results(results) if record.status == "ok" and record.contender.name in _SCHEMES
+        ]
         found = list(compare(records, folder))
     table = Table(*_HEADER)
     for comparison in found:

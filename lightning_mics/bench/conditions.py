@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from lightning_mics.bench.records import Case
 from lightning_mics.bench.spec import format_rate
-from lightning_mics.text import format_number
+from lightning_mics.text import format_bytes, format_number
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,12 +33,16 @@ def _compute(case: Case) -> str:
 
 def _hardware(case: Case) -> str:
     if not case.hardware:
-        return _UNSAID
+        return _CPUS
     hardware = case.hardware
     sharing, number = hardware["sharing"], hardware["cards"]
     words = f"NCCL on {hardware['card']}" if number == 1 else f"NCCL on {number} x {hardware['card']}"
     is_shared = case.cluster.world_size > number
     return f"{words}, shared by {counted(case.cluster.world_size, 'rank')} ({sharing})" if is_shared else words
+
+
+def _memory(case: Case) -> str:
+    return _UNLIMITED if case.memory is None else f"at most {format_bytes(case.memory)} of model states a rank"
 
 
 def _model(case: Case) -> str:
@@ -58,10 +62,11 @@ _FACTS: dict[str, Callable[[Case], str]] = {
     "compute": _compute,
     "model": _model,
     "microbatch": lambda case: f"{counted(case.microbatch_size, 'sample')} a rank and microstep",
+    "memory": _memory,
     "blocks": lambda case: f"{counted(case.num_blocks, 'block')}",
 }
-_PLACE = ("nodes", "rate", "hardware", "accumulation")
-_UNSAID = "CPUs"
+_PLACE = ("nodes", "rate", "hardware", "accumulation", "memory")
+_CPUS, _UNLIMITED = "CPUs", "memory not limited"  # said only where cases differ in them
 
 
 def _is_shared(fact: str, cases: Iterable[Case]) -> bool:
@@ -72,7 +77,7 @@ def shared_conditions(cases: Iterable[Case], *, short: bool = False) -> str:
     """Returns in words what all cases have in common; if ``short``, only what matters most."""
     cases = list(cases)
     facts = [name for name in (_PLACE if short else _FACTS) if _is_shared(name, cases)]
-    words = [word for name in facts if (word := _FACTS[name](cases[0])) != _UNSAID]
+    words = [word for name in facts if (word := _FACTS[name](cases[0])) not in (_CPUS, _UNLIMITED)]
     if short and _is_shared("compute", cases):
         words.append("emulated compute" if any(cases[0].compute) else "real compute")
     return ", ".join(words)

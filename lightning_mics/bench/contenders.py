@@ -6,10 +6,18 @@ import importlib.metadata
 
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.metrics import partition_share, replication_share
+from lightning_mics.metrics import partition_share, replication_share, slice_share
 from lightning_mics.topology import ClusterTopology
 
-_PEERS = ("full-sharding", "mesh-2d", "mesh-2d-no-sync", "ddp", "deepspeed-zero3")
+_PEERS = (
+    "full-sharding",
+    "full-sharding-node",
+    "mesh-2d",
+    "mesh-2d-no-sync",
+    "ddp",
+    "ddp-zero1",
+    "deepspeed-zero3",
+)
 
 
 def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
@@ -17,7 +25,8 @@ def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
 
     Args:
         word: ``"full-sharding"`` and so on; ``"mics:2"``, ``"mics:node"``, ``"mics:world"`` for ours with that shard
-            size; ``"mics:4:flat"`` or ``"mics:4:hierarchical"`` to choose the collectives.
+            size; ``"mics:node+world"`` for optimizer states divided further; ``"mics:4:flat"`` or
+            ``"mics:4:hierarchical"`` to choose the collectives.
         topology: The cluster.
 
     Returns:
@@ -34,41 +43,65 @@ def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
         return _parse_mics(word, details, topology, f"{trainer}, MiCSStrategy")
     known = {
         "full-sharding": ("Full sharding", topology.world_size, f"{trainer}, ModelParallelStrategy, FSDP2"),
+        "full-sharding-node": (
+            "Full sharding, hpZ",  # as ZeRO++ calls a second partition in each node
+            topology.world_size,
+            f"{trainer}, ModelParallelStrategy, FSDP2",
+        ),
         "mesh-2d": ("2-D mesh", node, f"{trainer}, ModelParallelStrategy, FSDP2"),
         "mesh-2d-no-sync": ("2-D mesh, no_sync", node, f"Lightning Fabric {_version('lightning')}, FSDP2"),
         "ddp": ("DDP", 1, f"{trainer}, DDPStrategy"),
+        "ddp-zero1": ("DDP with ZeRO-1", 1, f"{trainer}, DDPStrategy, ZeroRedundancyOptimizer"),
         "deepspeed-zero3": ("DeepSpeed ZeRO-3", topology.world_size, f"DeepSpeed {_version('deepspeed')}"),
     }
     if name not in known or details:
         raise MiCSConfigError(
             f"contenders: {word!r} is unknown. Values that work: {', '.join(_PEERS)}, mics:N, mics:node, mics:world, "
-            "mics:N:flat, mics:N:hierarchical."
+            "mics:node+world, mics:N:flat, mics:N:hierarchical."
         )
     label, shard_size, stack = known[name]
-    return Contender(name=name, label=label, shard_size=shard_size, hierarchical=False, stack=stack)
+    divided = topology.world_size if name == "ddp-zero1" else None
+    return Contender(
+        name=name,
+        label=label,
+        shard_size=shard_size,
+        hierarchical=False,
+        stack=stack,
+        optimizer_shard_size=divided,
+    )
 
 
 def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack: str) -> Contender | None:
-    size, kind = details[0], details[1] if len(details) > 1 else None
+    sizes, kind = details[0].split("+"), details[1] if len(details) > 1 else None
     words = {"node": topology.node_size, "world": topology.world_size}
-    is_size = size in words or size.isdecimal()
-    if not is_size or kind not in (None, "flat", "hierarchical") or len(details) > 2:
-        raise MiCSConfigError(f"contenders: {word!r} is unknown. Try mics:node, mics:4:flat or mics:4:hierarchical.")
-    wanted = words[size] if size in words else int(size)
-    if wanted > topology.world_size:
+    are_sizes = len(sizes) <= 2 and all(size in words or size.isdecimal() for size in sizes)
+    if not are_sizes or kind not in (None, "flat", "hierarchical") or len(details) > 2:
+        raise MiCSConfigError(
+            f"contenders: {word!r} is unknown. Try mics:node, mics:node+world, mics:4:flat or mics:4:hierarchical."
+        )
+    numbers = [words[size] if size in words else int(size) for size in sizes]
+    if max(numbers) > topology.world_size:
         return None
     try:
-        layout = topology.layout(wanted)
+        layout = topology.layout(numbers[0])
+        divided = layout.resolve_optimizer_shard_size(numbers[-1])
     except MiCSConfigError as error:
         raise MiCSConfigError(f"contenders: {word!r} cannot work: {error}") from error
     can_be_hierarchical = layout.spans_nodes and layout.local_size > 1
     if kind == "hierarchical" and not can_be_hierarchical:
         return None
     hierarchical = can_be_hierarchical and kind != "flat"
-    label = f"MiCS p={size}"
+    label = f"MiCS p={sizes[0]}" + (f" q={sizes[1]}" if sizes[1:] else "")
     if can_be_hierarchical:
         label += " hierarchical" if hierarchical else " flat"
-    return Contender(name="mics", label=label, shard_size=wanted, hierarchical=hierarchical, stack=stack)
+    return Contender(
+        name="mics",
+        label=label,
+        shard_size=numbers[0],
+        hierarchical=hierarchical,
+        stack=stack,
+        optimizer_shard_size=divided if divided > numbers[0] else None,
+    )
 
 
 def reason_to_skip(case: Case, contender: Contender) -> str | None:
@@ -101,11 +134,16 @@ def least_bytes(case: Case, contender: Contender, block_bytes: int, root_bytes: 
     """
     if case.num_nodes == 1:
         return 0.0
-    layout = case.topology.layout(contender.shard_size)
+    layout, divided = case.topology.layout(contender.shard_size), contender.optimizer_shard_size
     model_bytes = block_bytes + root_bytes
-    gathered = case.accumulation * (2 * block_bytes + root_bytes)
+    # Where blocks stay whole in a node until the backward pass, their second gather does not leave it.
+    gathers = 1 if contender.name == "full-sharding-node" else 2
+    gathered = case.accumulation * (gathers * block_bytes + root_bytes)
     reduced = model_bytes * (1 if contender.name == "mesh-2d-no-sync" else case.accumulation)
-    in_partition = 0 if contender.name == "ddp" else gathered + reduced
+    in_partition = 0 if contender.shard_size == 1 else gathered + reduced
     replicated = model_bytes / contender.shard_size * (case.accumulation if contender.name == "mesh-2d" else 1)
-    partition, replication = partition_share(layout, contender.hierarchical), replication_share(layout)
-    return float(partition.inter) * in_partition + float(replication.inter) * replicated
+    partition = partition_share(layout, contender.hierarchical)
+    # ZeRO-1 beside DDP averages all gradients everywhere, and so has divided nothing yet when it steps.
+    replication = replication_share(layout, None if contender.name == "ddp-zero1" else divided).inter
+    replication += slice_share(layout, divided).inter if divided else 0
+    return float(partition.inter) * in_partition + float(replication) * replicated

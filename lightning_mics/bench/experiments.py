@@ -41,6 +41,8 @@ class Experiment:
         rounds: How often each contender is measured, in turn with the others.
         steps: Optimizer steps measured in a round.
         warmup: Optimizer steps before them.
+        memory: MiB of parameters, gradients and optimizer states that a rank may hold; who needs more is measured all
+            the same, and said to be out of competition.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Experiment:
     rounds: int = 3
     steps: int = 2
     warmup: int = 1
+    memory: float | None = None
 
     @property
     def most_ranks(self) -> int:
@@ -86,6 +89,7 @@ class Experiment:
                 num_blocks=self.layers,
                 experiment=self.name,
                 hardware=hardware,
+                memory=None if self.memory is None else int(self.memory * 2**20),
             )
             for nodes, rate, accumulation, compute in combinations
         )
@@ -121,6 +125,8 @@ class Experiment:
             _check_number(name, getattr(self, name), least)
         if self.width % 64 and self.width > 64:
             raise MiCSConfigError(f"width: {self.width} must be a multiple of 64. Try {self.width // 64 * 64}.")
+        if self.memory is not None and not (_is_number(self.memory) and self.memory > 0):
+            raise MiCSConfigError(f"memory: {self.memory!r} is not a number of MiB. Try memory: 100.")
         for name in ("nodes", "rate", "accumulation", "compute", "contenders"):
             value, example = getattr(self, name), list(_EXAMPLES[name])
             if isinstance(value, str) or not isinstance(value, Sequence) or not value:
@@ -163,7 +169,11 @@ def _check_number(name: str, value: object, least: int) -> None:
 def _is_pair_of_seconds(pair: object) -> bool:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         return False
-    return all(isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in pair)
+    return all(_is_number(value) and value >= 0 for value in pair)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextmanager

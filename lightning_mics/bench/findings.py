@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning_mics.bench.conditions import counted, own_conditions, shared_conditions
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.bench.summary import OURS, Failure, Summary, by_case, ratio, reference_of
+from lightning_mics.text import format_bytes
 
 MARGIN = 0.05
 VERDICTS = {"loss": "Slower than", "draw": "About as fast as", "win": "Faster than"}
@@ -39,7 +40,7 @@ def headlines(summaries: Iterable[Summary]) -> list[str]:
     """Returns for each case a sentence on our fastest contender and the reference."""
     sentences = []
     for case, group in by_case(summaries).items():
-        ours = [summary for summary in group if summary.is_ours]
+        ours = [summary for summary in group if summary.is_ours and summary.competes]
         reference = reference_of(group)
         if not ours or reference.is_ours:
             continue
@@ -91,6 +92,21 @@ def verdict_lines(group: list[Summary]) -> list[str]:
 def _opponent(finding: Finding) -> str:
     label = finding.other.label
     return f"flat collectives, {label}" if finding.other.name == OURS else label
+
+
+def limit_lines(summaries: Iterable[Summary]) -> list[str]:
+    """Returns a line for each case with a limit of memory, on those who need more."""
+    lines = []
+    for case, group in by_case(summaries).items():
+        over = [
+            f"{each.contender.label} ({format_bytes(each.model_bytes or 0)})" for each in group if not each.competes
+        ]
+        if over:
+            lines.append(
+                f"* Over the limit of {format_bytes(case.memory or 0)} of model states a rank, out of competition: "
+                f"{', '.join(over)}."
+            )
+    return lines
 
 
 def failure_lines(experiment: str, failed: Iterable[Failure]) -> list[str]:

@@ -15,9 +15,10 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mics.bench.measure import StepClock, gradient_bytes
+from lightning_mics.bench.measure import StepClock, gradient_bytes, state_bytes
 from lightning_mics.bench.ranks import device_of, place_of
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.bench.workload import ModelSpec, blocks_of, build_model, emulate_compute, microbatch
@@ -64,9 +65,15 @@ def _prepare(case: Case, clock: StepClock) -> nn.Module:
 class _Module(pl.LightningModule):
     """What every contender under the Trainer trains."""
 
-    def __init__(self, case: Case, clock: StepClock, shard: Callable[[nn.Module], None] | None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        clock: StepClock,
+        shard: Callable[[nn.Module], None] | None,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+    ) -> None:
         super().__init__()
-        self._clock, self._shard = clock, shard
+        self._clock, self._shard, self._make_optimizer = clock, shard, make_optimizer
         self.model = _prepare(case, clock)
 
     def configure_model(self) -> None:
@@ -80,7 +87,7 @@ class _Module(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE)
+        return self._make_optimizer(self.parameters(), lr=_LEARNING_RATE)
 
 
 class _PlainModule(_Module):
@@ -108,6 +115,7 @@ class _Timing(pl.Callback):
     ) -> None:
         if batch_idx + 1 == self._clock.num_windows * self._case.accumulation:
             self._clock.ends()
+            self._clock.state_bytes = state_bytes(pl_module, trainer.optimizers)
 
 
 def train(case: Case, contender: Contender, clock: StepClock) -> None:
@@ -127,15 +135,21 @@ def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> N
         strategy = MiCSStrategy(
             shard_size=contender.shard_size,
             hierarchical=contender.hierarchical,
+            optimizer_shard_size=contender.optimizer_shard_size or "partition",
             wrap=["GPT2Block"],
             node_size=case.node_size,
         )
-    elif contender.name == "ddp":
+    elif contender.shard_size == 1:
         strategy = DDPStrategy(process_group_backend=dist.get_backend())
     else:
         strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-        shard = functools.partial(_shard_with_fsdp2, mesh=_mesh(contender.shard_size, device_of(case).type))
-    module = (_Module if shard is not None else _PlainModule)(case, clock, shard)
+        shard = functools.partial(
+            _shard_with_fsdp2,
+            mesh=_mesh(contender.shard_size, device_of(case).type),
+            reshard_after_forward=case.node_size if contender.name == "full-sharding-node" else True,
+        )
+    make_optimizer = _divided_adamw if contender.name == "ddp-zero1" else torch.optim.AdamW
+    module = (_Module if shard is not None else _PlainModule)(case, clock, shard, make_optimizer)
     trainer = pl.Trainer(
         **place_of(case),
         strategy=strategy,
@@ -152,6 +166,10 @@ def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> N
     trainer.fit(module, DataLoader(data, batch_size=None))
 
 
+def _divided_adamw(params: Any, lr: float) -> torch.optim.Optimizer:
+    return ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=lr)
+
+
 @functools.cache
 def _mesh(shard_size: int, device: str) -> DeviceMesh:
     """Returns one mesh for all rounds: groups are scarce."""
@@ -161,9 +179,9 @@ def _mesh(shard_size: int, device: str) -> DeviceMesh:
     return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
-def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh) -> None:
+def _shard_with_fsdp2(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | int = True) -> None:
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
 
 
@@ -199,6 +217,7 @@ def _train_with_fabric(case: Case, contender: Contender, clock: StepClock) -> No
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
+    clock.state_bytes = state_bytes(model, [optimizer.optimizer])
 
 
 def _train_with_deepspeed(case: Case, contender: Contender, clock: StepClock) -> None:

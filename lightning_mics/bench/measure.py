@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from lightning_mics.core import collectives
 from lightning_mics.core._torch import fsdp_collectives, held_gradients, local_tensor
@@ -22,7 +23,7 @@ from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
 from lightning_mics.core.cpu.rings import ThreadedWork
 from lightning_mics.core.gradients.agreement import Agreement
 from lightning_mics.core.gradients.unit import UnitGradients
-from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.gradients.window import AccumulationWindow, put_rows
 from lightning_mics.metrics import CommLedger, Hop
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -37,7 +38,9 @@ class StepClock:
     """Times optimizer steps and counts what they send.
 
     A loop tells it when a window of microsteps begins and when the last one has ended. Windows before ``warmup`` are
-    not measured.
+    not measured. What is sent is counted from the second window on, as the first one may send what no other does; rows
+    that are under way beside a step have arrived where counting begins and ends. With one window of warm-up this is
+    where timing begins, too, and takes time.
 
     Args:
         warmup: Windows to leave out.
@@ -51,10 +54,12 @@ class StepClock:
         self.times: list[float] = []
         self.losses: list[Tensor] = []
         self.gradient_bytes = 0
+        self.state_bytes = 0
         self.ledger: CommLedger | None = None
         self.hops: defaultdict[str, float] = defaultdict(float)
         self._window = 0
         self._sent = [0, 0]
+        self._counted_from = min(1, warmup)
 
     @property
     def num_windows(self) -> int:
@@ -69,25 +74,22 @@ class StepClock:
     def window_begins(self) -> None:
         """Notes the beginning of a window, which is the end of the one before."""
         if self._window == self.warmup:
-            self._start()
-        elif self._window > self.warmup:
+            self.hops.clear()
+            dist.barrier()
+        if self._window >= self.warmup:
             self._note_time()
+        if self._window == self._counted_from:
+            if self.ledger is not None:
+                self.ledger.reset()
+            self._sent[0] = _sent_so_far()
         self._window += 1
 
     def ends(self) -> None:
         """Notes the end of the last window."""
+        dist.barrier()
         self._note_time()
         self._window += 1
-        dist.barrier()
-        self._sent[1] = sent_bytes()
-
-    def _start(self) -> None:
-        self.hops.clear()
-        if self.ledger is not None:
-            self.ledger.reset()
-        dist.barrier()
-        self._sent[0] = sent_bytes()
-        self._note_time()
+        self._sent[1] = _sent_so_far()
 
     def _note_time(self) -> None:
         self._synchronize()
@@ -101,7 +103,12 @@ class StepClock:
     @property
     def sent_a_step(self) -> float:
         """Bytes that left this node in a step."""
-        return (self._sent[1] - self._sent[0]) / self.steps
+        return (self._sent[1] - self._sent[0]) / self.counted_windows
+
+    @property
+    def counted_windows(self) -> int:
+        """Windows whose bytes and collectives are counted."""
+        return self.num_windows - self._counted_from
 
     def note(self, hop: str, seconds: float) -> None:
         """Adds time for which this rank's main thread waited."""
@@ -115,6 +122,12 @@ class StepClock:
         return {**spent, "other": max(0.0, mean - sum(spent.values()))}
 
 
+def _sent_so_far() -> int:
+    put_rows()
+    dist.barrier()
+    return sent_bytes()
+
+
 def gradient_bytes(model: nn.Module) -> int:
     """Returns the memory of all gradients that a rank holds, sharded, whole and partial ones."""
     tensors = [param.grad for param in model.parameters() if param.grad is not None]
@@ -122,6 +135,15 @@ def gradient_bytes(model: nn.Module) -> int:
         if isinstance(module, FSDPModule):
             tensors += held_gradients(module)
     return sum({local.data_ptr(): local.nbytes for local in map(local_tensor, tensors)}.values())
+
+
+def state_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> int:
+    """Returns the memory of the parameters and optimizer states that a rank holds."""
+    tensors: list[Any] = list(model.parameters())
+    for optimizer in optimizers:
+        own = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's, of this rank's parameters
+        tensors += [value for states in own.state.values() for value in states.values() if isinstance(value, Tensor)]
+    return sum({local.data_ptr(): local.nbytes for local in map(local_tensor, tensors) if local.numel()}.values())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,6 +44,7 @@ class Case:
         experiment: What the case is part of, for example ``"headline"`` or ``"weak-scaling"``.
         hardware: What ranks compute on and what joins them, see :class:`~lightning_mics.bench.site.Site`; nothing for
             CPUs of emulated nodes.
+        memory: Bytes of model states that a rank may hold, or ``None`` if they are not limited.
     """
 
     num_nodes: int
@@ -56,6 +57,7 @@ class Case:
     num_blocks: int
     experiment: str
     hardware: dict[str, Any] = field(default_factory=dict)
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         # JSON knows neither tuples nor the difference of 0 and 0.0; keys must not depend on them.
@@ -95,6 +97,7 @@ class Contender:
         shard_size: Ranks that a model is sharded over.
         hierarchical: Whether partition collectives run in two stages.
         stack: What it runs on, for example ``"Lightning Trainer 2.6.6, ModelParallelStrategy"``.
+        optimizer_shard_size: Ranks that divide optimizer states, or ``None`` if these are ``shard_size``.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Contender:
     shard_size: int
     hierarchical: bool
     stack: str
+    optimizer_shard_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,7 @@ class Record:
         hop_seconds: Exposed seconds of an optimizer step on rank 0: ``"compute"`` (emulated), the names of
             :class:`~lightning_mics.metrics.Hop`, and ``"other"``.
         gradient_bytes: Most bytes of gradients that a rank held during a step.
+        state_bytes: Most bytes of parameters and optimizer states that a rank holds between steps.
         process_bytes: Most that the resident memory of a rank's process grew by; on a card, most memory that a rank
             had allocated there.
         samples: Samples of an optimizer step, from all ranks.
@@ -145,6 +150,7 @@ class Record:
     minimum_bytes: float = 0.0
     hop_seconds: dict[str, float] = field(default_factory=dict)
     gradient_bytes: float = 0.0
+    state_bytes: float = 0.0
     process_bytes: float = 0.0
     samples: int = 0
 
@@ -240,15 +246,16 @@ def _table(name: str, content: object) -> dict[str, Any]:
 def _build(kind: type[_Entry], content: dict[str, Any]) -> _Entry:
     """Returns the dataclass that a JSON object stands for."""
     names = {entry.name for entry in fields(kind)}
-    # Cases of older files say nothing of their hardware.
-    given = {**({"hardware": {}} if kind is Case else {}), **content}
-    if names != set(given):
-        raise ValueError(
-            f"a {kind.__name__.lower()} has the wrong fields: {', '.join(sorted(names ^ set(given)))} missing or new"
-        )
+    # Older files know nothing of what was added later.
+    needed = {entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING}
+    wrong = (needed - set(content)) | (set(content) - names)
+    if wrong:
+        raise ValueError(f"a {kind.__name__.lower()} has the wrong fields: {', '.join(sorted(wrong))} missing or new")
     values = {}
     for name, hint in get_type_hints(kind).items():
-        value = given[name]
+        if name not in content:
+            continue
+        value = content[name]
         if hint in (Case, Contender):
             values[name] = _build(hint, _table(name, value))
         elif _fits(value, hint):

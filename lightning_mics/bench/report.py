@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_mics.bench.conditions import shared_conditions
 from lightning_mics.bench.figures import draw
-from lightning_mics.bench.findings import MARGIN, failure_lines, headlines, verdict_lines
+from lightning_mics.bench.findings import MARGIN, failure_lines, headlines, limit_lines, verdict_lines
 from lightning_mics.bench.records import Record, ResultsError, read_results
 from lightning_mics.bench.style import require_matplotlib
 from lightning_mics.bench.summary import Summary, along, by_case, by_experiment, failures, latest, summarise
@@ -45,7 +45,7 @@ def print_report(results: Path, console: Console) -> None:
         for scaling in along(group, "num_nodes"):
             console.print("Weak scaling: throughput per node, relative to the smallest number of nodes")
             console.print(efficiency_grid(scaling).to_rich())
-        for line in [*headlines(group), *verdict_lines(group), *failure_lines(name, failed)]:
+        for line in [*headlines(group), *limit_lines(group), *verdict_lines(group), *failure_lines(name, failed)]:
             console.print(f"- {line}", markup=False)
 
 
@@ -109,7 +109,7 @@ def _section(group: list[Summary], records: list[Record], figures: list[Path]) -
     parts = ["\n".join(f"- {fact}" for fact in facts)]
     if not group:
         return [*parts, "Nothing could be measured."]
-    sentences = headlines(group)
+    sentences = [*headlines(group), *limit_lines(group)]
     parts += ["In short:", *_list("", sentences)] if sentences else []
     parts += [comparison_grid(group).to_markdown()]
     for scaling in along(group, "num_nodes"):

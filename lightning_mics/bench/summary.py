@@ -58,6 +58,7 @@ class Summary:
         hop_seconds: Exposed seconds of an optimizer step by hop.
         hop_calls: Collectives of an optimizer step by hop, where there is a ledger.
         gradient_bytes: Most bytes of gradients that a rank held.
+        state_bytes: Most bytes of parameters and optimizer states that a rank held; 0 if they were not counted.
         process_bytes: Most that a process grew by.
         losses: Losses of the first round.
         loss_difference: Largest relative difference from the losses of the case's first contender.
@@ -74,6 +75,7 @@ class Summary:
     hop_seconds: dict[str, float]
     hop_calls: dict[str, float]
     gradient_bytes: float
+    state_bytes: float
     process_bytes: float
     losses: list[float]
     loss_difference: float | None
@@ -97,6 +99,16 @@ class Summary:
     def floor_seconds(self) -> float | None:
         """Seconds that a node's link needs for the least bytes, however well they overlap with compute."""
         return None if self.case.rate is None else self.minimum_bytes * 8 / self.case.rate
+
+    @property
+    def model_bytes(self) -> float | None:
+        """Most bytes of parameters, gradients and optimizer states that a rank held, where they were counted."""
+        return self.state_bytes + self.gradient_bytes if self.state_bytes else None
+
+    @property
+    def competes(self) -> bool:
+        """Whether it keeps to the case's limit of memory, as far as that is known."""
+        return self.case.memory is None or (self.model_bytes or 0) <= self.case.memory
 
     @property
     def is_ours(self) -> bool:
@@ -195,6 +207,7 @@ def _summary(records: list[Record], reference_losses: list[float]) -> Summary:
         hop_seconds=_medians(record.hop_seconds for record in records),
         hop_calls=_medians(record.ledger_calls or {} for record in records),
         gradient_bytes=max(record.gradient_bytes for record in records),
+        state_bytes=max(record.state_bytes for record in records),
         process_bytes=max(record.process_bytes for record in records),
         losses=first.losses,
         loss_difference=max((entry for entry in differences if entry is not None), default=None),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from lightning_mics.bench.conditions import counted, own_conditions
 from lightning_mics.bench.summary import HOPS, Summary, by_case, communication_share, efficiency, grouped, reference_of
@@ -23,8 +27,8 @@ class Grid:
     groups: list[object]
     left: int = 1
 
-    def to_rich(self, columns: Sequence[str] | None = None) -> Table:
-        """Returns the table for a terminal, where what a group has in common is a line above its rows.
+    def to_rich(self, columns: Sequence[str] | None = None) -> Group:
+        """Returns the table for a terminal, where what a group has in common stands above a table of its own.
 
         Args:
             columns: Which columns to show beside those that name a row; all by default.
@@ -34,17 +38,20 @@ class Grid:
             for position, name in enumerate(self.header)
             if position == self.left - 1 or (position >= self.left and (columns is None or name in columns))
         ]
-        table = Table()
-        for position in shown:
-            is_name = position < self.left
-            table.add_column(self.header[position], justify="left" if is_name else "right", no_wrap=is_name)
-        before: object = None
-        for row, group, following in zip(self.rows, self.groups, [*self.groups[1:], None], strict=True):
-            if self.left > 1 and group != before:
-                table.add_row(f"[bold]{row[0]}[/]")
-            table.add_row(*(row[position] for position in shown), end_section=group != following)
-            before = group
-        return table
+        widths = {position: max(len(row[position]) for row in self.rows) for position in shown}
+        tables: list[RenderableType] = []
+        for _, rows in itertools.groupby(zip(self.groups, self.rows, strict=True), key=lambda pair: pair[0]):
+            table = Table()
+            for position in shown:
+                is_name = position < self.left
+                justify: Literal["left", "right"] = "left" if is_name else "right"
+                table.add_column(self.header[position], justify=justify, no_wrap=is_name, min_width=widths[position])
+            for _, row in rows:
+                table.add_row(*(row[position] for position in shown))
+            if self.left > 1:
+                tables.append(Text(row[0], style="bold"))
+            tables.append(table)
+        return Group(*tables)
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -86,20 +93,21 @@ def comparison_grid(summaries: list[Summary]) -> Grid:
             _or_dash(summary.floor_seconds, format_number),
             _or_dash(communication_share(summary), "{:.0%}".format),
             format_bytes(summary.gradient_bytes),
+            _or_dash(summary.model_bytes, format_bytes) + ("" if summary.competes else "*"),
             format_bytes(summary.process_bytes),
         ]
 
     header = ["step s", "quartiles", "samples/s", f"x of {labels[0] if len(labels) == 1 else 'the first'}"]
-    header += ["out of a node", "sent / minimum", "sent / ledger", "floor s", "waits", "gradients"]
+    header += ["out of a node", "sent / minimum", "sent / ledger", "floor s", "waits", "gradients", "model states"]
     header.append("device memory" if all(summary.case.hardware for summary in summaries) else "process memory")
     return _grid(summaries, header, cells)
 
 
-def comparison_tables(summaries: list[Summary]) -> list[Table]:
-    """Returns the table of contenders in parts that fit into a narrow terminal: times, bytes, memory."""
+def comparison_tables(summaries: list[Summary]) -> list[Group]:
+    """Returns the table of contenders in parts that fit into a narrow terminal: times, bytes, the rest."""
     grid = comparison_grid(summaries)
     header = grid.header[grid.left :]
-    return [grid.to_rich(header[:4]), grid.to_rich(header[4:9]), grid.to_rich(header[9:])]
+    return [grid.to_rich(header[:4]), grid.to_rich(header[4:8]), grid.to_rich(header[8:])]
 
 
 def loss_line(summaries: list[Summary]) -> str:

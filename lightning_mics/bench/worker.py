@@ -59,6 +59,7 @@ def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[s
         "losses": _mean_losses(clock, case.accumulation),
         "minimum_bytes": least_bytes(case, contender, *unit_bytes(model_spec(case))),
         "gradient_bytes": _largest(clock.gradient_bytes),
+        "state_bytes": _largest(clock.state_bytes),
         "process_bytes": _largest(facts["process_bytes"]),
         "samples": dist.get_world_size() * case.microbatch_size * case.accumulation,
         **_ledger_facts(clock),
@@ -93,9 +94,9 @@ def _ledger_facts(clock: StepClock) -> dict[str, Any]:
         return {}
     hops = clock.ledger.by_hop()
     return {
-        "ledger_bytes": sum(hops[hop].inter_bytes for hop in Hop) / clock.steps,
+        "ledger_bytes": sum(hops[hop].inter_bytes for hop in Hop) / clock.counted_windows,
         "ledger_calls": {
-            hop.value: hops[hop].calls / clock.steps
+            hop.value: hops[hop].calls / clock.counted_windows
             for hop in Hop
             if hop is not Hop.REPLICATION_GATHER or hops[hop].calls
         },

@@ -87,7 +87,7 @@ def records(smoke: tuple[Path, str]) -> list[Record]:
 
 def test_every_contender_is_measured(records: list[Record]) -> None:
     labels = ["Full sharding", "2-D mesh", "2-D mesh, no_sync", "DDP"]
-    labels += ["MiCS p=2", "MiCS p=4 flat", "MiCS p=4 hierarchical"]
+    labels += ["MiCS p=2", "MiCS p=2 q=4", "MiCS p=4 flat", "MiCS p=4 hierarchical"]
     assert [(record.contender.label, record.status) for record in records] == [(label, "ok") for label in labels]
     for record in records:
         assert len(record.step_seconds) == 1 and len(record.sent_bytes) == 2
@@ -107,6 +107,7 @@ def test_ours_sends_what_theory_and_ledger_say(records: list[Record]) -> None:
         assert record.sent_bytes == pytest.approx([record.minimum_bytes] * 2, rel=0.03)
         assert record.sent_bytes == pytest.approx([record.ledger_bytes] * 2, rel=0.03)
     sent = {record.contender.label: sum(record.sent_bytes) for record in records}
+    assert sent["MiCS p=2 q=4"] == pytest.approx(sent["MiCS p=2"], rel=0.03)
     assert sent["MiCS p=2"] < sent["MiCS p=4 hierarchical"] < sent["MiCS p=4 flat"] < sent["Full sharding"]
 
 
@@ -122,19 +123,28 @@ def test_ours_reduces_between_replicas_once_a_step(records: list[Record]) -> Non
             "partition gather": case.accumulation * (2 * units - 1),
             "partition reduce": case.accumulation * units,
             "replication reduce": units if record.contender.shard_size < 4 else 0,
+            **({"replication gather": units} if record.contender.optimizer_shard_size else {}),
         }
+
+
+def test_states_are_counted_where_they_are(records: list[Record]) -> None:
+    held = {record.contender.label: record.state_bytes for record in records}
+    whole = held["DDP"]  # parameters, and twice their size in states
+    assert held["Full sharding"] == held["MiCS p=4 flat"] == pytest.approx(whole / 4, rel=0.03)
+    assert held["2-D mesh"] == held["MiCS p=2"] == pytest.approx(whole / 2, rel=0.02)
+    assert held["MiCS p=2 q=4"] == pytest.approx(whole * (1 / 2 + 2 / 4) / 3, rel=0.03)
 
 
 def test_the_screen_compares_the_contenders(smoke: tuple[Path, str], records: list[Record]) -> None:
     screen = smoke[1]
-    assert "smoke: Two nodes of two ranks" in screen and "7/7" in screen
+    assert "smoke: Two nodes of two ranks" in screen and "8/8" in screen
     rows = tables(screen)
     assert list(rows) == [record.contender.label for record in records]
     assert rows["Full sharding"]["x of Full sharding"] == "1.00" and rows["Full sharding"]["sent / ledger"] == "-"
     assert float(rows["MiCS p=2"]["x of Full sharding"]) > 0 and rows["MiCS p=2"]["out of a node"].endswith(" MiB")
     assert all(0.97 < float(rows["MiCS p=2"][name]) < 1.03 for name in ("sent / minimum", "sent / ledger"))
     # Which of ours is the fastest in one step of each is chance on a busy machine.
-    assert re.search(r"- MiCS p=\d( \w+)? has \d+\.\d+ times the throughput of Full sharding", screen)
+    assert re.search(r"- MiCS p=\d[ =\w]* has \d+\.\d+ times the throughput of Full sharding", screen)
     assert f"mics bench report {smoke[0]}" in screen.replace("\n", "")
 
 

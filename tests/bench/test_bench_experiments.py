@@ -137,6 +137,10 @@ def test_contenders_that_a_cluster_cannot_hold_are_left_out() -> None:
         ("mics:4", 4, True, "MiCS p=4 hierarchical"),
         ("mics:4:flat", 4, False, "MiCS p=4 flat"),
         ("mics:world", 8, True, "MiCS p=world hierarchical"),
+        ("mics:node+world", 2, False, "MiCS p=node q=world"),
+        ("mics:4+8:flat", 4, False, "MiCS p=4 q=8 flat"),
+        ("full-sharding-node", 8, False, "Full sharding, hpZ"),
+        ("ddp-zero1", 1, False, "DDP with ZeRO-1"),
     ],
 )
 def test_words_for_contenders(word: str, shard_size: int, hierarchical: bool, label: str) -> None:
@@ -145,7 +149,34 @@ def test_words_for_contenders(word: str, shard_size: int, hierarchical: bool, la
     assert (parsed.hierarchical, parsed.label) == (hierarchical, label)
 
 
-@pytest.mark.parametrize("word", ["mics", "mics:", "mics:x", "mics:4:ring", "mics:4:flat:x", "ddp:2", "MICS:2", ""])
+@pytest.mark.parametrize(
+    ("word", "size"), [("mics:2", None), ("mics:node+world", 8), ("mics:2+4", 4), ("mics:2+2", None), ("ddp-zero1", 8)]
+)
+def test_who_divides_optimizer_states(word: str, size: int | None) -> None:
+    assert contender(word).optimizer_shard_size == size
+
+
+def test_states_that_cannot_be_divided_so_are_named() -> None:
+    with pytest.raises(MiCSConfigError, match=r"contenders: 'mics:4\+6' cannot work: .*optimizer_shard_size=6"):
+        contender("mics:4+6")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "mics:2+",
+        "mics:2+4+8",
+        "mics:+8",
+        "mics",
+        "mics:",
+        "mics:x",
+        "mics:4:ring",
+        "mics:4:flat:x",
+        "ddp:2",
+        "MICS:2",
+        "",
+    ],
+)
 def test_words_that_name_no_contender(word: str) -> None:
     with pytest.raises(MiCSConfigError, match=r"contenders: .* is unknown\. .*mics:"):
         parse_contender(word, TOPOLOGY)
@@ -163,6 +194,9 @@ def test_words_that_name_no_contender(word: str) -> None:
         ("mics:2", 2 * (2 * 3 / 4 * 4400)),
         ("mics:4:flat", (67200 + 4 * 8800) * 3 / 4 + 2 * (2 * 1 / 2 * 2200)),
         ("mics:4:hierarchical", (67200 + 4 * 8800) * 2 / 4 + 2 * (2 * 1 / 2 * 2200)),
+        ("mics:2+8", 2 * (2 * 3 / 4 * 4400)),  # a reduce-scatter and a gather are an all-reduce
+        ("full-sharding-node", (4 * (8000 + 800) + 4 * 8800) * 7 / 8),  # gathered out of a node once
+        ("ddp-zero1", 3 * 7 / 8 * 8800),
     ],
 )
 def test_the_least_bytes_that_leave_a_node(word: str, expected: float) -> None:

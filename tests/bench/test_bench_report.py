@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from lightning_mics.bench.conditions import own_conditions, shared_conditions
-from lightning_mics.bench.findings import headlines, wins_and_losses
+from lightning_mics.bench.findings import headlines, limit_lines, wins_and_losses
 from lightning_mics.bench.records import Case, Contender, Record, ResultsError, append, read_results
 from lightning_mics.bench.report import print_report, write_report
 from lightning_mics.bench.summary import Spread, along, communication_share, efficiency, failures, summarise
@@ -190,7 +190,42 @@ class TestTables:
         rows = {row[0]: row[1:] for row in grid.rows}
         assert rows["MiCS p=2"][:8] == ["1", "1-1", "16", "4.00", "90 B", "0.90", "1.125", "0.0000100"]
         assert rows["DDP"][3] == "8.00"
-        assert [table.row_count for table in comparison_tables(summarise(headline()))] == [5, 5, 5]
+        parts = [part.renderables for part in comparison_tables(summarise(headline()))]
+        assert [[table.row_count for table in tables] for tables in parts] == [[5], [5], [5]]
+
+    def test_numbers_stay_in_sight_at_80_columns(self):
+        emulated = [replace(CASE, compute=(0.02, 0.04)), replace(CASE, compute=(0.1, 0.2), memory=10)]
+        long = replace(STAGED, label="MiCS p=4 q=8 hierarchical")
+        measured = {"sent_bytes": [123.4e6], "ledger_bytes": 101.2e6, "minimum_bytes": 1e8, "gradient_bytes": 12.3e6}
+        measured |= {"state_bytes": 12.3e6, "process_bytes": 123.4e6}
+        records = [record(each, 1.234, case=case, **measured) for case in emulated for each in (FULL, DDP, MICS, long)]
+        console = Console(record=True, width=80, file=io.StringIO())
+        for part in comparison_tables(summarise(records)):
+            console.print(part)
+        text = console.export_text()
+        assert text.count(" 1.23-1.23 ") == 8 and "…" not in text and max(map(len, text.splitlines())) <= 80
+        assert text.count("emulated compute of 20 ms forward and 40 ms backward a block and microstep") == 3
+        first = [line for line in text.splitlines() if line.startswith("│")]
+        assert len({tuple(place for place, sign in enumerate(line) if sign == "│") for line in first[:8]}) == 1
+
+    def test_who_needs_more_than_the_limit_is_out_of_competition(self):
+        limited = replace(CASE, memory=100)
+        records = [
+            record(FULL, 4.0, case=limited, state_bytes=40.0, gradient_bytes=20.0),
+            record(STAGED, 2.0, case=limited, state_bytes=60.0, gradient_bytes=40.0),
+            record(MICS, 1.0, case=limited, state_bytes=61.0, gradient_bytes=40.0),
+            record(DDP, 1.5, case=limited),  # not counted
+        ]
+        summaries = summarise(records)
+        assert [summary.competes for summary in summaries] == [True, True, False, True]
+        assert headlines(summaries)[0].startswith("MiCS p=4 has 2.00 times the throughput of Full sharding")
+        assert limit_lines(summaries) == [
+            "* Over the limit of 100 B of model states a rank, out of competition: MiCS p=2 (101 B)."
+        ]
+        cells = [dict(zip(grid.header, row, strict=True)) for grid in [comparison_grid(summaries)] for row in grid.rows]
+        assert [each["model states"] for each in cells] == ["60 B", "100 B", "101 B*", "-"]
+        assert "at most 100 B of model states a rank" in headlines(summaries)[0]
+        assert not limit_lines(summarise(headline()))
 
     def test_without_full_sharding_the_first_is_the_reference(self):
         assert [row[4] for row in comparison_grid(summarise(headline()[1:3])).rows] == ["1.00", "0.50"]
