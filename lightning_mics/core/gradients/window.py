@@ -501,10 +501,15 @@ class AccumulationWindow:
 _WATCHED: weakref.WeakValueDictionary[int, AccumulationWindow] = weakref.WeakValueDictionary()
 
 
-def _before_read(tensors: Iterable[Tensor]) -> None:
-    """Waits for all rows that are under way, and fetches what was rounded where somebody looks at it."""
+def put_rows() -> None:
+    """Waits for all rows of shards that are under way."""
     for window in list(_WATCHED.values()):
         window.put_rows()
+
+
+def _before_read(tensors: Iterable[Tensor]) -> None:
+    """Waits for all rows that are under way, and fetches what was rounded where somebody looks at it."""
+    put_rows()
     rounded = list(_WATCHED.values())
     if not rounded:
         before_reads(None)
