@@ -177,9 +177,9 @@ def begin(path: Place, *, folder: bool, replaces_all: bool = False, aside: bool 
         return _begin_remote(path, folder=folder)
 
     def prepare() -> Path:
-        if not replaces_all:
-            check_replaceable(path)
         try:
+            if not replaces_all:
+                check_replaceable(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             files.recover(path)
             temporary = files.temporary_name(path)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -80,11 +81,11 @@ def _place() -> str:
 def _birth(pid: int) -> str:
     """Returns when a process started, in the kernel's ticks; process ids are reused. Empty if it is over."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        told = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    state, *told = stat.rpartition(")")[2].split()
-    return "" if state in "ZX" else told[18]  # one that nobody has waited for is over as well
+    state, *rest = told.rpartition(")")[2].split()
+    return "" if state in "ZX" else rest[18]  # one that nobody has waited for is over as well
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -222,6 +223,21 @@ def remove(path: Path) -> None:
         os.rename(path, condemned)
         delete(condemned)
         release(condemned)
+
+
+def open_file(path: Place) -> BinaryIO:
+    """Opens a file for reading; of anything else, such as a FIFO, reading might never end.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if isinstance(path, Remote):
+        return path.open("rb")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CheckpointError(f"{path} is no file, but a folder, a FIFO or a device. Use a checkpoint that is whole.")
+    return os.fdopen(handle, "rb")
 
 
 def sync_folder(folder: Path) -> None:

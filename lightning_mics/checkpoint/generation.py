@@ -78,7 +78,7 @@ class Generation:
 
     def _open_folder(self) -> None:
         text = None
-        with suppress(FileNotFoundError), (self.path / MANIFEST).open("rb") as file:
+        with suppress(FileNotFoundError), files.open_file(self.path / MANIFEST) as file:
             text = file.read()
         if text is None:
             self.listed = {files.INDEX: {}, files.META: {}}
@@ -150,7 +150,7 @@ class Generation:
 
     def _open_file(self, name: str) -> BinaryIO:
         if name or isinstance(self.folder, Path):
-            return (self.folder / name).open("rb")
+            return files.open_file(self.folder / name)
         return self.folder.fetch()  # a single object may be replaced while it is read
 
     def _check(self, name: str, handle: BinaryIO) -> None:

@@ -297,7 +297,7 @@ class _Targets:
     def optimizer_parts(self, key: str) -> Moments:
         """Returns what was read for an optimizer."""
         states: dict[str, Any] = {}
-        owners: list[str] = []
+        members: dict[int, list[str]] = {}
         groups: dict[int, dict[str, Any]] = {}
         for flat_name, value in self.flat.items():
             path = self._paths.get(flat_name, ())
@@ -309,10 +309,14 @@ class _Targets:
                     place = place.setdefault(step, {})
                 place[path[-1]] = value
             elif path[3] == "params":
-                owners += [self.names.to_own(name) for name in ([value] if isinstance(value, str) else value)]
+                names = [value] if isinstance(value, str) else value
+                members.setdefault(int(path[2]), []).extend(map(self.names.to_own, names))
             else:
                 groups.setdefault(int(path[2]), {})[path[3]] = value
-        return Moments(self._path, owners, states, [groups[index] for index in sorted(groups)])
+        in_order = sorted(groups)
+        return Moments(
+            self._path, [members.get(index, []) for index in in_order], states, [groups[index] for index in in_order]
+        )
 
 
 def _no_states(path: Place, key: str) -> CheckpointError:

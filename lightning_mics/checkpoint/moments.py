@@ -36,13 +36,13 @@ class Moments:
 
     Attributes:
         path: Where they come from.
-        owners: The parameters that were trained, by the model's names.
+        members: The parameters that were trained, by the model's names, for each group.
         states: By those names; tensors laid out like the parameters.
         groups: Settings of the groups of parameters, in order.
     """
 
     path: Place
-    owners: Sequence[str]
+    members: Sequence[Sequence[str]]
     states: Mapping[str, dict[str, Any]]
     groups: Sequence[dict[str, Any]]
 
@@ -63,15 +63,16 @@ class Moments:
                 f"{self.path}: the checkpoint's optimizer has {len(self.groups)} parameter group(s), {name} has "
                 f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
             )
-        if problem := _other_kind(optimizer, self.groups):
+        groups = self._groups_of(optimizer, params, strict)
+        if problem := _other_kind(optimizer, groups):
             _object(f"{self.path} holds states of another optimizer: {problem}. {name} would begin anew.", strict)
             return
         _check_shapes(self.path, optimizer, self.states, params)
-        _tell_difference(self.path, optimizer, params, self.owners)
+        _tell_difference(self.path, optimizer, params, [name for names in self.members for name in names])
         current = optimizer.state_dict()["param_groups"]
         merged = [
             {**{key: value for key, value in settings.items() if key != "params"}, "params": group["params"]}
-            for settings, group in zip(self.groups, current, strict=True)
+            for settings, group in zip(groups, current, strict=True)
         ]
         by_index = {index: self.states[owner] for index, owner in enumerate(params) if owner in self.states}
         rounded = {
@@ -82,6 +83,25 @@ class Moments:
         }
         tell_rounding(self.path, f"{name}'s states", rounded, strict)
         optimizer.load_state_dict({"state": by_index, "param_groups": merged})
+
+    def _groups_of(self, optimizer: Optimizer, params: Mapping[str, Tensor], strict: bool) -> list[Mapping[str, Any]]:
+        """Returns for each group of an optimizer the settings with which its parameters were saved."""
+        saved = {name: index for index, names in enumerate(self.members) for name in names}
+        name_of = {id(param): name for name, param in params.items()}
+        found: list[Mapping[str, Any]] = []
+        for place, group in enumerate(optimizer.param_groups):
+            names = [name_of[id(param)] for param in group["params"] if id(param) in name_of]
+            places = sorted({saved[name] for name in names if name in saved}) or [place]
+            settings = [{**self.groups[index], "params": None} for index in places]
+            if any(one != settings[0] for one in settings):
+                _object(
+                    f"{self.path}: group {place} of {type(optimizer).__name__} has parameters of the saved groups "
+                    f"{', '.join(map(str, places))}, whose settings differ.",
+                    strict,
+                )
+                return list(self.groups)
+            found.append(settings[0])
+        return found
 
 
 def _object(problem: str, strict: bool) -> None:
@@ -95,7 +115,7 @@ def first_names(names: Collection[str]) -> str:
     return f"{', '.join(sorted(names)[:_NAMED])}{' and others' if len(names) > _NAMED else ''} ({len(names)})"
 
 
-def _other_kind(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> str | None:
+def _other_kind(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> str | None:
     """Says how saved settings are those of another optimizer; ``None`` if they are not."""
     for index, (saved, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         lacking, unknown = own.keys() - saved.keys() - _NO_SETTINGS, saved.keys() - own.keys() - _NO_SETTINGS
@@ -211,7 +231,7 @@ def fill_optimizer(
         for index, state in saved["state"].items()
         if (name := name_of[index]) in params
     }
-    Moments(path, owners, states, saved["param_groups"]).put(optimizer, params, strict=strict)
+    Moments(path, _by_group(owners, saved), states, saved["param_groups"]).put(optimizer, params, strict=strict)
 
 
 def fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any], *, strict: bool) -> None:
@@ -224,7 +244,12 @@ def fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any], *
     order = [index for group in saved["param_groups"] for index in group["params"]]
     name_of = dict(zip(order, owners, strict=True))
     states = {name_of[index]: sharded_state(state, params[name_of[index]]) for index, state in saved["state"].items()}
-    Moments(path, owners, states, saved["param_groups"]).put(optimizer, params, strict=strict)
+    Moments(path, _by_group(owners, saved), states, saved["param_groups"]).put(optimizer, params, strict=strict)
+
+
+def _by_group(owners: Sequence[str], saved: dict[str, Any]) -> list[Sequence[str]]:
+    rest = iter(owners)
+    return [[next(rest) for _ in group["params"]] for group in saved["param_groups"]]
 
 
 def _by_position(

@@ -194,3 +194,12 @@ def test_what_lies_beside_hides_no_error(tmp_path: Path, beside: str) -> None:
         (tmp_path / "last.ckpt").symlink_to("gone")
     with pytest.raises(CheckpointError, match="There is no checkpoint at"):
         consolidate(tmp_path / "run.ckpt", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "mics.json"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path / "saved", nn.Linear(2, 2))
+    (tmp_path / "saved" / name).unlink()
+    os.mkfifo(tmp_path / "saved" / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no file"):
+        load_checkpoint(tmp_path / "saved", nn.Linear(2, 2))

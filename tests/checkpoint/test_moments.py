@@ -84,6 +84,27 @@ def test_another_optimizer_is_an_error(tmp_path: Path, kind: str, sharded: bool,
     step(model, optimizer)  # it begins anew
 
 
+def in_groups(model: nn.Module, *names: str) -> torch.optim.Optimizer:
+    """Trains parameters of these names in groups, each decayed in a way of its own."""
+    groups = [[param for name, param in model.named_parameters() if name.endswith(end)] for end in names]
+    return AdamW([{"params": params, "weight_decay": 0.1 * index} for index, params in enumerate(groups)])
+
+
+@SHARDED
+def test_settings_of_groups_go_to_their_parameters(tmp_path: Path, sharded: bool, caplog: Any) -> None:
+    model = net()
+    path = saved(tmp_path / "saved.ckpt", model, in_groups(model, "weight", "bias"), sharded=sharded)
+    model = net()
+    optimizer = in_groups(model, "bias", "weight")
+    load_checkpoint(path, model, optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    mixed = AdamW([{"params": free(model)[:1]}, {"params": free(model)[1:]}])
+    with pytest.raises(CheckpointError, match=r"group 1 of AdamW has parameters of the saved groups 0, 1, whose"):
+        load_checkpoint(path, model, mixed)
+    load_checkpoint(path, model, mixed, strict=False)
+    assert "whose settings differ" in caplog.text
+
+
 @SHARDED
 def test_optimizers_more_and_fewer_are_errors(tmp_path: Path, sharded: bool, caplog: Any) -> None:
     model = net()
