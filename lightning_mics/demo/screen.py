@@ -64,9 +64,14 @@ def run_demo(steps: int, seed: int, keep: Path | None) -> None:
         checkpoint = folder / "first.ckpt"
 
         layout = _TOPOLOGY.layout(2)
-        console.print(f"\n[bold]1. Training[/] {steps} steps with MiCSStrategy(shard_size=2), 4 microsteps a step")
-        _draw(console, layout)
-        first = _train(console, folder, seed, shard_size=2, until=steps, total=total, save=checkpoint)
+        console.print(
+            f'\n[bold]1. Training[/] {steps} steps with MiCSStrategy(shard_size=2, optimizer_shard_size="world"), '
+            "4 microsteps a step"
+        )
+        _draw(console, layout, optimizer_shard_size=4)
+        first = _train(
+            console, folder, seed, shard_size=2, divide_states=True, until=steps, total=total, save=checkpoint
+        )
         _summarise(console, first, checkpoint, num_tokens, steps)
 
         console.print("\n[bold]2. The text it writes now[/] (by mics consolidate and from_pretrained)")
@@ -120,7 +125,7 @@ def _prepare(console: Console, folder: Path) -> int:
     return len(tokens)
 
 
-def _draw(console: Console, layout: GroupLayout) -> None:
+def _draw(console: Console, layout: GroupLayout, optimizer_shard_size: int | None = None) -> None:
     """Draws nodes as boxes, with each rank's shard in the colour of its replica."""
     boxes = []
     for node in range(layout.topology.num_nodes):
@@ -135,7 +140,10 @@ def _draw(console: Console, layout: GroupLayout) -> None:
     partitions = " ".join(f"{{{','.join(map(str, group))}}}" for group in layout.partition_groups)
     replications = " ".join(f"{{{','.join(map(str, group))}}}" for group in layout.replication_groups)
     console.print(f"partition groups {partitions}: gather and reduce-scatter, in every microstep")
-    if layout.num_replicas > 1:
+    if optimizer_shard_size is not None:
+        console.print(f"replication groups {replications}: reduce-scatter gradients and gather weights, once a step")
+        console.print(f"optimizer states: 1/{optimizer_shard_size} on each rank")
+    elif layout.num_replicas > 1:
         console.print(f"replication groups {replications}: all-reduce gradients, once a step")
     if layout.spans_nodes:
         console.print("a partition spans nodes: collectives run in two stages, across and inside them")
@@ -149,13 +157,14 @@ def _train(
     shard_size: int,
     until: int,
     total: int,
+    divide_states: bool = False,
     begin: int = 0,
     resume: Path | None = None,
     save: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Runs torchrun and draws its progress; returns the events that rank 0 reported."""
     arguments = ["--folder", folder, "--seed", seed, "--shard-size", shard_size, "--until", until]
-    arguments += ["--total-steps", total]
+    arguments += ["--total-steps", total, *(["--optimizer-shard-size", "world"] if divide_states else [])]
     for option, path in (("--resume", resume), ("--save", save)):
         arguments += [option, path] if path is not None else []
     events = folder / "events.jsonl"
@@ -247,6 +256,8 @@ def _summarise(console: Console, events: list[dict[str, Any]], checkpoint: Path,
     full = traffic["full_sharding"] / steps
     table.add_row("out of a node in all, a step", f"[bold]{format_bytes(ours)}[/]")
     table.add_row("full sharding would send", f"{format_bytes(full)}, [bold]{full / ours:.1f} times[/] as much")
+    largest, whole = traffic["states"]
+    table.add_row("optimizer states", f"{format_bytes(whole)}, {format_bytes(largest)} on the fullest rank")
     table.add_section()
     files = list(checkpoint.iterdir())
     size = sum(file.stat().st_size for file in files)

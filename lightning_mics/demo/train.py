@@ -97,7 +97,9 @@ def main() -> None:
     train = DataLoader(Windows(tokens[:-held_out], LENGTH), BATCH, shuffle=True, drop_last=True)
     validation = DataLoader(Windows(tokens[-held_out:], LENGTH), BATCH)
     model = DemoModel(options.total_steps)
-    strategy = MiCSStrategy(shard_size=options.shard_size, node_size=2)
+    strategy = MiCSStrategy(
+        shard_size=options.shard_size, optimizer_shard_size=options.optimizer_shard_size, node_size=2
+    )
     report = Report(options.folder / "events.jsonl")
     trainer = _trainer(strategy, report, options.until)
 
@@ -115,16 +117,26 @@ def main() -> None:
         **{hop.name: [ledger.total(hop).intra_bytes, ledger.total(hop).inter_bytes] for hop in Hop},
         full_sharding=ledger.full_sharding_inter_bytes(),
         parameters=sum(param.numel() for param in model.parameters()),
+        states=_largest_states(trainer),
     )
     if options.save is not None:
         trainer.save_checkpoint(options.save)
     validate("end")
 
 
+def _largest_states(trainer: pl.Trainer) -> tuple[int, int]:
+    """Returns the bytes of optimizer states on the rank with the most, and those of a whole replica."""
+    states = [value for each in trainer.optimizers[0].state.values() for value in each.values() if value.ndim]
+    held = torch.tensor(sum(value.to_local().nbytes for value in states))
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    return int(held), sum(value.numel() * value.element_size() for value in states)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shard-size", type=int, required=True)
+    parser.add_argument("--optimizer-shard-size", choices=["partition", "world"], default="partition")
     parser.add_argument("--until", type=int, required=True, help="the optimizer step to stop at")
     parser.add_argument("--total-steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)

@@ -36,6 +36,9 @@ def test_the_screen_from_start_to_end(tmp_path: Path) -> None:
     assert "partition groups {0,1} {2,3}" in screen and "partition groups {0,1,2,3}" in screen
     first, last = re.search(r"first and last step\s+│ ([\d.]+) -> ([\d.]+)", screen).groups()
     assert float(last) < float(first)
+    assert "optimizer states: 1/4 on each rank" in screen
+    whole, most = re.search(r"optimizer states +│ ([\d.]+) MiB, ([\d.]+) MiB on the fullest rank", screen).groups()
+    assert float(whole) / 4 <= float(most) < 1.2 * float(whole) / 4
     saved = re.search(r"3 │\s+2, saved │[^│]+│\s+([\d.]+)", screen)[1]
     loaded = re.search(r"3 │\s+4, loaded │[^│]+│\s+([\d.]+)", screen)[1]
     assert float(loaded) == pytest.approx(float(saved), rel=1e-5)
