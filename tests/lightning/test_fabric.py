@@ -12,7 +12,7 @@ from lightning_tools import Net, PoolEnvironment, cross_entropy, dataset, make_o
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_mics import Hop, consolidate
+from lightning_mics import CheckpointError, Hop, consolidate
 from lightning_mics.fabric import MiCSStrategy
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict, relative_difference
 
@@ -190,3 +190,25 @@ def test_weights_are_found_under_any_name(pool: WorkerPool, tmp_path: Any) -> No
     saved = pool.run(save_under_another_name, str(tmp_path), world_size=2)[0]
     weights = load_file(consolidate(tmp_path / "saved.ckpt", tmp_path / "weights.safetensors"))
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+def load_into_another_optimizer(folder: str, sharded: bool) -> list[str]:
+    told: list[str] = []
+    for kind in (torch.optim.Adam, torch.optim.RAdam):
+        fabric = make_fabric(save_distributed_checkpoint=sharded)
+        net = Net()
+        model, optimizer = fabric.setup(net, kind(net.parameters()))
+        if kind is torch.optim.Adam:
+            fabric.save(f"{folder}/saved", {"model": model, "optimizer": optimizer})
+            continue
+        try:
+            fabric.load(f"{folder}/saved", {"model": model, "optimizer": optimizer})
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_another_class_of_optimizer_is_an_error(pool: WorkerPool, tmp_path: Any, sharded: bool) -> None:
+    for told in pool.run(load_into_another_optimizer, str(tmp_path), sharded, world_size=2):
+        assert len(told) == 1 and "saved with amsgrad, unlike RAdam" in told[0]
