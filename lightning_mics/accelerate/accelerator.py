@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -321,12 +321,17 @@ class MiCSAccelerator(Accelerator):
 
     @on_all_ranks("accelerator.save_state")
     def save_state(
-        self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True, **kwargs: Any
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> str:
         """Saves models, optimizers, schedulers, samplers, random states and registered objects.
 
         The folder appears under its name when it is whole. It can be loaded at another shard size and world size, by
-        Lightning and by bare loops. Collective over the world.
+        Lightning and by bare loops. The file system of a URL gets ``storage_options``. Collective over the world.
 
         Returns:
             The folder.
@@ -334,13 +339,15 @@ class MiCSAccelerator(Accelerator):
         Raises:
             CheckpointError: On every rank, if writing failed on any; an earlier checkpoint of the name is untouched.
         """
-        return str(save_state(self, output_dir, safe_serialization))
+        return str(save_state(self, output_dir, safe_serialization, storage_options))
 
     @on_all_ranks("accelerator.load_state")
     def load_state(
         self,
         input_dir: str | os.PathLike[str] | None = None,
         load_kwargs: dict[str, Any] | None = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
         **load_model_func_kwargs: Any,
     ) -> None:
         """Loads what :meth:`save_state` saved, at any shard size and world size. Collective over the world.
@@ -352,7 +359,8 @@ class MiCSAccelerator(Accelerator):
         Raises:
             CheckpointError: On every rank, if the checkpoint is missing, damaged or does not fit.
         """
-        load_state(self, input_dir, load_kwargs, strict=load_model_func_kwargs.get("strict", True))
+        strict = load_model_func_kwargs.get("strict", True)
+        load_state(self, input_dir, load_kwargs, strict=strict, options=storage_options)
 
 
 refuse_local_sgd(MiCSAccelerator)

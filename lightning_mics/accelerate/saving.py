@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 
 
 def save_state(
-    accelerator: MiCSAccelerator, output_dir: str | os.PathLike[str] | None, safe_serialization: bool
+    accelerator: MiCSAccelerator,
+    output_dir: str | os.PathLike[str] | None,
+    safe_serialization: bool,
+    options: Mapping[str, Any] | None,
 ) -> checkpoints.Place:
     """Saves everything that was prepared or registered; see :meth:`MiCSAccelerator.save_state`."""
     names_itself = output_dir is None or _names_checkpoints(accelerator)
-    folder = _next_folder(accelerator) if names_itself else checkpoints.place(output_dir)  # type: ignore[arg-type]
+    parent = _parent(accelerator, options)
+    folder = _next_folder(accelerator, parent) if names_itself else checkpoints.place(output_dir, options)  # type: ignore[arg-type]
     models, optimizers = accelerator._models, accelerator._optimizers
     for model in filter(is_sharded, models):
         broadcast_buffers(model)
@@ -81,10 +85,12 @@ def load_state(
     load_kwargs: dict[str, Any] | None,
     *,
     strict: bool,
+    options: Mapping[str, Any] | None,
 ) -> None:
     """Loads what was saved; see :meth:`MiCSAccelerator.load_state`."""
     checkpoints.wait_for_checkpoints()
-    folder = checkpoints.place(input_dir) if input_dir is not None else _newest_folder(accelerator)
+    parent = _parent(accelerator, options)
+    folder = checkpoints.place(input_dir, options) if input_dir is not None else _newest_folder(accelerator, parent)
     models = list(accelerator._models)
     for hook in accelerator._load_model_state_pre_hook.values():
         hook(models, folder.url if isinstance(folder, checkpoints.Remote) else str(folder))
@@ -166,17 +172,17 @@ def _names_checkpoints(accelerator: MiCSAccelerator) -> bool:
     return bool(accelerator.project_configuration.automatic_checkpoint_naming)
 
 
-def _parent(accelerator: MiCSAccelerator) -> checkpoints.Place:
-    return checkpoints.place(accelerator.project_dir or "") / "checkpoints"
+def _parent(accelerator: MiCSAccelerator, options: Mapping[str, Any] | None) -> checkpoints.Place:
+    return checkpoints.place(accelerator.project_dir or "", options) / "checkpoints"
 
 
-def _next_folder(accelerator: MiCSAccelerator) -> checkpoints.Place:
+def _next_folder(accelerator: MiCSAccelerator, parent: checkpoints.Place) -> checkpoints.Place:
     if not _names_checkpoints(accelerator):
         raise CheckpointError(
             "save_state needs a folder: save_state('checkpoints/step_100'), or "
             "ProjectConfiguration(automatic_checkpoint_naming=True, project_dir=...)."
         )
-    folder = _parent(accelerator) / f"checkpoint_{accelerator.save_iteration}"
+    folder = parent / f"checkpoint_{accelerator.save_iteration}"
     if folder.exists():
         raise CheckpointError(
             f"{folder} exists already. Set accelerator.project_configuration.iteration to the number to go on with."
@@ -190,8 +196,8 @@ def _named_folders(parent: checkpoints.Place) -> list[checkpoints.Place]:
     return sorted(found, key=lambda folder: int(folder.name.rpartition("_")[2]))
 
 
-def _newest_folder(accelerator: MiCSAccelerator) -> checkpoints.Place:
-    folders = _named_folders(_parent(accelerator)) if _names_checkpoints(accelerator) else []
+def _newest_folder(accelerator: MiCSAccelerator, parent: checkpoints.Place) -> checkpoints.Place:
+    folders = _named_folders(parent) if _names_checkpoints(accelerator) else []
     if not folders:
         raise CheckpointError("load_state needs a folder: there are no automatically named checkpoints.")
     return folders[-1]

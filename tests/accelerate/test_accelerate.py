@@ -329,18 +329,18 @@ def test_state_is_loaded_bitwise_on_other_shapes(pool: WorkerPool, tmp_path: Pat
 
 
 def save_and_load_at_a_url(root: str) -> tuple[bool, int, int, list[str]]:
-    os.environ["OBJECTS_ROOT"] = root
+    options = {"root": root}
     project = {"project_dir": "objects://bucket/run", "automatic_checkpoint_naming": True, "total_limit": 2}
     accelerator, model, optimizer, _, counter = set_up(2, 1, **project)
     optimizer.step()
     for value in (16, 17, 18):
         counter.value = value
-        accelerator.save_state()
+        accelerator.save_state(storage_options=options)
     before, counter.value = everything(model, optimizer), 0
     optimizer.step()
-    accelerator.load_state("objects://bucket/run/checkpoints/checkpoint_1")
+    accelerator.load_state("objects://bucket/run/checkpoints/checkpoint_1", storage_options=options)
     same, first = equal(everything(model, optimizer), before), counter.value
-    accelerator.load_state()
+    accelerator.load_state(storage_options=options)
     with pytest.raises(CheckpointError, match=r"a URL, and accelerator\.save_model writes to file systems only"):
         accelerator.save_model(model, "objects://bucket/model")
     return same, first, counter.value, sorted({key.split("/")[2] for key in keys(Path(root))})
