@@ -25,6 +25,19 @@ _ELEMENTWISE = {
 _DECISIVE = ("amsgrad", "centered", "momentum", "nesterov", "maximize", "decoupled_weight_decay")
 # Of these, what an optimizer has in every version of PyTorch, or never.
 _OF_A_CLASS = ("amsgrad", "centered", "momentum", "nesterov")
+# What steps of PyTorch's optimizers look for beside each parameter that has any state.
+_NEEDED = {
+    "Adadelta": {"square_avg", "acc_delta"},
+    "Adagrad": {"sum"},
+    "Adam": {"exp_avg", "exp_avg_sq"},
+    "AdamW": {"exp_avg", "exp_avg_sq"},
+    "Adamax": {"exp_avg", "exp_inf"},
+    "ASGD": {"ax", "eta", "mu"},
+    "NAdam": {"exp_avg", "exp_avg_sq", "mu_product"},
+    "RAdam": {"exp_avg", "exp_avg_sq"},
+    "RMSprop": {"square_avg"},
+    "Rprop": {"prev", "step_size"},
+}
 # What schedulers and others leave in a group.
 _NO_SETTINGS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 _NAMED = 3
@@ -64,7 +77,7 @@ class Moments:
                 f"{len(optimizer.param_groups)}. Create the optimizer with the same groups."
             )
         groups = self._groups_of(optimizer, params, strict)
-        if problem := _other_kind(optimizer, groups):
+        if problem := _other_kind(optimizer, groups) or _other_states(optimizer, self.states, params):
             _object(f"{self.path} holds states of another optimizer: {problem}. {name} would begin anew.", strict)
             return
         _check_shapes(self.path, optimizer, self.states, params)
@@ -131,6 +144,19 @@ def _other_kind(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> st
         for key in _DECISIVE:
             if key in saved and key in own and bool(saved[key]) != bool(own[key]):
                 return f"group {index} was saved with {key}={saved[key]}, and {name} has {key}={own[key]}"
+    return None
+
+
+def _other_states(optimizer: Optimizer, states: Mapping[str, Mapping[str, Any]], params: Collection[str]) -> str | None:
+    """Says how saved states lack what an optimizer of PyTorch's looks for; ``None`` if they do not."""
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim.")]
+    needed = next((_NEEDED[kind] for kind in kinds if kind in _NEEDED), set())
+    for name in sorted(states.keys() & set(params)):
+        if states[name] and (lacking := needed - states[name].keys()):
+            return (
+                f"{name} was saved with {', '.join(sorted(states[name]))}, and {type(optimizer).__name__} needs "
+                f"{', '.join(sorted(lacking))}"
+            )
     return None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
+import lightning.pytorch.callbacks.model_checkpoint as model_checkpoint
+import lightning.pytorch.trainer.connectors.checkpoint_connector as connector
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mics import checkpoint as checkpoints
@@ -49,12 +54,34 @@ def find_urls_of_last(callback: Any) -> None:
 
 
 def _find_last(self: ModelCheckpoint, trainer: pl.Trainer) -> set[str]:
-    folder = checkpoints.place(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+    options = getattr(trainer.strategy, "storage_options", None)
+    folder = checkpoints.place(self._ModelCheckpoint__resolve_ckpt_dir(trainer), options)  # type: ignore[attr-defined]
     if not isinstance(folder, checkpoints.Remote):
         return ModelCheckpoint._find_last_checkpoints(self, trainer)
     pattern = rf"{self.CHECKPOINT_NAME_LAST}(-\d+)?.*{re.escape(self.FILE_EXTENSION)}"
     found = [_dated(entry) for entry in folder.iterdir() if re.fullmatch(pattern, entry.name)]
     return {file.url for file in found if file.exists()}
+
+
+# How Lightning finds the file system of a checkpoint, for which it knows no options.
+_LOOKS = ((model_checkpoint, "get_filesystem"), (connector, "get_filesystem"), (connector, "url_to_fs"))
+
+
+@contextmanager
+def looking_with(options: Mapping[str, Any] | None) -> Iterator[None]:
+    """Has Lightning look for checkpoints in object storage with some options, inside this context."""
+    originals = [getattr(module, name) for module, name in _LOOKS]
+    for (module, name), original in zip(_LOOKS, originals, strict=True):
+        setattr(module, name, functools.partial(_look, original, options or {}))
+    try:
+        yield
+    finally:
+        for (module, name), original in zip(_LOOKS, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _look(original: Callable[..., Any], options: Mapping[str, Any], path: Any, **kwargs: Any) -> Any:
+    return original(path, **{**(options if "://" in str(path) else {}), **kwargs})
 
 
 def _dated(checkpoint: checkpoints.Remote) -> checkpoints.Remote:

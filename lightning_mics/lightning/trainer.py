@@ -42,7 +42,7 @@ from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
-from lightning_mics.lightning.links import expect_late_checkpoints, find_urls_of_last
+from lightning_mics.lightning.links import expect_late_checkpoints, find_urls_of_last, looking_with
 from lightning_mics.lightning.reading import read_folders
 from lightning_mics.lightning.unequal import allow_unequal_batches
 from lightning_mics.metrics import CommLedger
@@ -94,7 +94,7 @@ class MiCSStrategy(ParallelStrategy):
         super().__init__()
         self.num_nodes = 1
         self._save_distributed_checkpoint = save_distributed_checkpoint
-        self._storage_options = storage_options
+        self.storage_options = storage_options
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 
@@ -389,11 +389,11 @@ class MiCSStrategy(ParallelStrategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Deletes a checkpoint, which loses its name first, once the one that is being written is whole."""
         if self.is_global_zero:
-            checkpoints.remove(filepath, self._storage_options)
+            checkpoints.remove(filepath, self.storage_options)
 
     def _place(self, path: str | Path, storage_options: Any = None) -> checkpoints.Place:
         """Returns where rank 0 wants a checkpoint. Collective over the world."""
-        return checkpoints.place(self.broadcast(path), storage_options or self._storage_options)
+        return checkpoints.place(self.broadcast(path), storage_options or self.storage_options)
 
 
 class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
@@ -413,10 +413,12 @@ class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
         self.weights_only = asked.get("weights_only")
         for callback in trainer.checkpoint_callbacks if trainer is not None else ():
             find_urls_of_last(callback)
+        options = getattr(trainer.strategy, "storage_options", None) if trainer is not None else None
         try:
-            if self.cluster_environment.creates_processes_externally:
-                return function(*args, **kwargs)
-            return super().launch(function, *args, trainer=trainer, **kwargs)
+            with looking_with(options):
+                if self.cluster_environment.creates_processes_externally:
+                    return function(*args, **kwargs)
+                return super().launch(function, *args, trainer=trainer, **kwargs)
         finally:
             self.weights_only = None  # nor may the next run load what only this one trusts
 

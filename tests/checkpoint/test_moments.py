@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[Make, Make, str]] = {
     "Adam into AdamW": (torch.optim.Adam, adamw, "decoupled_weight_decay=False"),
     "Adam into RAdam": (torch.optim.Adam, torch.optim.RAdam, "saved with amsgrad, unlike RAdam"),
     "RAdam into Adam": (torch.optim.RAdam, torch.optim.Adam, "saved without amsgrad, unlike Adam"),
+    "Adamax into RAdam": (torch.optim.Adamax, torch.optim.RAdam, "exp_inf, step, and RAdam needs exp_avg_sq"),
     "groups": (adamw, lambda p: AdamW([{"params": p[:1]}, {"params": p[1:]}]), "1 parameter group(s), AdamW has 2"),
 }
 

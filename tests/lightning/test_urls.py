@@ -47,11 +47,13 @@ def fit(folder: str, max_steps: int, sharded: bool, ckpt_path: str | None, **set
 
 
 def keep_and_resume(root: str, folder: str, sharded: bool, is_async: bool) -> tuple[Any, ...]:
-    os.environ["OBJECTS_ROOT"] = root
-    _, first = fit(folder, 4, sharded, "last", async_checkpoint=is_async)
-    resumed, then = fit(folder, 6, sharded, "last", storage_options={"root": root})
+    os.environ["OBJECTS_ROOT"] = f"{root}/elsewhere"  # nothing can be found without the options
+    options = {"root": root}
+    _, first = fit(folder, 4, sharded, "last", async_checkpoint=is_async, storage_options=options)
+    resumed, then = fit(folder, 6, sharded, "last", storage_options=options)
     best = [Path(path).name for path in resumed.checkpoint_callback.best_k_models]
-    resumed.save_checkpoint(f"{FOLDER}/by-hand.ckpt", storage_options={"root": root})
+    resumed.save_checkpoint(f"{FOLDER}/by-hand.ckpt", storage_options=options)
+    os.environ["OBJECTS_ROOT"] = root
     loaded = LanguageModel.load_from_checkpoint(f"{FOLDER}/by-hand.ckpt", optimizer="adamw", weights_only=False)
     same = full_state_dict(resumed.lightning_module)
     assert all(torch.equal(same[name], value) for name, value in loaded.state_dict().items())
