@@ -29,7 +29,7 @@ from lightning_mics.bench.namespaces import (
 from lightning_mics.bench.spec import ClusterSpec
 from lightning_mics.processes import end_with_parent
 
-_BRIDGE = "bridge"
+STORAGE_INTERFACE = "eth1"  # of a node, where there is a storage server
 # The shell stays as process 1, for it reaps orphans and lets its child die of signals as usual. The mounts are seen by
 # this program only and go with it, and so does shared memory that killed processes leave behind.
 _ENTER = """
@@ -43,10 +43,10 @@ exit $?
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One node of an emulated cluster.
+    """One node of an emulated cluster, or its storage server.
 
     Attributes:
-        index: Its number, from 0.
+        index: Its number, from 0; -1 for the storage server.
         namespace: The name of its network namespace, for ``ip netns``.
         address: Its IPv4 address.
         interface: Its network interface.
@@ -60,7 +60,7 @@ class Node:
     @property
     def hostname(self) -> str:
         """The host name that programs on it see."""
-        return f"node{self.index}"
+        return "storage" if self.index < 0 else f"node{self.index}"
 
 
 class EmulatedCluster:
@@ -78,6 +78,7 @@ class EmulatedCluster:
     Attributes:
         spec: What it looks like.
         nodes: Its nodes; none outside the ``with`` statement.
+        storage: Its storage server, where the specification asks for one; programs on nodes know it by this name.
         folder: A temporary folder that is deleted with the cluster.
         port: A free port, for torchrun.
 
@@ -91,6 +92,7 @@ class EmulatedCluster:
         self.spec = spec
         self._shared_memory = shared_memory
         self.nodes: tuple[Node, ...] = ()
+        self.storage: Node | None = None
         self.folder = Path()
         self._namespaces: list[str] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -104,8 +106,10 @@ class EmulatedCluster:
             Node(index=index, namespace=f"{key}-node{index}", address=f"10.77.0.{index + 1}")
             for index in range(self.spec.num_nodes)
         )
+        if self.spec.storage_rate is not None:
+            self.storage = Node(index=-1, namespace=f"{key}-storage", address="10.78.0.254")
         switch = f"{key}-switch"
-        self._namespaces = [switch, *(node.namespace for node in self.nodes)]
+        self._namespaces = [switch, *(node.namespace for node in self._places())]
         try:
             with signals_later():
                 self.folder = temporary_folder(key)
@@ -121,9 +125,12 @@ class EmulatedCluster:
     ) -> None:
         self._remove()
 
+    def _places(self) -> list[Node]:
+        return [*self.nodes, *([self.storage] if self.storage is not None else [])]
+
     def popen(
         self,
-        node: int,
+        node: int | Node,
         command: Sequence[str | Path],
         *,
         environment: Mapping[str, str] | None = None,
@@ -137,7 +144,7 @@ class EmulatedCluster:
         is the program's (128 plus the number of the signal that ended it), but only :meth:`end` ends it tidily.
 
         Args:
-            node: Number of the node.
+            node: The node, or its number.
             command: The program and its arguments.
             environment: Variables to add to those of this process. ``TMPDIR`` is a folder that goes with the cluster.
             stdout: As for ``Popen``.
@@ -147,7 +154,7 @@ class EmulatedCluster:
         Returns:
             The process.
         """
-        place = self.nodes[node]
+        place = node if isinstance(node, Node) else self.nodes[node]
         enter = ["sh", "-c", _ENTER, "sh", place.hostname, str(self.folder / "hosts")]
         enter.append("shared" if self._shared_memory else "own")
         process = subprocess.Popen(
@@ -180,43 +187,54 @@ class EmulatedCluster:
 
         Headers are included, but once for each packet of up to 64 KiB that the kernel cuts for the wire later.
         """
-        counts = []
-        for node in self.nodes:
-            shown = run(["ip", "-n", node.namespace, "-j", "-s", "link", "show", "dev", node.interface])
-            counts.append(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
-        return counts
+        return [_counted(node, node.interface, "tx") for node in self.nodes]
+
+    def stored_bytes(self) -> int:
+        """Returns how many bytes the storage server has received so far, as the kernel counts them."""
+        assert self.storage is not None
+        return _counted(self.storage, self.storage.interface, "rx")
 
     def _write_files(self) -> None:
-        lines = ["127.0.0.1 localhost", *(f"{node.address} {node.hostname}" for node in self.nodes)]
+        lines = ["127.0.0.1 localhost", *(f"{node.address} {node.hostname}" for node in self._places())]
         # PyTorch also looks these up, and warns if they have no name.
         lines += [f"::ffff:{node.address} {node.hostname}.mapped" for node in self.nodes]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         self.folder.chmod(0o755)
-        for node in self.nodes:
+        for node in self._places():
             (self.folder / node.hostname).mkdir()
 
     def _make(self, switch: str) -> None:
-        spec = self.spec
         batch(["ip"], [f"netns add {namespace}" for namespace in self._namespaces])
+        for place in self._places():
+            batch(["ip", "-n", place.namespace], ["link set lo up"])
+        self._join(switch, "bridge", [_Link(node, node.interface, node.address, self.spec.rate) for node in self.nodes])
+        if self.storage is not None:
+            links = [_Link(node, STORAGE_INTERFACE, f"10.78.0.{node.index + 1}", None) for node in self.nodes]
+            links.append(_Link(self.storage, self.storage.interface, self.storage.address, self.spec.storage_rate))
+            self._join(switch, "storage", links)
+
+    def _join(self, switch: str, bridge: str, links: Sequence[_Link]) -> None:
+        """Joins places by a bridge."""
+        mtu = self.spec.mtu
         batch(
             ["ip"],
             [
-                f"link add {node.interface} netns {node.namespace} mtu {spec.mtu} type veth "
-                f"peer name {node.hostname} netns {switch} mtu {spec.mtu}"
-                for node in self.nodes
+                f"link add {link.interface} netns {link.place.namespace} mtu {mtu} type veth "
+                f"peer name {link.port} netns {switch} mtu {mtu}"
+                for link in links
             ],
         )
         # Without multicast snooping and link-local addresses, the counters hold little but what programs send.
-        ports = [f"link set {node.hostname} addrgenmode none master {_BRIDGE} up" for node in self.nodes]
-        bridge = [f"link add {_BRIDGE} mtu {spec.mtu} type bridge mcast_snooping 0", f"link set {_BRIDGE} up"]
-        bridge.insert(1, f"link set {_BRIDGE} addrgenmode none")
-        batch(["ip", "-n", switch], [*bridge, *ports])
-        _limit(switch, [node.hostname for node in self.nodes], spec.rate)
-        for node in self.nodes:
-            address = f"address add {node.address}/24 dev {node.interface}"
-            link = f"link set {node.interface} addrgenmode none up"
-            batch(["ip", "-n", node.namespace], ["link set lo up", address, link])
-            _limit(node.namespace, [node.interface], spec.rate)
+        made = [f"link add {bridge} mtu {mtu} type bridge mcast_snooping 0"]
+        made += [f"link set {bridge} addrgenmode none", f"link set {bridge} up"]
+        made += [f"link set {link.port} addrgenmode none master {bridge} up" for link in links]
+        batch(["ip", "-n", switch], made)
+        for link in links:
+            address = f"address add {link.address}/24 dev {link.interface}"
+            up = f"link set {link.interface} addrgenmode none up"
+            batch(["ip", "-n", link.place.namespace], [address, up])
+            _limit(switch, link.port, link.rate)
+            _limit(link.place.namespace, link.interface, link.rate)
 
     def _remove(self) -> None:
         with signals_later():
@@ -224,18 +242,38 @@ class EmulatedCluster:
             remove_namespaces(self._namespaces)
             if self.folder != Path():
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.nodes, self.folder, self._namespaces, self._processes = (), Path(), [], []
+            self.nodes, self.storage, self.folder = (), None, Path()
+            self._namespaces, self._processes = [], []
 
 
-def _limit(namespace: str, links: Sequence[str], rate: int | None) -> None:
-    """Limits what leaves by ``links``."""
+@dataclass(frozen=True)
+class _Link:
+    """A link of a place to a bridge; ``rate`` as in the specification."""
+
+    place: Node
+    interface: str
+    address: str
+    rate: int | None
+
+    @property
+    def port(self) -> str:
+        """Its end at the bridge."""
+        return f"{self.place.hostname}-{self.interface}"
+
+
+def _counted(place: Node, interface: str, direction: str) -> int:
+    shown = run(["ip", "-n", place.namespace, "-j", "-s", "link", "show", "dev", interface])
+    return int(json.loads(shown)[0]["stats64"][direction]["bytes"])
+
+
+def _limit(namespace: str, interface: str, rate: int | None) -> None:
+    """Limits what leaves by an interface."""
     if rate is None:
         return
     # A packet may have 64 KiB before it is cut for the wire, and the timer that refills the bucket is no finer than
     # about a millisecond under load.
     burst = max(128 * 1024, math.ceil(rate / 8 / 1000))
-    lines = [f"qdisc add dev {link} root tbf rate {rate}bit burst {burst}b latency 200ms" for link in links]
-    batch(["tc", "-n", namespace], lines)
+    batch(["tc", "-n", namespace], [f"qdisc add dev {interface} root tbf rate {rate}bit burst {burst}b latency 200ms"])
 
 
 def _open_inside(pid: int) -> int | None:

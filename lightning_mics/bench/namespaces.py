@@ -18,7 +18,7 @@ from pathlib import Path
 from lightning_mics.errors import MiCSError
 
 _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "mount": "mount"}
-_NAME = re.compile(r"mics-(?P<pid>\d+)-(?P<start>\d+)-\d+-(node\d+|switch|files-\w+)")
+_NAME = re.compile(r"mics-(?P<pid>\d+)-(?P<start>\d+)-\d+-(node\d+|storage|switch|files-\w+)")
 _counter = itertools.count()
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 UNSHARE = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--propagation", "slave", "--mount-proc"]

@@ -66,20 +66,24 @@ class ClusterSpec:
         node_size: Ranks a node.
         rate: Bits per second of each node's link, in either direction; None for no limit.
         mtu: Largest packet of the links, in bytes.
+        storage_rate: Bits per second of the link of a storage server, which nodes reach by links of their own; None for
+            a cluster without one.
     """
 
     num_nodes: int
     node_size: int
     rate: int | None
     mtu: int = 9000
+    storage_rate: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_nodes <= _MAX_NODES:
             raise MiCSConfigError(f"num_nodes={self.num_nodes} must be from 1 to {_MAX_NODES}. Try num_nodes=2.")
         if self.node_size < 1:
             raise MiCSConfigError(f"node_size={self.node_size} must be at least 1. Try node_size=2.")
-        if self.rate is not None:
-            _check_rate(self.rate)
+        for rate in (self.rate, self.storage_rate):
+            if rate is not None:
+                _check_rate(rate)
         if not _MTUS[0] <= self.mtu <= _MTUS[1]:
             raise MiCSConfigError(f"mtu={self.mtu} must be from {_MTUS[0]} to {_MTUS[1]} bytes. Try mtu=9000.")
 

@@ -139,6 +139,23 @@ def test_programs_on_nodes(tmp_path: Path) -> None:
         assert cluster.sent_bytes() == [0, 0, 0]
 
 
+def test_a_storage_server_has_links_of_its_own() -> None:
+    serve = "import socket; s = socket.create_server(('', 5000)); print(flush=True); c = s.accept()[0]\n"
+    serve += "while c.recv(1 << 20): pass"
+    store = "import socket; socket.create_connection(('storage', 5000), 5).sendall(bytes(1 << 21))"
+    with EmulatedCluster(ClusterSpec(num_nodes=2, node_size=1, rate=None, storage_rate=50_000_000)) as cluster:
+        assert cluster.storage is not None
+        server = cluster.popen(cluster.storage, [sys.executable, "-c", serve], stdout=subprocess.PIPE)
+        assert server.stdout is not None and server.stdout.readline() == b"\n"
+        start = time.monotonic()
+        assert cluster.popen(1, [sys.executable, "-c", store]).wait() == 0
+        server.communicate()
+        assert time.monotonic() - start > 0.9 * (2 * MIB - 2**18) * 8 / 50e6  # what the bucket holds comes at once
+        assert cluster.stored_bytes() == pytest.approx(2 * MIB, rel=0.03)
+        assert cluster.sent_bytes() == [0, 0]
+    assert cluster.storage is None
+
+
 def test_two_clusters_use_the_same_addresses() -> None:
     serve = "import socket, sys; s = socket.create_server(('', 5000)); print(flush=True)\n"
     serve += "s.accept()[0].sendall(sys.argv[1].encode())"
