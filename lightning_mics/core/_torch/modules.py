@@ -70,10 +70,15 @@ def current_backward_id() -> int:
 
 
 def forget_dtensor_meshes() -> None:
-    """Drops DTensor's cached shardings, whose meshes name process groups that may have been destroyed since."""
+    """Drops what DTensor keeps of meshes: their groups may have been destroyed, and live on with their threads."""
+    from torch.distributed.tensor import _collective_utils, _redistribute, _sharding_prop
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
+    _sharding_prop.ShardingPropagator._propagate_tensor_meta_cached.cache_clear()
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:
