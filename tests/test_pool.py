@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
+from lightning_mics import MiCSConfig, mics_shard
 from lightning_mics.testing import (
     Failure,
     WorkerError,
@@ -352,3 +353,20 @@ def test_ranks_that_share_a_card_are_hosts_of_their_own_to_nccl(monkeypatch: pyt
         for name, value in entry.items():
             monkeypatch.setenv(name, value)
         assert worker_device() == torch.device("cuda", card)
+
+
+def train_and_count_threads(width: int) -> int:
+    """Trains a little, and returns this worker's threads of gloo."""
+    model = mics_shard(nn.Sequential(nn.Linear(4, width), nn.Linear(width, 4)), MiCSConfig(shard_size=1, node_size=1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    model.state_dict()["0.weight"].full_tensor()
+    return sum("gloo_tcp" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_groups_of_earlier_runs_do_not_pile_up(pool: WorkerPool) -> None:
+    counts = [pool.run(train_and_count_threads, width, world_size=2)[0] for width in range(1, 9)]
+    assert max(counts[4:]) <= max(counts[:4]), counts
