@@ -187,12 +187,14 @@ def build_mesh(config: MiCSConfig, layout: GroupLayout, device_type: str) -> MiC
     world = dist.group.WORLD
     optimizer_shard_size = layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
     key = (layout, device_type, hierarchical, optimizer_shard_size)
-    cached = _MESHES.get(key)
-    if cached is not None and cached[0] is world:
-        return cached[1]
+    for other, (of_world, _) in list(_MESHES.items()):
+        if of_world is not world:
+            del _MESHES[other]
+    if key in _MESHES:
+        return _MESHES[key][1]
     communication_device(device_type)  # it is to be chosen before anything is connected
     # Names must be new in this world, and the same on all members; these count what all ranks have asked for.
-    maker = groups.GroupMaker(f"mics{sum(other is world for other, _ in _MESHES.values())}", device_type)
+    maker = groups.GroupMaker(f"mics{len(_MESHES)}", device_type)
     replication = maker.make("replicate", layout.replication_groups)
     partition = maker.make("shard", layout.partition_groups)
     device_mesh = DeviceMesh.from_group(
@@ -226,7 +228,7 @@ def _optimizer_mesh(
 
 
 # Communicators are scarce; a second model with the same layout uses the first one's. The world group tells whether
-# the process group was torn down in between.
+# the process group was torn down in between: its meshes are dropped then, for threads of gloo live as long as these.
 _MESHES: dict[tuple[GroupLayout, str, bool, int], tuple[Any, MiCSMesh]] = {}
 
 
