@@ -102,10 +102,21 @@ def replication_share(layout: GroupLayout, optimizer_shard_size: int | None = No
     r, node_size = layout.num_replicas // m, layout.topology.node_size
     scattered = slice_share(layout, m * layout.shard_size)
     members_on_node = max(1, node_size // layout.local_size // m)
-    parts = 1 + widening if m == 1 else 2 * widening
-    sent = Fraction(parts * (r - 1), r * m) * node_size
+    sent = sent_between_instances(r, m, widening) * node_size
     leaving = Fraction(1, members_on_node) if layout.topology.num_nodes > 1 and r > members_on_node else Fraction(0)
     return LinkShare(scattered.intra + sent * (1 - leaving), scattered.inter + sent * leaving)
+
+
+def sent_between_instances(instances: int, m: int, widening: int = 1) -> Fraction:
+    """Returns what a rank sends in the all-reduce of hop two; the unit is one rank's shard as it is exchanged first.
+
+    Args:
+        instances: Ranks that hold the same slices.
+        m: Slices of a shard.
+        widening: Bytes of a sum for each byte of what it is made of; without slices the pieces come first.
+    """
+    parts = 1 + widening if m == 1 else 2 * widening
+    return Fraction(parts * (instances - 1), instances * m)
 
 
 def slice_share(layout: GroupLayout, optimizer_shard_size: int) -> LinkShare:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_mics.metrics import LinkShare, partition_share, replication_share, slice_share
+from lightning_mics.metrics import LinkShare, partition_share, replication_share, sent_between_instances, slice_share
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.topology import GroupLayout
 
@@ -97,8 +97,7 @@ class NetworkCosts:
         replicas, m = self._layout.num_replicas, self._slices
         instances = replicas // m
         steps = (m - 1) + (self._all_reduce_steps(instances) if instances > 1 else 0)
-        parts = 1 + self._widening if m == 1 else 2 * self._widening
-        sent = ((m - 1) / m + parts * (instances - 1) / instances / m) * shard_bytes
+        sent = ((m - 1) / m + float(sent_between_instances(instances, m, self._widening))) * shard_bytes
         return self._between_replicas(self._replication_share, steps, sent, shard_bytes)
 
     def slices(self, shard_bytes: float) -> Cost:
