@@ -98,9 +98,7 @@ class Draft:
             reason = str(error).rstrip(".")
             for place in (self.local, self.aside):
                 reason = reason.replace(str(place), str(self.path))
-            raise CheckpointError(
-                f"Saving {self.path} failed, and nothing was changed there: {reason}. {self._advice}".rstrip()
-            ) from error
+            raise _failed(self.path, reason, self._advice) from error
         except BaseException:
             self.release()
             raise
@@ -161,6 +159,10 @@ class _RemoteDraft(Draft):
     _advice = ""
 
 
+def _failed(path: Place, reason: str, advice: str) -> CheckpointError:
+    return CheckpointError(f"Saving {path} failed, and nothing was changed there: {reason}. {advice}".rstrip())
+
+
 def begin(path: Place, *, folder: bool, replaces_all: bool = False, aside: bool = False) -> Draft:
     """Cleans up after crashes and makes room. Collective over the world.
 
@@ -186,10 +188,7 @@ def begin(path: Place, *, folder: bool, replaces_all: bool = False, aside: bool 
             if folder:
                 temporary.mkdir()
         except OSError as error:
-            reason = ranks.describe_error(error)
-            raise CheckpointError(
-                f"Saving {path} failed, and nothing was changed there: {reason}. {Draft._advice}"
-            ) from error
+            raise _failed(path, ranks.describe_error(error), Draft._advice) from error
         return temporary
 
     temporary = ranks.on_first_rank(prepare)
