@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -70,14 +70,12 @@ _LOOKS = ((model_checkpoint, "get_filesystem"), (connector, "get_filesystem"), (
 @contextmanager
 def looking_with(options: Mapping[str, Any] | None) -> Iterator[None]:
     """Has Lightning look for checkpoints in object storage with some options, inside this context."""
-    originals = [getattr(module, name) for module, name in _LOOKS]
-    for (module, name), original in zip(_LOOKS, originals, strict=True):
-        setattr(module, name, functools.partial(_look, original, options or {}))
-    try:
+    with ExitStack() as stack:
+        for module, name in _LOOKS if options else ():
+            original = getattr(module, name)
+            stack.callback(setattr, module, name, original)
+            setattr(module, name, functools.partial(_look, original, options or {}))
         yield
-    finally:
-        for (module, name), original in zip(_LOOKS, originals, strict=True):
-            setattr(module, name, original)
 
 
 def _look(original: Callable[..., Any], options: Mapping[str, Any], path: Any, **kwargs: Any) -> Any:
