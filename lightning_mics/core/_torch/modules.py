@@ -75,10 +75,18 @@ def forget_dtensor_meshes() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    _redistribute._gen_transform_infos.cache_clear()
-    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
-    _sharding_prop.ShardingPropagator._propagate_tensor_meta_cached.cache_clear()
+    for owner, name in (
+        (_redistribute, "_gen_transform_infos"),
+        (_collective_utils.MeshTopoInfo, "build_from_mesh"),
+        (_sharding_prop.ShardingPropagator, "_propagate_tensor_meta_cached"),
+    ):
+        # What a version of PyTorch does not keep, nobody has to drop.
+        getattr(getattr(owner, name, None), "cache_clear", _nothing)()
+    getattr(_redistribute, "clear_redistribute_planner_cache", _nothing)()
+
+
+def _nothing() -> None:
+    """Does nothing."""
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:
