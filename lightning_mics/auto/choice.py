@@ -102,12 +102,13 @@ def choose_shard_size(
     require_agreement({"what shard_size='auto' decides": (fitting[:1], limit)}, communication_device(device_type))
     if not fitting:
         raise MiCSConfigError(forecast.explain(needs, usable))
+    advice = forecast.advice(fitting[0], usable)
     return AutoChoice(
         shard_size=fitting[0],
         memory=needs[fitting[0]],
         memory_limit=limit,
         totals={size: memory.total for size, memory in needs.items()},
-        notes=tuple(forecast.notes),
+        notes=(*forecast.notes, *([] if advice is None else [advice])),
         knows_activations=knows_activations,
         num_optimizers=max(1, len(optimizers)),
     )

@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from lightning_mics.auto.activations import profile_with
 from lightning_mics.auto.sample import Sample
 from lightning_mics.config import MiCSConfig
+from lightning_mics.plan.evaluate import inter_bytes, predict_traffic
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import Param
-from lightning_mics.plan.search import Choices, Misfit, Planning, explain_misfit
+from lightning_mics.plan.search import Choices, Misfit, Planning, by_modesty, explain_misfit
 from lightning_mics.plan.settings import Candidate, Training
-from lightning_mics.topology import ClusterTopology
+from lightning_mics.text import format_bytes
+from lightning_mics.topology import ClusterTopology, OptimizerShardSize
 from lightning_mics.trace.optimizers import OptimizerFootprint, optimizer_footprint
 from lightning_mics.trace.structure import dtype_name
 
@@ -84,9 +86,32 @@ class Forecast:
         )
         return " ".join(["shard_size='auto':", explain_misfit(planning), *self.notes])
 
-    def _candidate(self, shard_size: int) -> Candidate:
+    def advice(self, shard_size: int, limit: int) -> str | None:
+        """Says which smaller partition would fit if all ranks divided optimizer states; ``None`` if that wins nothing.
+
+        The rule is that of ``mics plan`` among plans of which none is known to be faster.
+        """
+        topology = self._cluster.topology
+        if self._config.optimizer_shard_size != "partition":
+            return None
+        smaller = [size for size in topology.valid_shard_sizes() if size < shard_size]
+        ways = {way: self._memory(way) for way in (self._candidate(size, "world") for size in smaller)}
+        ways = {way: memory for way, memory in ways.items() if memory.total <= limit}
+        chosen = self._candidate(shard_size)
+        ways[chosen] = self._memory(chosen)
+        traffic = {way: predict_traffic(self._profile, self._cluster, way, self._training) for way in ways}
+        best = min(ways, key=lambda way: by_modesty(way, traffic[way], ways[way]))
+        sent, before = inter_bytes(traffic[best]), inter_bytes(traffic[chosen])
+        if sent >= before:
+            return None
+        return (
+            f"With optimizer_shard_size='world' shard_size={best.shard_size} would do: a rank needs "
+            f"{format_bytes(ways[best].total)}, and nodes send {sent / before:.0%} as much out of themselves."
+        )
+
+    def _candidate(self, shard_size: int, optimizer_shard_size: OptimizerShardSize | None = None) -> Candidate:
         layout = self._cluster.topology.layout(shard_size)
-        divided = layout.resolve_optimizer_shard_size(self._config.optimizer_shard_size)
+        divided = layout.resolve_optimizer_shard_size(optimizer_shard_size or self._config.optimizer_shard_size)
         return Candidate(
             shard_size=shard_size,
             optimizer_shard_size=divided if divided > shard_size else None,

@@ -60,13 +60,22 @@ class Plan:
     @property
     def inter_bytes(self) -> int:
         """Bytes that leave a node in an optimizer step."""
-        return sum(traffic.inter_bytes for traffic in self.traffic.values())
+        return inter_bytes(self.traffic)
 
     @property
     def partition_inter_bytes(self) -> int:
         """Bytes of partition groups' collectives that leave a node in an optimizer step: those of every microstep."""
-        partition = (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE)
-        return sum(self.traffic[hop].inter_bytes for hop in partition)
+        return partition_inter_bytes(self.traffic)
+
+
+def inter_bytes(traffic: Mapping[Hop, Traffic]) -> int:
+    """Returns the bytes that leave a node."""
+    return sum(hop.inter_bytes for hop in traffic.values())
+
+
+def partition_inter_bytes(traffic: Mapping[Hop, Traffic]) -> int:
+    """Returns the bytes of partition groups' collectives that leave a node."""
+    return sum(traffic[hop].inter_bytes for hop in (Hop.PARTITION_GATHER, Hop.PARTITION_REDUCE))
 
 
 def evaluate(

@@ -151,6 +151,11 @@ class Cluster:
         """Returns the same with another number of nodes."""
         return replace(self, num_nodes=num_nodes)
 
+    def with_links_at(self, share: float) -> Cluster:
+        """Returns the same with links between nodes that give a share of their rate."""
+        inter = replace(self.node.inter, bandwidth=self.node.inter.bandwidth * share)
+        return replace(self, node=replace(self.node, inter=inter))
+
 
 def find_instance(name: str, num_nodes: int) -> Cluster:
     """Returns a cluster of a cloud's instances, or of a generic node of the catalogue.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.evaluate import Plan, evaluate
+from lightning_mics.metrics import Hop, Traffic
+from lightning_mics.plan.evaluate import Plan, evaluate, inter_bytes, partition_inter_bytes
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import ModelProfile
@@ -216,9 +217,20 @@ def _is_modest(plan: Plan, other: Plan) -> bool:
 
 
 def _cost_of_advice(plan: Plan) -> tuple[Any, ...]:
+    return by_modesty(plan.candidate, plan.traffic, plan.memory, plan.global_batch)
+
+
+def by_modesty(
+    candidate: Candidate, traffic: Mapping[Hop, Traffic], memory: MemoryBreakdown, samples: int = 1
+) -> tuple[Any, ...]:
+    """Sorts ways to train that are as fast as each other for all that is known; the one to advise comes first.
+
+    It is the one that sends the fewest bytes a sample out of a node; then the smallest partition, then the one with the
+    most memory free.
+    """
     # What partition groups send must hide behind each microstep, hop two behind the last one only.
-    sent = [float(f"{count / plan.global_batch:.3g}") for count in (plan.partition_inter_bytes, plan.inter_bytes)]
-    return *sent, plan.candidate.shard_size, plan.candidate.slices, plan.memory.total, _simplicity(plan.candidate)
+    sent = [float(f"{count / samples:.3g}") for count in (partition_inter_bytes(traffic), inter_bytes(traffic))]
+    return *sent, candidate.shard_size, candidate.slices, memory.total, _simplicity(candidate)
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, ...]:
@@ -361,34 +373,55 @@ def describe(candidate: Candidate) -> str:
 
 def largest_micro_batch(planning: Planning, candidate: Candidate) -> int:
     """Returns the largest micro-batch, up to a candidate's own, with which it fits; 0 if none does."""
-
-    def needed(size: int) -> float:
-        other = replace(candidate, micro_batch=size)
-        return predict_memory(planning.profile, other, planning.training, planning.cluster.node.accelerator).total
-
     sizes = range(1, candidate.micro_batch + 1)
-    return bisect.bisect_right(sizes, planning.memory_limit, key=needed)
+    return bisect.bisect_right(
+        sizes, planning.memory_limit, key=lambda size: _needed(planning, replace(candidate, micro_batch=size))
+    )
+
+
+def what_helps(planning: Planning, misfit: Misfit) -> list[str]:
+    """Returns the settings that make a candidate fit, each of them alone, for example ``["micro-batches of 7"]``."""
+    candidate, helps = misfit.candidate, []
+    size = largest_micro_batch(planning, candidate)
+    if size:
+        helps.append(f"micro-batches of {size}")
+    changes: dict[str, dict[str, Any]] = {}
+    if not candidate.activation_checkpointing:
+        changes["activation_checkpointing=True"] = {"activation_checkpointing": True}
+    if candidate.slices == 1 and candidate.shard_size < planning.cluster.world_size:
+        changes["optimizer_shard_size='world'"] = {"optimizer_shard_size": planning.cluster.world_size}
+    for words, changed in changes.items():
+        needed = _needed(planning, replace(candidate, **changed))
+        if needed <= misfit.memory_limit:
+            helps.append(f"{words} ({format_bytes(needed)})")
+    return helps + _of_the_limit(planning, misfit)
+
+
+def _of_the_limit(planning: Planning, misfit: Misfit) -> list[str]:
+    """Says which limit of memory would let a candidate in, where that is worth a try."""
+    missing, reserve = misfit.memory.total - misfit.memory_limit, misfit.memory.reserve
+    has = planning.cluster.node.accelerator.memory
+    limit = f"memory_limit='{math.ceil(10 * misfit.memory.total / 2**30) / 10} GiB'"
+    if not planning.profile.knows_activations:
+        return []
+    if misfit.memory.total <= has:
+        return [f"{limit} of the {format_bytes(has)} that there are"]
+    return [f"{limit} ({format_bytes(reserve)} of it are an assumed reserve)"] if missing <= reserve / 2 else []
+
+
+def _needed(planning: Planning, candidate: Candidate) -> float:
+    return predict_memory(planning.profile, candidate, planning.training, planning.cluster.node.accelerator).total
 
 
 def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     """Yields changes that make the closest candidate fit, each alone, then more nodes."""
-    candidate, cluster = closest.candidate, planning.cluster
-    alternatives: list[dict[str, dict[str, Any]]] = [{}, {}, {}]
-    if not candidate.activation_checkpointing:
-        alternatives[0]["activation_checkpointing=True"] = {"activation_checkpointing": True}
-    nodes = cluster.num_nodes
-    size = largest_micro_batch(planning, candidate)
-    if size:
-        alternatives[1][f"micro-batches of {size}"] = {"micro_batch": size}
+    yield from what_helps(planning, closest)
+    nodes = planning.cluster.num_nodes
     while nodes < _MOST_NODES:
         nodes *= 2
-        ranks = nodes * cluster.node.num_accelerators
-        alternatives[2][f"{nodes} nodes, shard_size={ranks}"] = {"shard_size": ranks, "optimizer_shard_size": None}
-    for changes in alternatives:
-        for words, changed in changes.items():
-            other = replace(candidate, **changed)
-            needed = predict_memory(planning.profile, other, planning.training, cluster.node.accelerator).total
-            if needed <= closest.memory_limit:
-                yield f"{words} ({format_bytes(needed)})"
-                break
+        ranks = nodes * planning.cluster.node.num_accelerators
+        needed = _needed(planning, replace(closest.candidate, shard_size=ranks, optimizer_shard_size=None))
+        if needed <= closest.memory_limit:
+            yield f"{nodes} nodes, shard_size={ranks} ({format_bytes(needed)})"
+            break
     yield f"accelerators with {format_bytes(closest.memory.total)} of memory"

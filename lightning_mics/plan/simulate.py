@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_mics.plan.cost import FREE, Cost
 from lightning_mics.plan.settings import Scheme
@@ -44,6 +44,10 @@ class Engine:
     shares_thread: bool = False
     reduce_factor: float = 1.0
     least_message: int | None = None
+
+    def without_overlap(self) -> Engine:
+        """Returns the same with compute that waits for each collective."""
+        return replace(self, gathers_ahead=False, reduces_beside=False, replicates_beside=False)
 
 
 def engine_of(scheme: Scheme, device_type: str, *, settles: bool) -> Engine:
@@ -282,6 +286,8 @@ class _Run:
         if number == 0:  # rows of the step before come beside the forward pass that needs them, in its order
             units = (root, *blocks) if any(unit.slices.seconds for unit in (root, *blocks)) else ()
             self._rows = deque(self._launch(REPLICATE, unit.name, unit.slices, 0.0) for unit in units)
+            if self._rows and not self.engine.replicates_beside:
+                self._wait(self._rows[-1], REPLICATE)
         self._wait(self._gather(root), GATHER)
         self._compute(root.name, root.unpack)
         for unit in self._gather_in_turn(blocks, self._first_gather(blocks)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lightning_mics.accelerate.launch_file import (
 )
 from lightning_mics.accelerate.plugin import launched_settings
 from lightning_mics.auto import AutoChoice, Sample, compare
+from lightning_mics.auto.forecast import Forecast
 from lightning_mics.cli import main
 from lightning_mics.core.resources import ResidentMemory, bytes_on, device_memory, free_host_memory
 from lightning_mics.plan import MemoryBreakdown
@@ -239,3 +241,23 @@ def test_a_sample_knows_its_size() -> None:
     assert Sample.of({"input_ids": torch.zeros(3, 5), "scale": torch.tensor(1.0)}).micro_batch == 3
     assert Sample.of((torch.tensor(1.0), torch.zeros(4, 2))).micro_batch == 4
     assert Sample.of("text").micro_batch == 1
+
+
+def forecast(node_size: int, **settings: Any) -> Forecast:
+    layers = [nn.Linear(256, 256) for _ in range(4)]
+    config, topology = MiCSConfig(shard_size="auto", **settings), ClusterTopology(world_size=8, node_size=node_size)
+    return Forecast(nn.Sequential(*layers), config, topology, "cpu", ["AdamW"], None)
+
+
+def test_states_divided_further_are_advised_where_they_keep_gathers_inside_the_node() -> None:
+    told = forecast(2)
+    needs = {size: memory.total for size, memory in told.needs().items()}
+    divided = told._memory(told._candidate(2, "world")).total
+    assert divided < needs[2]
+    advice = told.advice(4, int((divided + needs[2]) / 2))
+    assert advice is not None and "optimizer_shard_size='world' shard_size=2 would do: a rank needs" in advice
+    assert int(advice.partition("nodes send ")[2].partition("%")[0]) < 100
+    assert told.advice(4, int(divided / 2)) is None  # nothing smaller fits
+    assert told.advice(2, int(needs[2])) is None  # gathers stay inside the node already
+    assert forecast(8).advice(8, int(needs[1])) is None  # nothing leaves the only node
+    assert forecast(2, optimizer_shard_size="world").advice(4, int(needs[1])) is None  # as asked for

@@ -130,7 +130,7 @@ def test_several_files_of_several_formats(capsys):
 def test_figures_go_where_they_are_asked_for(capsys):
     pytest.importorskip("matplotlib")
     code, out, _ = run(capsys, "--plot", "figures")
-    assert code == 0 and "Drew figures/scaling.png, figures/timeline.png, figures/memory.png." in out
+    assert code == 0 and "Drew figures/scaling.png, figures/sensitivity.png, figures/timeline.png, f" in out
     code, out, _ = run(capsys, "--plot", "plan.svg")
     assert code == 0 and Path("plan.svg").read_text().startswith("<?xml")
 

@@ -30,13 +30,14 @@ def texts(path):
 
 def test_a_folder_gets_a_picture_of_each(tmp_path):
     files = draw(find(), tmp_path / "new" / "figures")
-    assert [file.name for file in files] == ["scaling.png", "timeline.png", "memory.png"]
+    assert [file.name for file in files] == ["scaling.png", "sensitivity.png", "timeline.png", "memory.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 
 
 def test_a_file_gets_all_in_one(tmp_path):
     (file,) = draw(find(2, layers=16, limit=4 * GIB), tmp_path / "plan.svg")
     text = texts(file)
+    assert "38%" in text and ">nothing" in text  # what it rests on
     for words in ("linear scaling", "full sharding", "2-D mesh", "compute waits", "limit 4.0 GiB", "GiB", "as planned"):
         assert f">{words}" in text, words
 
@@ -92,3 +93,8 @@ def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MiCSConfigError, match="cannot be written"):
         draw(find(), tmp_path / "file" / "figures")
+
+
+def test_a_node_alone_has_no_links_to_others(tmp_path):
+    (file,) = draw(find(1), tmp_path / "plan.svg")
+    assert "as predicted" in texts(file) and "38%" not in texts(file)

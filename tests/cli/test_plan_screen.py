@@ -9,7 +9,7 @@ from lightning_mics.cli.plan.drawings import last_microstep, layout_lines, timel
 from lightning_mics.cli.plan.screen import print_planning
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
-from lightning_mics.plan.search import Choices, search
+from lightning_mics.plan.search import Choices, search, what_helps
 from lightning_mics.plan.settings import Training
 from lightning_mics.plan.simulate import Event
 from lightning_mics.topology import ClusterTopology
@@ -88,6 +88,8 @@ def test_everything_is_there_in_80_columns():
         "(assumed: the longest that the model takes; --sequence)",
         "32 samples in an optimizer step",
         "What fits, the best first",
+        "re- GiB of sam- step at at over-",
+        "The advice ",
         "Memory of a rank: ",
         "What a node sends in an optimizer step",
         "Timeline of the last of",
@@ -101,6 +103,38 @@ def test_everything_is_there_in_80_columns():
     assert "…" not in text  # no cell is cut
 
 
+def test_a_node_alone_has_columns_without_overlap_only():
+    head = shown(find(1)).partition("What fits")[2].partition("───")[0]
+    assert "over-" in head and "links" not in head and "50%" not in head
+
+
+def test_what_does_not_fit_says_what_would_make_it():
+    planning = find(2, layers=16, batches=((64, 1),), shard_sizes=[4], optimizer_shard_size="partition")
+    total = planning.plans[-1].memory.total
+    planning = find(
+        2, layers=16, batches=((64, 1),), shard_sizes=[4], optimizer_shard_size="partition", limit=total - 1
+    )
+    text = " ".join(shown(planning).partition("What does not fit")[2].partition("The best")[0].split())
+    assert "micro-batches of 63 or" in text and "optimizer_shard_size='world'" in text
+    assert f"memory_limit='{-(-total // (GIB / 10)) / 10} GiB' of the 80.0 GiB that there are" in text
+    worse = dataclasses.replace(planning.misfits[0], memory_limit=0.5 * GIB)
+    assert "memory_limit" in "".join(what_helps(planning, worse))  # there is more
+
+
+def test_little_that_is_missing_may_be_taken_from_the_reserve():
+    planning = find(2, layers=16, batches=((64, 1),), shard_sizes=[4], activation_checkpointing=True)
+    memory = planning.plans[0].memory
+    accelerator = dataclasses.replace(planning.cluster.node.accelerator, memory=int(memory.total - 1))
+    cluster = dataclasses.replace(
+        planning.cluster, node=dataclasses.replace(planning.cluster.node, accelerator=accelerator)
+    )
+    small = search(planning.profile, cluster, TRAINING, planning.choices)
+    closest = next(misfit for misfit in small.misfits if misfit.memory == memory)
+    assert "of it are an assumed reserve)" in what_helps(small, closest)[-1]
+    far = dataclasses.replace(closest, memory_limit=memory.total - memory.reserve)
+    assert "reserve" not in "".join(what_helps(small, far))
+
+
 def test_what_is_given_is_not_called_assumed():
     assert "assumed" not in shown(find())
 
@@ -109,7 +143,7 @@ def test_the_table_has_as_many_rows_as_asked_for():
     planning = find(batches=((1, 4), (2, 2)))
     table = shown(planning, top=3).partition("p: ranks")[0]
     assert [line.split()[0] for line in table.splitlines()[-3:]] == ["1", "2", "3"]
-    assert f"{len(planning.plans) - 3} more plans fit" in shown(planning, top=3)
+    assert f"{len(planning.plans) - 3} more plans fit" in " ".join(shown(planning, top=3).split())
 
 
 def test_what_does_not_fit_is_explained_by_partition():

@@ -119,7 +119,7 @@ def test_the_largest_micro_batch_that_fits_is_found():
         ).total
 
     assert needed(size) <= 12 * GIB < needed(size + 1)
-    with pytest.raises(MiCSConfigError, match=f"micro-batches of {size} "):
+    with pytest.raises(MiCSConfigError, match=rf"micro-batches of {size}\b"):
         _ = found.best
 
 

@@ -1,4 +1,4 @@
-"""Figures of a plan: how it scales, what a step consists of, and what fits into memory."""
+"""Figures of a plan: how it scales, what it rests on, what a step consists of, and what fits into memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from lightning_mics.bench.style import (
     start,
 )
 from lightning_mics.cli.plan.checks import NEEDS_MATPLOTLIB, PICTURES
-from lightning_mics.cli.plan.page import format_duration
+from lightning_mics.cli.plan.page import format_duration, format_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Misfit, Planning
+from lightning_mics.plan.sensitivity import apart_from, contenders_of, sensitivity
 from lightning_mics.plan.settings import Scheme
 from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event
 from lightning_mics.text import format_bytes, format_number
@@ -63,6 +64,7 @@ _Panel = tuple[float, Callable[["Figure | SubFigure", float], None]]
 _MOST_EVENTS = 170
 _MOST_ROWS = 12
 _THIN = 0.008
+_SHOWN_RATES = (1.0, 0.75, 0.5, 0.375, 0.25)
 # Bars that go further than this many limits are cut.
 _CUT = 1.6
 _GIB = 2**30
@@ -95,6 +97,7 @@ def _panels(planning: Planning, points: Sequence[ScalingPoint]) -> dict[str, _Pa
     rows = _memory_rows(planning)
     return {
         "scaling": (4.4, lambda figure, height: _scaling(figure, height, planning, points)),
+        "sensitivity": (4.8, lambda figure, height: _sensitivity(figure, height, planning)),
         "timeline": (3.4, lambda figure, height: _timeline(figure, height, planning)),
         "memory": (1.9 + 0.3 * len(rows), lambda figure, height: _memory(figure, height, planning, rows)),
     }
@@ -192,6 +195,34 @@ def _spread(values: Iterable[float], least: float) -> list[float]:
         places[place] = max(places[place], lowest)
         lowest = places[place] + least
     return places
+
+
+# What a plan rests on.
+
+
+def _sensitivity(figure: Figure | SubFigure, height: float, planning: Planning) -> None:
+    axes = start(figure, height, "A step where links give less, or where nothing overlaps", _conditions(planning))
+    plans, shades = contenders_of(planning), zip(OUR_COLOURS[1:], "vPX*", strict=True)
+    rates, link = _SHOWN_RATES if planning.cluster.num_nodes > 1 else (1.0,), planning.cluster.node.inter
+    apart = len(rates) - 0.3  # without overlap, beside the curves
+    for plan in plans:
+        scheme = plan.candidate.scheme
+        is_rival = scheme == "mics" and plan is not plans[0]
+        colour, marker = next(shades) if is_rival else (_colour(scheme), _MARKERS[scheme])
+        label = apart_from(plans[0].candidate, plan.candidate) if is_rival else plan.candidate.short_label
+        found = sensitivity(planning, plan, rates)
+        seconds = list(found.by_rate.values()) or [found.seconds]
+        style = {**(OUR_CURVE if scheme == "mics" else OTHER_CURVE), "color": colour, "marker": marker}
+        axes.plot(range(len(rates)), seconds, label=label, **style)
+        axes.plot([apart], [found.without_overlap], **style)
+    axes.axvline(apart - 0.3, color="#999999", lw=1, ls=":", zorder=1)
+    ticks = [f"{rate:.0%}\n{format_rate(rate * link.rate)}" for rate in rates] if len(rates) > 1 else ["as predicted"]
+    axes.set_xticks([*range(len(rates)), apart], [*ticks, "nothing\noverlaps"])
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.grid(axis="y")
+    axes.set_xlabel("what the link of a node to others gives")
+    axes.set_ylabel("s of a step")
+    figure.legend(ncols=2, **LEGEND_BELOW)
 
 
 # The timeline.

@@ -39,9 +39,11 @@ class Page:
     ) -> None:
         """Prints a table whose first columns hold ``words``, the others numbers; the row at ``bold`` stands out."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
+        names = list(names)
+        lines = max(name.count("\n") for name in names)
         for place, name in enumerate(names):
-            is_word = place < words
-            table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, vertical="bottom")
+            is_word, above = place < words, "\n" * (lines - name.count("\n"))
+            table.add_column(above + name, justify="left" if is_word else "right", no_wrap=not is_word)
         for place, row in enumerate(rows):
             table.add_row(*row, style="bold" if place == bold else "")
         self.console.print(table)

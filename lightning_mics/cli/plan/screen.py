@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +22,14 @@ from lightning_mics.plan.search import (
     Planning,
     explain_advice,
     explain_division,
-    largest_micro_batch,
+    what_helps,
 )
+from lightning_mics.plan.sensitivity import RATES, explain_assumptions, sensitivity
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.text import format_bytes, format_number
 
 _GIB = 2**30
+_Entry = TypeVar("_Entry", Plan, Misfit)
 
 
 def print_planning(
@@ -112,24 +115,23 @@ def _print_ranking(planning: Planning, page: Page, top: int) -> None:
     by_speed = planning.choices.ranking == "throughput"
     page.heading(f"What fits, the {'fastest' if by_speed else 'best'} first")
     rows = [[str(rank), *_ranked(plan, planning)] for rank, plan in enumerate(planning.plans[:top], start=1)]
-    names = ["#", "p", "sta-\nges", "micro-\nbatch", "recom-\npute", "re-\nshard"]
-    names += [f"GiB of\n{_gib(planning.memory_limit)}", "step\ns", "sam-\nples/s"]
-    names += ["tokens\n/s"] * (planning.profile.sequence_length is not None)
-    page.table([*names, "TFLOP/s\na rank", "MFU", "waits"], rows, words=0, gap=1, bold=0)
+    names = ["#", "p", "sta-\nges", "micro-\nbatch", "re-\ncom-\npute", "re-\nshard"]
+    names += [f"GiB of\n{_gib(planning.memory_limit)}", "sam-\nples/s", "waits", "step\ns", *_conditions(planning)]
+    page.table(names, rows, words=0, gap=1, bold=0)
     more = len(planning.plans) - top
     page.say(
         "p: ranks of a partition group (8/64: and 64 divide the optimizer states). Stages of a collective: 2 across "
         "nodes, then inside them. Micro-batch: samples of a rank x microsteps. Reshard: blocks are freed after the "
-        "forward pass. Waits: exposed communication."
+        f"forward pass. Waits: exposed communication. {_about_conditions(planning)}"
         + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
     )
-    for advice in (explain_advice(planning), explain_division(planning)):
+    for advice in (explain_advice(planning), explain_division(planning), explain_assumptions(planning)):
         if advice is not None:
             page.say(advice)
 
 
 def _ranked(plan: Plan, planning: Planning) -> list[str]:
-    candidate, length = plan.candidate, planning.profile.sequence_length
+    candidate = plan.candidate
     return [
         str(candidate.shard_size) + (f"/{candidate.optimizer_shard_size}" if candidate.slices > 1 else ""),
         "-" if candidate.shard_size == 1 else "2" if candidate.hierarchical else "1",
@@ -137,13 +139,27 @@ def _ranked(plan: Plan, planning: Planning) -> list[str]:
         "yes" if candidate.activation_checkpointing else "no",
         "yes" if candidate.reshard_after_forward else "no",
         _gib(plan.memory.total),
-        format_number(plan.time.seconds),
         format_number(plan.samples_per_second),
-        *([] if length is None else [format_short(plan.samples_per_second * length)]),
-        format_number(plan.model_flops / 1e12),
-        f"{plan.mfu:.1%}",
         f"{plan.time.waiting:.1%}",
+        format_number(plan.time.seconds),
+        *_under_conditions(planning, plan),
     ]
+
+
+def _conditions(planning: Planning) -> list[str]:
+    """Returns the heads of the columns of what a step takes under worse conditions."""
+    rates = RATES if planning.cluster.num_nodes > 1 else ()
+    return [f"links\nat\n{rate:.0%}" for rate in rates] + ["no\nover-\nlap"]
+
+
+def _about_conditions(planning: Planning) -> str:
+    links = "links between nodes give less of their rate, or if " if planning.cluster.num_nodes > 1 else ""
+    return f"The last columns are the step in s if {links}compute waits for each collective."
+
+
+def _under_conditions(planning: Planning, plan: Plan) -> list[str]:
+    found = sensitivity(planning, plan)
+    return [format_number(seconds) for seconds in (*found.by_rate.values(), found.without_overlap)]
 
 
 def _gib(count: float) -> str:
@@ -158,17 +174,16 @@ def _print_misfits(planning: Planning, page: Page) -> None:
         fits, closest = len(fitting[size]), group[0]
         missing = format_bytes(closest.memory.total - closest.memory_limit)
         why = f"{missing} too much ({_settings(closest.candidate)})"
-        micro_batch = largest_micro_batch(planning, closest.candidate)
-        if micro_batch:
-            why += f"; micro-batches of {micro_batch} fit"
+        remedies = " or ".join(what_helps(planning, closest))
+        why += f": {remedies}" if remedies else ""
         rows.append([str(size), f"{fits} of {fits + len(group)}", why])
     page.table(["p", "settings\nthat fit", "the closest of the others"], rows, words=3)
 
 
-def _by_size(plans: Iterable[Plan | Misfit]) -> defaultdict[int, list[Plan | Misfit]]:
-    groups: defaultdict[int, list[Plan | Misfit]] = defaultdict(list)
-    for plan in plans:
-        groups[plan.candidate.shard_size].append(plan)
+def _by_size(entries: Iterable[_Entry]) -> defaultdict[int, list[_Entry]]:
+    groups: defaultdict[int, list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.candidate.shard_size].append(entry)
     return groups
 
 
@@ -183,9 +198,12 @@ def _settings(candidate: Candidate) -> str:
 
 
 def _print_best(planning: Planning, page: Page) -> None:
-    best = planning.best
+    best, length = planning.best, planning.profile.sequence_length
     which = "fastest" if best is planning.fastest else "best"
     page.heading(f"The {which}: {best.candidate.label}, {_settings(best.candidate)}")
+    tokens = "" if length is None else f", {format_short(best.samples_per_second * length)} tokens/s"
+    rate = f"{format_number(best.model_flops / 1e12)} TFLOP/s a rank, MFU {best.mfu:.1%}"
+    page.say(f"{format_number(best.samples_per_second)} samples/s{tokens}; {rate}.")
     page.lines("\n".join(layout_lines(best.candidate.layout(planning.cluster.topology), page.width)))
     _print_memory(best, page)
     _print_traffic(planning, page)
@@ -252,12 +270,14 @@ def _print_contenders(planning: Planning, page: Page) -> None:
     page.heading("Compared with other ways to train, with the same batch and settings")
     rows = []
     for plan in (best, *planning.contenders):
-        seconds = plan.time.seconds
-        speed = [format_number(seconds), f"{seconds / best.time.seconds:.2f}"] if plan.fits else ["-", "-"]
+        seconds, conditions = plan.time.seconds, _under_conditions(planning, plan)
+        speed = [f"{seconds / best.time.seconds:.2f}", format_number(seconds), *conditions]
         memory = _gib(plan.memory.total) + ("" if plan.fits else " does not fit")
-        rows.append([plan.candidate.label, *speed, format_bytes(plan.inter_bytes), memory])
-    names = ["", "step s", "times as\nlong", "out of\na node", f"GiB of {_gib(best.memory_limit)}\na rank needs"]
-    page.table(names, rows, bold=0)
+        speed = speed if plan.fits else ["-"] * len(speed)
+        rows.append([plan.candidate.short_label, format_bytes(plan.inter_bytes), memory, *speed])
+    names = ["", "out of\na node", f"GiB of {_gib(best.memory_limit)}\na rank needs", "times\nas\nlong", "step\ns"]
+    page.table([*names, *_conditions(planning)], rows, gap=1, bold=0)
+    page.say("Full sharding is ZeRO-3, over all ranks. A 2-D mesh all-reduces between replicas in every microstep.")
 
 
 def _print_scaling(planning: Planning, points: Sequence[ScalingPoint], page: Page) -> None:

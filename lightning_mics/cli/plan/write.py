@@ -18,10 +18,13 @@ from lightning_mics.cli.code import call, layout_call, write_text
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Planning
+from lightning_mics.plan.sensitivity import sensitivity
 from lightning_mics.plan.settings import Training
 from lightning_mics.plan.simulate import StepTime
 from lightning_mics.precision import PRECISIONS
 
+# As many of the first plans come with what they would take under worse conditions.
+_SENSITIVE = 10
 # Stands for the address that nobody knows before the machines are there.
 MACHINE_0 = "ADDRESS_OF_MACHINE_0"
 
@@ -160,6 +163,8 @@ def to_json(planning: Planning, scaling: Sequence[ScalingPoint] = (), *, events:
     with_events = [plan.time for plan in (*planning.plans[:1], *planning.contenders)] if events else []
     plain = _Plain(with_events)
     answer = {**plain(planning), "precision": planning.training.precision, "scaling": plain(list(scaling))}
+    shown = [*planning.plans[:_SENSITIVE], *planning.contenders]
+    answer["sensitivity"] = plain([sensitivity(planning, plan) for plan in shown])
     return json.dumps(answer, indent=2, allow_nan=False) + "\n"
 
 
