@@ -20,7 +20,7 @@ from typing import Any
 # Rooms and modules, top layer first: imports point down, or sideways inside of a layer.
 LAYERS = (
     ("cli", "__main__", "testing"),
-    ("bench", "demo", "deepspeed"),
+    ("bench", "demo", "deepspeed", "doctor"),
     ("lightning", "fabric", "accelerate", "transformers", "run"),
     ("familiar",),
     ("sharding",),

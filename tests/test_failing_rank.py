@@ -115,8 +115,8 @@ def test_torchrun_reads_the_earliest_error(tmp_path: Path, monkeypatch: pytest.M
     for rank, (message, earlier) in enumerate([("rank 0 ended after rank 1", -1), ("Traceback\nthe error", 1)]):
         path = tmp_path / f"{rank}.json"
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-        failures._write_error_file(message, earlier=earlier)
-        failures._write_error_file("what comes later", earlier=9)
+        failures.write_error_file(message, earlier=earlier)
+        failures.write_error_file("what comes later", earlier=9)
         assert json.loads(path.read_text())["message"]["message"] == message
         found[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=str(path))
     error = ChildFailedError("train.py", found)

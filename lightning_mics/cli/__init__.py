@@ -136,6 +136,12 @@ def _configure_bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     return configure(parser)
 
 
+def _configure_doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
+    from lightning_mics.cli.doctor import configure
+
+    return configure(parser)
+
+
 def _configure_plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int | None]:
     from lightning_mics.cli.plan import configure
 
@@ -149,5 +155,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Callable[[ar
     "config": ("write or check a file for accelerate launch --config_file", _configure_config),
     "convert-config": ("turn a DeepSpeed configuration into MiCS settings, with a report", _configure_convert_config),
     "plan": ("predict memory, time and traffic of training a model, and rank what fits", _configure_plan),
+    "doctor": ("look for what could spoil a job, on all of its ranks before it starts", _configure_doctor),
     "bench": ("emulate a cluster with slow links on this machine; compare training on it", _configure_bench),
 }

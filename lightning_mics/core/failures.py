@@ -116,11 +116,11 @@ def _end_with_error(tell: Any, pid: int, kind: type[BaseException], error: BaseE
     follows = _tells_of_a_peer(error)  # also where the watch has ended what this rank waited for
     first = _first_failure(mine, patience=2.0 if follows else 0.0)
     if first == mine:
-        _write_error_file(report, earlier=1)
+        write_error_file(report, earlier=1)
         _end_children(0.0)
         tell(kind, error, trace)
         return
-    _write_error_file(_whom_it_follows(first), earlier=-1)
+    write_error_file(_whom_it_follows(first), earlier=-1)
     if not follows and mine.error != first.error:  # an error of its own
         tell(kind, error, trace)
     _end_behind(first)
@@ -241,7 +241,7 @@ def _store_answers() -> bool:
     return False
 
 
-def _write_error_file(message: str, *, earlier: int) -> None:
+def write_error_file(message: str, *, earlier: int) -> None:
     """Tells torchrun, and with it ``accelerate launch``, which error to print.
 
     Args:
@@ -274,7 +274,7 @@ def _follow() -> None:
             continue
         if _State.ending.wait(_GRACE) or _State.failed:
             return
-        _write_error_file(_whom_it_follows(first), earlier=-1)
+        write_error_file(_whom_it_follows(first), earlier=-1)
         _end_behind(first)
         _exit()
 
