@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     add = parser.add_argument
-    add("--checkpoint-folder", type=Path, metavar="DIR", help="where a job will save: looked at on all ranks")
+    add("--checkpoint-folder", metavar="DIR", help="where a job will save: looked at on all ranks")
     add("--limit", type=float, default=50.0, metavar="SECONDS", help="end with what is known then (default: 50)")
     add("--json", nargs="?", const="-", metavar="FILE", help="everything as JSON, into a file or alone on the screen")
     add("--force", action="store_true", help="replace the file of --json if it exists")
@@ -52,9 +52,14 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.limit < _SHORTEST:
         raise MiCSConfigError(f"--limit {options.limit:g} is too short. Try --limit {_SHORTEST} or more.")
+    folder = options.checkpoint_folder
+    if folder is not None and "://" in folder:
+        raise MiCSConfigError(
+            f"--checkpoint-folder {folder} is a URL, and only folders can be looked at. Leave it out."
+        )
     exit_on_signals()
     launch = Launch.from_env(os.environ)
-    examination = Examination(launch, options.limit, options.checkpoint_folder)
+    examination = Examination(launch, options.limit, None if folder is None else Path(folder))
     code = 2
     if launch.rank == 0:
         try:

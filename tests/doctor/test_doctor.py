@@ -72,7 +72,7 @@ def test_alone_it_says_how_to_ask_all(capsys: pytest.CaptureFixture[str], monkey
         monkeypatch.delenv(name, raising=False)
     assert main(["doctor"]) == 0
     assert "torchrun --nnodes 4 --nproc-per-node 8" in capsys.readouterr().out
-    assert main(["doctor", "--limit", "0"]) == 2
+    assert main(["doctor", "--limit", "0"]) == main(["doctor", "--checkpoint-folder", "s3://bucket"]) == 2
     monkeypatch.setenv("RANK", "0")
     assert main(["doctor"]) == 2
     assert "Start mics doctor by torchrun" in capsys.readouterr().err
