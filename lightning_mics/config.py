@@ -45,6 +45,7 @@ _LATER = (
     "optimizer_shard_size",
     "replication_reduce_dtype",
     "replication_gather_dtype",
+    "master_weights",
 )
 _LATER_ARGUMENTS = ("storage_options",)
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -93,6 +94,11 @@ class MiCSConfig:
         replication_gather_dtype: With ``optimizer_shard_size`` and a 16-bit ``param_dtype``, the same dtype here has
             ranks fetch what others have stepped on as forward passes would cast it. Who stepped keeps float32, and
             whoever reads parameters gets it: ranks fetch it then, together. ``None`` fetches it after each step.
+        master_weights: Where float32 values of parameters are that are computed with in 16 bits (``param_dtype``):
+            ``"partition"``, whose shards they are, or ``"owners"``, with ``optimizer_shard_size``: shards have 16 bits,
+            and each rank keeps float32 of the slice that it steps on, beside the optimizer's states (2/p + 4/N bytes a
+            parameter instead of 4/p). Losses are bitwise the same. What reads a sharded parameter sees 16 bits;
+            ``state_dict()`` and checkpoints have float32.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
         async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
@@ -122,6 +128,7 @@ class MiCSConfig:
     optimizer_shard_size: OptimizerShardSize = "partition"
     replication_reduce_dtype: torch.dtype | str | None = None
     replication_gather_dtype: torch.dtype | str | None = None
+    master_weights: Literal["partition", "owners"] = "partition"
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -155,6 +162,10 @@ class MiCSConfig:
         if self.on_mismatch not in ("raise", "repair"):
             raise MiCSConfigError(
                 f"on_mismatch={self.on_mismatch!r} is not one of 'raise', 'repair'.", setting="on_mismatch"
+            )
+        if self.master_weights not in ("partition", "owners"):
+            raise MiCSConfigError(
+                f"master_weights={self.master_weights!r} is not one of 'partition', 'owners'.", setting="master_weights"
             )
         if self.shard_size == "auto" and self.cpu_offload:
             raise MiCSConfigError(
@@ -342,6 +353,7 @@ class Settings(TypedDict, total=False):
     optimizer_shard_size: OptimizerShardSize | None
     replication_reduce_dtype: torch.dtype | str | None
     replication_gather_dtype: torch.dtype | str | None
+    master_weights: Literal["partition", "owners"] | None
 
 
 def takes_settings(init: _Init) -> _Init:

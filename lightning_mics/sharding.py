@@ -19,6 +19,7 @@ from lightning_mics.core.connect import connect
 from lightning_mics.core.gradients.outside import hooks_in
 from lightning_mics.core.groups import check_backends, end_well
 from lightning_mics.core.log import inform
+from lightning_mics.core.masters import check_masters
 from lightning_mics.core.materialize import check_initializers
 from lightning_mics.core.mesh import (
     build_mesh,
@@ -135,6 +136,7 @@ def _check_alone(
     optimizers: Sequence[Optimizer],
 ) -> list[Unit]:
     """Checks what a rank can tell alone, before the first collective; returns the model's units."""
+    check_masters(config)
     known = topology or ClusterTopology(world_size=dist.get_world_size(), node_size=dist.get_world_size())
     if config.shard_size != "auto":
         known.layout(config.shard_size)

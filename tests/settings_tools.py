@@ -28,6 +28,7 @@ OTHER_VALUES: dict[str, Any] = {
     "optimizer_shard_size": "world",
     "replication_reduce_dtype": "bfloat16",
     "replication_gather_dtype": "bfloat16",
+    "master_weights": "owners",
 }
 
 

@@ -122,7 +122,11 @@ class Forecast:
 
     def _make_training(self, asked: Sequence[Any]) -> Training:
         param_dtype = dtype_name(self._config.param_dtype or self._profile.compute_dtype)
-        training = Training(param_dtype=param_dtype, reduce_dtype=dtype_name(self._config.reduce_dtype or param_dtype))
+        training = Training(
+            param_dtype=param_dtype,
+            reduce_dtype=dtype_name(self._config.reduce_dtype or param_dtype),
+            master_weights=self._config.master_weights,
+        )
         if not asked:
             self.notes.append("AdamW is assumed: no optimizer is known.")
             return training
@@ -146,7 +150,8 @@ class Forecast:
         memory = predict_memory(self._profile, candidate, self._training, self._cluster.node.accelerator)
         if self._optimizers:
             found = itertools.chain(*(self._footprints(entry, candidate) for entry in self._optimizers))
-            memory = replace(memory, optimizer=float(sum(count * footprint.state_bytes for footprint, count in found)))
+            states = float(sum(count * footprint.state_bytes for footprint, count in found))
+            memory = replace(memory, optimizer=states)
         return memory
 
 

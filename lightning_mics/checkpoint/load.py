@@ -43,6 +43,8 @@ from lightning_mics.checkpoint.trust import read_file, unpickle
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.log import inform
+from lightning_mics.core.masters import has_master, write_master
+from lightning_mics.core.runtime import adopt_masters
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists
@@ -142,6 +144,8 @@ class _Wanted:
         for key, optimizer in self.optimizers.items():
             ranks.on_each_rank(lambda key=key, optimizer=optimizer: targets.add_optimizer(key, self.model, optimizer))  # type: ignore[misc]
         read(generation, targets.flat, metadata)
+        if self.model_key is not None:
+            adopt_masters(self.model)
         ranks.on_each_rank(lambda: self._set(targets, weights, meta))
         return with_shards(meta, self.model)
 
@@ -518,6 +522,7 @@ def fill_weights(
     if strict:
         missing = weights.keys() - saved.keys() - set(optional) - _other_names(model, saved)
         check_names(path, missing, saved.keys() - weights.keys())
+    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
     rounded: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name in weights.keys() & saved.keys():
         target = weights[name]
@@ -527,7 +532,10 @@ def fill_weights(
         check_shape(path, name, saved[name].shape, target.shape)
         if is_lossy(saved[name].dtype, target.dtype):
             rounded[name] = (saved[name].dtype, target.dtype)
-        local_tensor(target).copy_(local_tensor(shard_like(saved[name], target)))
+        if name in owners and has_master(owners[name]):
+            write_master(owners[name], saved[name])
+        else:
+            local_tensor(target).copy_(local_tensor(shard_like(saved[name], target)))
     tell_rounding(path, "weights", rounded, exact)
     _hand_over(model, weights)
 

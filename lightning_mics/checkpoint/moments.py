@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_mics.checkpoint.state import trained_parameters
 from lightning_mics.checkpoint.storage import Place
+from lightning_mics.core._torch import gradient_dtype
 from lightning_mics.core.log import inform
 from lightning_mics.core.slices import state_like
 from lightning_mics.errors import CheckpointError
@@ -89,10 +90,10 @@ class Moments:
         ]
         by_index = {index: self.states[owner] for index, owner in enumerate(params) if owner in self.states}
         rounded = {
-            owner: (value.dtype, params[owner].dtype)
+            owner: (value.dtype, gradient_dtype(params[owner]))
             for owner in self.states.keys() & params.keys()
             for _, value in _elementwise(self.states[owner])
-            if is_lossy(value.dtype, params[owner].dtype)
+            if is_lossy(value.dtype, gradient_dtype(params[owner]))
         }
         tell_rounding(self.path, f"{name}'s states", rounded, strict)
         optimizer.load_state_dict({"state": by_index, "param_groups": merged})

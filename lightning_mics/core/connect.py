@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.log import inform
+from lightning_mics.core.masters import keep_masters
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.outputs import UnitOutputs
 from lightning_mics.core.parameters import Parameters
@@ -129,6 +130,9 @@ def connect(
     carrier = transport.transport_for(
         mesh.partition_group, mesh.device_mesh.device_type, cpu_offload=config.cpu_offload
     )
+    slices, second_hop = _second_hop(mesh, carrier, wire, _gather_wire(config, mesh))
+    if slices is not None and config.master_weights == "owners":
+        keep_masters(model, [group for unit in found for group in unit.groups], slices)
     prefetch = carrier.prefetch([(unit.module, unit.only_group) for unit in found])
     gathers = Gathers([group for unit in found for group in unit.groups], mesh.layout.shard_size)
     reduce_scatters = _set_collectives(found, mesh, carrier, prefetch, ledger, order, gathers)
@@ -141,7 +145,6 @@ def connect(
         whole_gradients.add(whole)
         clip_whole_beside_shards()
     row_norms = RowNorms(model, mesh)
-    slices, second_hop = _second_hop(mesh, carrier, wire, _gather_wire(config, mesh))
     window = AccumulationWindow(
         mesh,
         _gradients(found, reduce_scatters, carrier, config, second_hop),
@@ -152,6 +155,8 @@ def connect(
         slices=slices,
         observers=[*_checks(found, config, mesh, ledger), *observers, row_norms],
     )
+    if slices is not None and slices.with_masters:
+        model.register_load_state_dict_post_hook(_fetching(weakref.WeakMethod(window.fetch_stale)))
     guard_steps(window)
     answer_for_the_whole(model.parameters(), explaining)
     parameters = Parameters(gathers.groups, list(map(row_norms.owned, gathers.groups)), order)
@@ -164,6 +169,17 @@ def connect(
     attach(model, runtime)
     refuse_copies(model)
     return runtime
+
+
+def _fetching(fetch_stale: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None]:
+    """Returns a hook behind ``load_state_dict``, which may have brought this rank's rows alone."""
+
+    def after_load(*unused: object) -> None:
+        fetch = fetch_stale()
+        if fetch is not None:
+            fetch()
+
+    return after_load
 
 
 def _second_hop(

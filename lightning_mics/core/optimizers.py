@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_mics.core.masters import has_master, master_of
+from lightning_mics.core.slices import is_slice
 from lightning_mics.errors import MiCSConfigError
 
 
@@ -44,6 +46,21 @@ class ShardedParams:
                         _refuse_used(optimizer)
                     optimizer.state[self._shards[param]] = _shard_states(optimizer, param, self._shards[param], states)
             group["params"] = [self._shards.get(param, param) for param in group["params"]]
+
+
+def widen_initial_states(optimizer: Optimizer) -> None:
+    """Makes states anew that an optimizer made, when it was made, of shards in 16 bits whose masters it steps on."""
+    for param, states in optimizer.state.items():
+        if has_master(param) and any(_is_narrow(value, param) for value in states.values()):
+            master = master_of(param)
+            assert master is not None
+            optimizer.state[param] = _states_of_new(optimizer, master)
+
+
+def _is_narrow(value: Any, param: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor) and value.dtype == param.dtype and value.shape == param.shape and not is_slice(value)
+    )
 
 
 def as_optimizers(optimizer: Any) -> list[Any]:

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics.core._torch import local_tensor
+from lightning_mics.core.masters import changed, master_of
 from lightning_mics.core.mesh import communication_device
-from lightning_mics.core.slices import empty_state, rows_at, slices_of
+from lightning_mics.core.slices import empty_state, is_slice, rows_at, slices_of
 from lightning_mics.core.stand_ins import LocalView, StandIn, View, step_of
 from lightning_mics.errors import MiCSError
 
@@ -106,6 +107,7 @@ class _Round:
 
     def __init__(self, optimizer: Optimizer, mesh: DeviceMesh, params: Sequence[Tensor]) -> None:
         self._optimizer, self._params, self._view = optimizer, params, _WholeView()
+        self._values: list[Tensor] = [param if (master := master_of(param)) is None else master for param in params]
         device = communication_device(mesh.device_type)
         self._partition = _Exchange(mesh.get_group("shard"), device)
         self._replicas = _Exchange(mesh.get_group("slice"), device) if mesh.ndim > 1 else None
@@ -136,7 +138,8 @@ class _Round:
         self._agree(error)
         for i, param in enumerate(self._params):
             if self._owns(i):
-                self._view.put(param, stand_in.seen(param))
+                self._view.put(self._values[i], stand_in.seen(param))
+        changed(self._params)
         self._deal()
 
     def _is_of_replica(self, index: int) -> bool:
@@ -155,7 +158,8 @@ class _Round:
     def _collect(self) -> None:
         """Brings all that belongs to a parameter to its owner."""
         grads = [(i, param.grad) for i, param in enumerate(self._params) if param.grad is not None]
-        divided = [*grads, *self._states()]
+        masters = [(i, value) for i, value in enumerate(self._values) if is_slice(value)]
+        divided = [*grads, *self._states(), *masters]
         if self._replicas is None:
             shards = [local_tensor(tensor) for _, tensor in divided]
         else:
@@ -163,8 +167,8 @@ class _Round:
             shapes = [local_tensor(self._params[i]).shape for i, _ in divided]
             shards = self._replicas.collect(rows, shapes, [self._owners[i][1] for i, _ in divided])
         divided = [(i, tensor) for i, tensor in divided if self._is_of_replica(i)]
-        own = [(i, param) for i, param in enumerate(self._params) if self._is_of_replica(i)]
-        divided, shards = divided + own, shards + [local_tensor(param) for _, param in own]
+        kept = [(i, value) for i, value in enumerate(self._values) if self._is_of_replica(i) and not is_slice(value)]
+        divided, shards = divided + kept, shards + [local_tensor(param) for _, param in kept]
         shapes, owners = [self._params[i].shape for i, _ in divided], [self._owners[i][0] for i, _ in divided]
         wholes = iter(self._partition.collect(shards, shapes, owners))
         for i, tensor in divided:
@@ -173,7 +177,7 @@ class _Round:
 
     def _deal(self) -> None:
         """Brings what owners made of parameters and states to where their rows live."""
-        divided = [*self._states(), *enumerate(self._params)]
+        divided = [*self._states(), *enumerate(self._values)]
         here = [(i, tensor) for i, tensor in divided if self._is_of_replica(i)]
         shards = [self._shard(i, tensor) for i, tensor in here]
         wholes = [self._view.of(self._params[i], tensor) for i, tensor in here if self._owns(i)]
@@ -185,7 +189,7 @@ class _Round:
     def _shard(self, index: int, tensor: Tensor) -> Tensor:
         """Returns memory for a shard: its own, if it has some."""
         param = self._params[index]
-        if self._replicas is None or tensor is param:
+        if self._replicas is None or not is_slice(tensor):
             return local_tensor(tensor)
         return torch.empty_like(local_tensor(param), dtype=tensor.dtype)
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.core._torch import UnitParamGroup, first_row, local_tensor, outside_graphs
+from lightning_mics.core._torch import UnitParamGroup, outside_graphs
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
+from lightning_mics.core.masters import changed, own_rows
 from lightning_mics.core.mesh import MiCSMesh, communication_device
 
 _TINY = 1e-7  # what PyTorch adds to a row's norm
@@ -80,10 +81,10 @@ class _Table:
     @torch.no_grad()
     def renormalise(self) -> None:
         """Scales the rows of this rank that are too long."""
-        local = local_tensor(self.weight)
-        start = first_row(self.weight)
+        local, start = own_rows(self.weight)
         mine = self.looked_up[start : start + len(local)].to(local.device).bool()
         norms = torch.linalg.vector_norm(local, ord=self._order, dim=1)
         scale = torch.where(mine & (norms > self._max_norm), self._max_norm / (norms + _TINY), 1.0)
         local.mul_(scale.to(local.dtype).unsqueeze(1))
+        changed([self.weight])
         self.looked_up.zero_()

@@ -101,6 +101,13 @@ def communication_ledger(model: nn.Module) -> CommLedger:
     return runtime_of(model).ledger
 
 
+def adopt_masters(model: nn.Module) -> None:
+    """Makes what was read into the masters of a model that of its shards. Collective over the world."""
+    if is_sharded(model):
+        for runtime in runtimes_in(model):
+            runtime.window.adopt_masters()
+
+
 def register_forward_method(module: nn.Module, name: str) -> None:
     """Makes a method gather parameters as ``forward`` does, also if it calls ``forward``, and whatever it raises.
 

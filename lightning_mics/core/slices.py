@@ -19,7 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from lightning_mics.core._torch import AllGather, UnitParam, dtensor_over, local_tensor, notes_by_shard, shard_like
+from lightning_mics.core._torch import (
+    AllGather,
+    UnitParam,
+    dtensor_over,
+    local_tensor,
+    notes_by_shard,
+    shard_like,
+)
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.metrics import CommLedger, Hop
 
@@ -51,12 +58,20 @@ class Slices:
         mesh: Two-dimensional mesh ``(shard, slice)``.
         all_gather: How messages travel between the ranks that divide a shard.
         wire: Dtype in which rows come from those who stepped on them, where it is narrower than a shard's.
+
+    Attributes:
+        mesh: See above.
+        group: The ranks that divide a shard.
+        stale: Shards, by ``id``, of which rows of other ranks are stale.
+        with_masters: Parameters whose shards have masters.
     """
 
     def __init__(self, mesh: DeviceMesh, all_gather: AllGather, wire: torch.dtype | None = None) -> None:
         self.mesh, self._all_gather, self._wire = mesh, all_gather, wire
         self.group = mesh.get_group("slice")
         self._place = self.group.rank()
+        self.stale: set[int] = set()
+        self.with_masters: list[UnitParam] = []
 
     def watch(self, params: Iterable[UnitParam]) -> None:
         """Makes shards known to :func:`slices_of`: all, and later what replaced one."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from lightning_mics.core._torch import dtensor_over, local_tensor
+from lightning_mics.core.masters import changed, master_of
 from lightning_mics.core.slices import is_slice, slices_of
 from lightning_mics.errors import MiCSError
 
@@ -140,6 +141,8 @@ class StandIn:
 
     def _seen_param(self, param: Tensor) -> nn.Parameter:
         own = param if slices_of(param) is not None else param.detach()  # rows of others are not looked at
+        master = master_of(param)
+        own = own if master is None else master
         with torch.no_grad():
             self._params[param] = nn.Parameter(self._view.of(param, own), param.requires_grad)
         return self._params[param]
@@ -152,7 +155,8 @@ class StandIn:
         return seen
 
     def take_gradients(self) -> None:
-        """Takes over the gradients, which a closure may have made."""
+        """Takes over the gradients, which a closure may have made; a step follows."""
+        changed(self._params)
         for param, seen in self._params.items():
             grad = param.grad
             seen.grad = None if grad is None else self._view.of(param, grad)

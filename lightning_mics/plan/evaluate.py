@@ -269,6 +269,6 @@ def _sliced_bytes(unit: Unit, candidate: Candidate, training: Training) -> int:
     for param in unit.params if candidate.slices > 1 else ():
         if param.trainable:
             rows, *rest = param.shard_shape(candidate.shard_size)
-            width = DTYPE_BYTES[training.replication_gather_dtype or training.state_dtype or param.dtype]
+            width = DTYPE_BYTES[training.fetched_dtype or training.state_dtype or param.dtype]
             total += candidate.slices * -(-rows // candidate.slices) * math.prod(rest) * width
     return total

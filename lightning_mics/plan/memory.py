@@ -32,6 +32,7 @@ class MemoryBreakdown:
         parameters: Shards of the parameters, and buffers.
         gradients: Sharded gradients.
         optimizer: Optimizer states.
+        masters: Float32 values of parameters, where they are with those who step on them.
         partial_sums: Gradients of a window in ``reduce_dtype``, where that is wider than the parameters' own.
         gathered: Units that are gathered, with their messages.
         communication: Whole gradients of a unit, and messages of reductions.
@@ -43,6 +44,7 @@ class MemoryBreakdown:
     parameters: float
     gradients: float
     optimizer: float
+    masters: float = 0.0
     partial_sums: float = 0.0
     gathered: float = 0.0
     communication: float = 0.0
@@ -57,8 +59,8 @@ class MemoryBreakdown:
 
     @property
     def states(self) -> float:
-        """What stays between steps: parameters, gradients, optimizer states and partial sums."""
-        return self.parameters + self.gradients + self.optimizer + self.partial_sums
+        """What stays between steps: parameters, gradients, optimizer states, masters and partial sums."""
+        return self.parameters + self.gradients + self.optimizer + self.masters + self.partial_sums
 
     def parts(self) -> dict[str, float]:
         """Returns the parts by name."""
@@ -91,13 +93,19 @@ def predict_memory(
     optimizer_footprint = open_door("plan.memory.optimizer_footprint")  # an optimizer of PyTorch is measured by it
     on_cpu = accelerator.device_type == "cpu"
     shard_size = candidate.shard_size
-    parameters = gradients = optimizer = partial_sums = step_extra = 0.0
+    parameters = gradients = optimizer = masters = partial_sums = step_extra = 0.0
     for unit, count in Counter(profile.units).items():
         shards = [_shard(param, shard_size, training) for param in unit.params]
         trainable = tuple(shard for shard in shards if shard.trainable)
+        keeps_masters = training.master_weights == "owners" and candidate.slices > 1
         stepped = tuple(replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in trainable)
         footprint = optimizer_footprint(training.optimizer, stepped, foreach=not on_cpu)
-        parameters += count * _bytes(shards)
+        if keeps_masters:
+            rows = (replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in shards)
+            masters += count * _bytes(rows)
+            parameters += count * _bytes(replace(shard, dtype=training.param_dtype) for shard in shards)
+        else:
+            parameters += count * _bytes(shards)
         gradients += count * _bytes(trainable)
         optimizer += count * footprint.state_bytes
         partial_sums += count * _partial_sums(trainable, candidate, training)
@@ -106,11 +114,12 @@ def predict_memory(
         step_extra = max(step_extra, here) if on_cpu else step_extra + count * here
     peak = max([*_moments(profile, candidate, training), _Moment(temporaries=step_extra)], key=lambda m: m.total)
     parameters += profile.buffer_bytes
-    used = parameters + gradients + optimizer + partial_sums + peak.total
+    used = parameters + gradients + optimizer + masters + partial_sums + peak.total
     return MemoryBreakdown(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
+        masters=masters,
         partial_sums=partial_sums,
         **asdict(peak),
         reserve=0.0 if on_cpu else _CONTEXT_BYTES + _FRAGMENTS * used,

@@ -30,6 +30,7 @@ class Training:
         state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; ``None`` for ``reduce_dtype``.
         replication_gather_dtype: Dtype in which slices come together after a step; ``None`` for that of the shards.
+        master_weights: ``"owners"`` keeps shards in ``param_dtype``, and float32 beside sliced optimizer states.
     """
 
     param_dtype: str = "bfloat16"
@@ -38,11 +39,17 @@ class Training:
     state_dtype: str | None = None
     replication_reduce_dtype: str | None = None
     replication_gather_dtype: str | None = None
+    master_weights: str = "partition"
 
     @property
     def exchanged_width(self) -> int:
         """Bytes of an element of what replicas exchange in hop two."""
         return DTYPE_BYTES[self.replication_reduce_dtype or self.reduce_dtype]
+
+    @property
+    def fetched_dtype(self) -> str | None:
+        """Dtype in which slices come together after a step; ``None`` for that of the shards."""
+        return self.param_dtype if self.master_weights == "owners" else self.replication_gather_dtype
 
     @property
     def widening(self) -> int:

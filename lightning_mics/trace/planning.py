@@ -12,7 +12,7 @@ from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.batch import divide_batch
 from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
-from lightning_mics.plan.profile import ModelProfile
+from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile
 from lightning_mics.plan.search import Choices, Planning, search
 from lightning_mics.plan.settings import Training
 from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
@@ -43,6 +43,7 @@ def plan(
     optimizer_shard_size: OptimizerShardSize | None = None,
     replication_reduce_dtype: str | None = None,
     replication_gather_dtype: str | None = None,
+    master_weights: str = "partition",
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -70,6 +71,7 @@ def plan(
             and all where that does not fit.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
         replication_gather_dtype: Dtype in which what others have stepped on is fetched; by default that of the shards.
+        master_weights: ``"owners"`` keeps shards in 16 bits where optimizer states are divided over more ranks.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -85,11 +87,19 @@ def plan(
     """
     hardware = _hardware(cluster, num_nodes)
     config = MiCSConfig(
-        replication_reduce_dtype=replication_reduce_dtype, replication_gather_dtype=replication_gather_dtype
+        replication_reduce_dtype=replication_reduce_dtype,
+        replication_gather_dtype=replication_gather_dtype,
+        master_weights=master_weights,  # type: ignore[arg-type]
     )
     names = ("replication_reduce_dtype", "replication_gather_dtype")
     wires = {name: dtype_name(wire) for name in names if (wire := getattr(config, name)) is not None}
-    training = replace(Training.in_precision(precision, optimizer), **wires)
+    training = replace(Training.in_precision(precision, optimizer), **wires, master_weights=master_weights)
+    if master_weights == "owners" and (DTYPE_BYTES[training.param_dtype] != 2 or training.state_dtype is not None):
+        raise MiCSConfigError(
+            f"master_weights='owners' has nothing to act on in {precision}: float32 is kept beside shards in 16 "
+            "bits with precision='bf16-mixed' or '16-mixed'.",
+            setting="master_weights",
+        )
     optimizer_footprint(optimizer, (), foreach=False)  # refuses what is none before anything is traced
     if shard_size is not None:
         shard_size = hardware.topology.resolve_shard_size(shard_size)

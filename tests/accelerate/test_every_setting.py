@@ -47,9 +47,11 @@ VALUES: dict[str, tuple[Any, str]] = {
     "optimizer_shard_size": ("world", "world"),
     "replication_reduce_dtype": (torch.bfloat16, "bf16"),
     "replication_gather_dtype": (torch.bfloat16, "bf16"),
+    "master_weights": ("owners", "owners"),
 }
 # What a value needs beside it to mean something.
 BESIDE: dict[str, dict[str, Any]] = {
+    "master_weights": {"param_dtype": torch.bfloat16, "optimizer_shard_size": "world"},
     "replication_gather_dtype": {"param_dtype": torch.bfloat16, "optimizer_shard_size": "world"},
 }
 FLAGS = {

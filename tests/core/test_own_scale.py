@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard, sync_gradients
+from lightning_mics.config import as_dtype
 from lightning_mics.core.loss_scaling import MiCSGradScaler
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
 BOUND = 1e-5
@@ -206,6 +208,35 @@ def train(mode: str, layout: Layout) -> tuple[float, str]:
     return max(weight_differences(whole, alone.state_dict()).values()), hashlib.sha256(bits).hexdigest()
 
 
+def train_with_masters(cases: list[tuple[str, Layout]], settings: dict[str, Any]) -> list[list[str]]:
+    """Returns by case the bits of all float32 weights, with them in shards and with their owners."""
+    outcomes = []
+    for mode, layout in cases:
+        kinds = []
+        for place in ("partition", "owners"):
+            torch.manual_seed(0)
+            config = MiCSConfig(
+                shard_size=layout.p,
+                node_size=2,
+                optimizer_shard_size=layout.q if layout.q > layout.p else "world",
+                hierarchical=layout.hierarchical,
+                wrap=nn.Linear,
+                master_weights=place,
+            )
+            model = mics_shard(Net(), config.replace(**{"param_dtype": "bfloat16", **settings}))
+            MODES[mode](Loop(model, layout, [dist.get_rank()]))
+            held = {param.dtype for name, param in model.named_parameters() if param.dim() and "norm" not in name}
+            assert held == {torch.float32 if place == "partition" or layout.p == layout.world else model_dtype(model)}
+            bits = b"".join(value.numpy().tobytes() for value in full_state_dict(model).values())
+            kinds.append(hashlib.sha256(bits).hexdigest())
+        outcomes.append(kinds)
+    return outcomes
+
+
+def model_dtype(model: nn.Module) -> torch.dtype | None:
+    return as_dtype(runtime_of(model).config.param_dtype)
+
+
 def train_all(cases: list[tuple[str, Layout]]) -> list[tuple[float, str] | str]:
     outcomes: list[tuple[float, str] | str] = []
     for case in cases:
@@ -244,6 +275,29 @@ def check(pool: WorkerPool, cases: list[tuple[str, Layout]]) -> float:
 
 def test_layouts_train_like_one_process(pool: WorkerPool) -> None:
     check(pool, [(mode, Layout(4, 2, 4, False, 4)) for mode in MODES if mode != "closures"])
+
+
+def test_masters_with_their_owners_change_no_bit(pool: WorkerPool) -> None:
+    layout, narrow = Layout(4, 2, 4, False, 2), {"param_dtype": "float16", "reduce_dtype": None}
+    check_masters(pool, [(mode, layout) for mode in ("groups", "two optimizers", "closures", "muon")], {})
+    check_masters(pool, [("scaler", layout)], {**narrow, "replication_reduce_dtype": "float16"})
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("world", [4, 6, 8])
+def test_masters_of_every_layout_change_no_bit(
+    pool: WorkerPool, world: int, record_property: Callable[[str, object], None]
+) -> None:
+    modes = [mode for mode in MODES if mode != "offload"]
+    cases = [(mode, layout) for mode in modes for layout in layouts(world) if layout.q > layout.p]
+    check_masters(pool, cases, {})
+    record_property("figures", f"{len(cases)} runs; weights are bitwise those of float32 shards")
+
+
+def check_masters(pool: WorkerPool, cases: list[tuple[str, Layout]], settings: dict[str, Any]) -> None:
+    everyones = pool.run(train_with_masters, cases, settings, world_size=cases[0][1].world, timeout=900)
+    for case, outcomes in zip(cases, zip(*everyones, strict=True), strict=True):
+        assert len({bits for kinds in outcomes for bits in kinds}) == 1, case
 
 
 @pytest.mark.campaign

@@ -48,6 +48,7 @@ def test_positions_keep_their_meaning(strategy: Any) -> None:
         "optimizer_shard_size": "partition",
         "replication_reduce_dtype": None,
         "replication_gather_dtype": None,
+        "master_weights": "partition",
     }
     late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]

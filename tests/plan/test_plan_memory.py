@@ -87,7 +87,7 @@ def test_accelerators_lose_memory_to_their_context():
 def test_the_whole_is_the_sum_of_its_parts():
     found = memory()
     assert found.total == sum(found.parts().values())
-    assert found.states == found.parameters + found.gradients + found.optimizer + found.partial_sums
+    assert found.states == found.parameters + found.gradients + found.optimizer + found.masters + found.partial_sums
 
 
 def test_more_samples_need_more_memory():

@@ -65,6 +65,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     add("--replication-reduce-dtype", metavar="DTYPE", help=about_wire)
     about_rows = "16-bit dtype of the precision, in which rows that others stepped on are fetched (default: their own)"
     add("--replication-gather-dtype", metavar="DTYPE", help=about_rows)
+    about_masters = "'owners' keeps shards in 16 bits, and float32 beside divided optimizer states"
+    add("--master-weights", choices=("partition", "owners"), default="partition", help=about_masters)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
     add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")

@@ -56,6 +56,7 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         optimizer_shard_size=options.optimizer_shard_size,
         replication_reduce_dtype=options.replication_reduce_dtype,
         replication_gather_dtype=options.replication_gather_dtype,
+        master_weights=options.master_weights,
         hierarchical={"auto": None, "true": True, "false": False}[options.hierarchical],
         activation_checkpointing=options.activation_checkpointing,
         reshard_after_forward=options.reshard_after_forward,

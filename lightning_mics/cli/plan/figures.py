@@ -50,6 +50,7 @@ _PARTS = {
     "parameters": "#08519c",
     "gradients": "#3d8fd1",
     "optimizer": "#9ecae1",
+    "masters": "#6a51a3",
     "partial_sums": "#cfe3f3",
     "gathered": "#009e73",
     "communication": "#e69f00",

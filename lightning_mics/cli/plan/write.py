@@ -45,6 +45,8 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
         settings["replication_reduce_dtype"] = planning.training.replication_reduce_dtype
     if planning.training.replication_gather_dtype is not None and candidate.slices > 1:
         settings["replication_gather_dtype"] = planning.training.replication_gather_dtype
+    if planning.training.master_weights != "partition" and candidate.slices > 1:
+        settings["master_weights"] = planning.training.master_weights
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
@@ -120,7 +122,8 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing,
     )
-    names = ("hierarchical", "optimizer_shard_size", "replication_reduce_dtype", "replication_gather_dtype")
+    wires = ("replication_reduce_dtype", "replication_gather_dtype")
+    names = ("hierarchical", "optimizer_shard_size", *wires, "master_weights")
     beside = {name: mics_settings(planning).get(name) for name in names}
     variables = {f"MICS_{name.upper()}": str(value).lower() for name, value in beside.items() if value is not None}
     write_launch_file(path, settings, environment=variables, force=force)

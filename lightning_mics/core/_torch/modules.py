@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable, profiler
+from torch.optim import Optimizer
 
 from lightning_mics.core._needs import gone, require
 
@@ -33,6 +34,7 @@ require(profiler, "_is_profiler_enabled")
 require(nn.modules.batchnorm, "_BatchNorm")
 require(nn.Module, "_compiled_call_impl", "_load_from_state_dict")
 require(DTensor, "_local_tensor", "_spec")
+require(Optimizer, "_process_value_according_to_param_policy")
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of them all
 
@@ -139,6 +141,19 @@ def shard_like(value: Tensor, param: Tensor) -> Tensor:
 def load_own_entries(module: nn.Module, entries: dict[str, Any], prefix: str) -> None:
     """Loads entries of a state dictionary into a module, and not into those inside it."""
     module._load_from_state_dict(entries, prefix, {}, False, [], [], [])
+
+
+@functools.cache
+def load_states_as(like: Callable[[Tensor], Tensor | None]) -> None:
+    """Has ``Optimizer.load_state_dict`` cast states to what ``like`` returns for a parameter, where it returns any."""
+    process = Optimizer._process_value_according_to_param_policy
+
+    @functools.wraps(process)
+    def processed(param: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = like(param)
+        return process(param if found is None else found, *args, **kwargs)
+
+    Optimizer._process_value_according_to_param_policy = staticmethod(processed)  # type: ignore[method-assign]
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

@@ -17,7 +17,7 @@ require(torch._C, "_disabled_torch_function_impl", "DisableTorchFunctionSubclass
 # What says nothing of values: PyTorch and FSDP2 ask for it all the time.
 _PROPERTIES = (
     *("requires_grad", "grad", "is_leaf", "grad_fn", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
-    *("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
+    *("grad_dtype", "shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
 )
 _tensor: Any = Tensor
 _HARMLESS = {

@@ -40,6 +40,7 @@ require(
     *("pre_forward", "post_forward"),
 )
 require(_fsdp_param_group.FSDPCommContext, "reduce_scatter_stream")
+require(Tensor, "grad_dtype")
 
 # Where FSDP2 warns from, for filters of warnings.
 FSDP_MODULES = r"torch\.distributed\.fsdp\._fully_shard\."
@@ -55,6 +56,19 @@ class UnitParam:
     def sharded(self) -> nn.Parameter:
         """The sharded parameter, a DTensor that the optimizer owns."""
         return self._fsdp_param.sharded_param
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Dtype of the sharded gradient."""
+        return gradient_dtype(self.sharded)
+
+    def narrow(self, dtype: torch.dtype, gradient: torch.dtype) -> None:
+        """Keeps the shard in another dtype than its gradients. Before there are any notes on it."""
+        shard = self.sharded
+        if shard.dtype != dtype:
+            torch.utils.swap_tensors(shard, nn.Parameter(shard.detach().to(dtype), shard.requires_grad))
+            self._fsdp_param.reset_sharded_param()
+        shard.grad_dtype = gradient
 
     @property
     def name(self) -> str:
@@ -104,6 +118,11 @@ class UnitParam:
     def set_local_grad(self, local: Tensor) -> None:
         """Makes ``local`` (the shard's shape) the gradient of the sharded parameter."""
         self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
+
+
+def gradient_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's gradient, which may be wider than the parameter's."""
+    return param.grad_dtype or param.dtype
 
 
 # What runs for every parameter of every microstep has no loop of Python in it.
@@ -167,6 +186,12 @@ class UnitParamGroup:
         self._watched: dict[int, Any] = {}
         self._waits: Callable[[], bool] = lambda: False
         self._gathered_of: list[tuple[int, int, int]] | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype in which parameters are gathered; ``None`` for their own."""
+        dtype: torch.dtype | None = self._group.mp_policy.param_dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
@@ -253,15 +278,16 @@ class UnitParamGroup:
         """
         group = self._group
         trainable = [param for param in group.fsdp_params if param.sharded_param.requires_grad]
-        dtypes = {param.orig_dtype for param in trainable}
+        dtypes = {gradient_dtype(param.sharded_param) for param in trainable}
         if len(dtypes) > 1:
-            names = ", ".join(f"{param._param_fqn} ({param.orig_dtype})" for param in trainable)
+            names = ", ".join(f"{param._param_fqn} ({gradient_dtype(param.sharded_param)})" for param in trainable)
             raise MiCSError(
                 f"Trainable parameters of one unit have different dtypes: {names}. Put them into units of their own "
                 "(wrap=), convert them to one dtype before sharding, or freeze those of one dtype."
             )
         if trainable:
-            group._orig_dtype, group._reduce_dtype = trainable[0].orig_dtype, trainable[0].reduce_dtype
+            group._orig_dtype = gradient_dtype(trainable[0].sharded_param)
+            group._reduce_dtype = trainable[0].reduce_dtype
 
     def wrap_post_backward(self, around: Callable[..., None]) -> None:
         """Runs ``around(reduce)`` where FSDP2 would reduce the unit's gradients; ``reduce()`` is FSDP2's own step."""

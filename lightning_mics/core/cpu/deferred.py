@@ -35,7 +35,7 @@ class DeferredReduction(Reduction):
     def applies(self, layout: FlatLayout, *, deferring: bool) -> bool:
         """Returns whether nobody looks at reduced gradients, or adds to them, as soon as FSDP2 has made them."""
         return (
-            len({param.sharded.dtype for param in layout.params}) == 1
+            len({param.grad_dtype for param in layout.params}) == 1
             and not self._group.has_reduce_hook
             and not any(param.has_unsharded_grad for param in self._group.params if not param.sharded.requires_grad)
         )
@@ -46,7 +46,7 @@ class DeferredReduction(Reduction):
         for param in layout.params:
             param.sharded.grad = None
         try:
-            with self._collective.deferring(layout.params[0].sharded.dtype):
+            with self._collective.deferring(layout.params[0].grad_dtype):
                 reduce_scatter()
         except BaseException:
             for param, grad in zip(layout.params, earlier, strict=True):

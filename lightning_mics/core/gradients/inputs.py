@@ -15,7 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from lightning_mics.core._torch import in_function_transform, local_tensor, placed_like, run_backward_passes_by
+from lightning_mics.core._torch import (
+    gradient_dtype,
+    in_function_transform,
+    local_tensor,
+    placed_like,
+    run_backward_passes_by,
+)
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.errors import MiCSError
@@ -111,7 +117,7 @@ def _as_shard(param: DTensor, own: Tensor | None, of_whole: Tensor | None) -> Te
     """Returns the mean over the partition of whole gradients, and what came to the shard by itself."""
     device = communication_device(param.device_mesh.device_type)
     whole = torch.zeros(param.shape, device=device) if of_whole is None else of_whole
-    mean = DTensor.from_local(whole.to(param.dtype), param.device_mesh, [Partial("avg")], run_check=False)
+    mean = DTensor.from_local(whole.to(gradient_dtype(param)), param.device_mesh, [Partial("avg")], run_check=False)
     total = placed_like(mean, param)
     if own is not None:
         local_tensor(total).add_(local_tensor(placed_like(own, param)))

@@ -33,6 +33,7 @@ from lightning_mics.core._torch import (
 )
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
+from lightning_mics.core.masters import refuse_gradient
 
 # Hooks of parameters, by the module that owns one and its name there.
 ModuleHooks = dict[tuple[nn.Module, str], ParamHooks]
@@ -171,6 +172,7 @@ class OutsideGradients:
         unit, param = self._params[place]
         if self._is_running() and self._only_looks():
             return None
+        refuse_gradient(param.sharded, param.name)
         self.begin()
         unit.admit(place.param)
         if not self._is_running():

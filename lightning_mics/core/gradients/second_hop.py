@@ -193,7 +193,7 @@ class ReduceToSlices(SecondHop):
             earlier = aside.pop(param, None)
             mean = mean.to(device=local_tensor(param.sharded).device)
             if earlier is None:
-                earlier = self._slices.like(param.sharded, mean.to(param.sharded.dtype))
+                earlier = self._slices.like(param.sharded, mean.to(param.grad_dtype))
             else:
                 local_tensor(earlier).add_(mean)
             param.sharded.grad = earlier
@@ -201,7 +201,7 @@ class ReduceToSlices(SecondHop):
     def undo(self, flight: Flight) -> None:
         """Unpacks what was sent."""
         params = flight.layout.params
-        shards = [torch.empty_like(local_tensor(param.sharded)) for param in params]
+        shards = [torch.empty_like(local_tensor(param.sharded), dtype=param.grad_dtype) for param in params]
         self._slices.unpack(flight.sent, shards, keeps_own=False)
         for param, shard in zip(params, shards, strict=True):
             param.set_local_grad(shard)

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_mics.core.gradients.inputs import answer_for_shards
 from lightning_mics.core.gradients.window import AccumulationWindow
+from lightning_mics.core.optimizers import widen_initial_states
 from lightning_mics.core.owners import step_on_whole
 from lightning_mics.core.slices import divide_states
 from lightning_mics.core.stand_ins import StandIn, is_elementwise, stand_in_for, stands_in, steps_on_whole
@@ -51,6 +52,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
         return None
     _refuse_lbfgs(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    widen_initial_states(optimizer)
     divide_states(optimizer)
     if steps_on_whole(optimizer):
         result = None if closure is None else closure()

@@ -323,7 +323,7 @@ class UnitGradients:
             return
         for index, param in enumerate(self.group.params):
             if param.sharded.grad is None and param in layout.params:
-                param.set_local_grad(torch.zeros_like(local_tensor(param.sharded)))
+                param.set_local_grad(torch.zeros_like(local_tensor(param.sharded), dtype=param.grad_dtype))
                 if param not in self._aside:
                     self.use.note_zeros(index)
 

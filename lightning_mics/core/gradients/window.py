@@ -45,6 +45,7 @@ from lightning_mics.core.gradients.agreement import Agreement, CollectiveOrder
 from lightning_mics.core.gradients.outside import OutsideGradients
 from lightning_mics.core.gradients.unit import UnitGradients
 from lightning_mics.core.gradients.whole import WholeGradients
+from lightning_mics.core.masters import changed, check_kept, settle
 from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.slices import RowsUnderWay, Slices, is_slice
 from lightning_mics.errors import MiCSError, UnsyncedGradientsError
@@ -151,7 +152,6 @@ class AccumulationWindow:
         observers: Sequence[WindowObserver] = (),
     ) -> None:
         self.units, self.whole, self._slices = units, whole, slices
-        self._stepped: set[int] = set()  # parameters, by ``id``, of which other ranks' slices are stale
         self._rows: dict[UnitGradients, list[RowsUnderWay]] = {}
         self._rounded: dict[UnitParam, int] = {}  # where shards lie of which other ranks' rows are rounded
         self.deferring = self.pending = self.is_asked = False
@@ -307,6 +307,7 @@ class AccumulationWindow:
         if self._slices is not None:
             for unit in self.units:
                 self._slices.watch(unit.group.params)
+            check_kept(self._slices)
 
     def _launch_again(self, outdated: Sequence[UnitGradients]) -> None:
         """Runs hop two once more for units that got another microstep after it, on any rank."""
@@ -361,9 +362,7 @@ class AccumulationWindow:
 
     def begin_forward(self, mode: bool) -> None:
         """Notes that a forward pass is about to begin, in a mode of the model: training or not."""
-        if self._stepped:  # of a step that failed, or that runs forward itself
-            self.gather_slices(self._stepped)
-            self.put_rows()
+        self.fetch_stale()  # of a step that failed, or that runs forward itself
         if mode is not self._mode:
             self._mode = mode
             self.num_modes += 1
@@ -397,13 +396,13 @@ class AccumulationWindow:
                 "lightning_mics.sync_gradients(model) before the step."
             )
         self._before_averaging()
-        self.gather_slices(self._stepped)
+        self.fetch_stale()
         self.put_rows()
         self.reshard()
         for unit in units:
             unit.group.free_kept()
         if self._slices is not None:
-            self._stepped = params
+            self._slices.stale |= params
 
     def end_step(
         self, optimizer: torch.optim.Optimizer, params: set[int], *, only_with_gradient: bool, exact: bool = False
@@ -420,7 +419,6 @@ class AccumulationWindow:
         if self._rows:
             _WATCHED[id(self)] = self
             before_reads(_before_read)
-        self._stepped = self._stepped - params
         if self._observers and self.owns(params):
             for observer in self._observers:
                 observer.after_step(self, optimizer, params)
@@ -432,9 +430,11 @@ class AccumulationWindow:
         """
         if self._slices is None or not params:
             return
-        self._stepped = self._stepped - params
+        self._slices.stale -= params
         for unit in reversed(self.units):
             chosen = [param for param in unit.group.params if id(param.sharded) in params]
+            for param in chosen:
+                settle(param.sharded)
             if only_with_gradient:
                 chosen = [param for param in chosen if param.sharded.grad is not None]
             for param in chosen:
@@ -443,6 +443,18 @@ class AccumulationWindow:
                     self._rounded[param] = _place(param.sharded)
             if rows := self._slices.gather(chosen, unit.name, self._ledger, exact=exact):
                 self._rows[unit] = rows
+
+    def adopt_masters(self) -> None:
+        """Makes what was written into masters that of the shards of all ranks. Collective over the world."""
+        changed(param.sharded for unit in self.units for param in unit.group.params)
+        self.fetch_stale()
+
+    def fetch_stale(self) -> None:
+        """Fetches rows that other ranks have and this one has not. Collective, and nothing where there are none."""
+        if self._slices is not None and self._slices.stale:
+            self.put_rows()
+            self.gather_slices({*self._slices.stale})
+            self.put_rows()
 
     def watch_gathers(self) -> None:
         """Has units wait for rows that are under way before they are gathered; called when all else watches gathers."""
