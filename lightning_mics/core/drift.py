@@ -23,6 +23,7 @@ from lightning_mics.core._torch import all_gather_single, local_tensor
 from lightning_mics.core.fingerprints import fingerprints, joint_fingerprint
 from lightning_mics.core.gradients.window import AccumulationWindow, WindowObserver
 from lightning_mics.core.log import inform
+from lightning_mics.core.masters import rows_of
 from lightning_mics.core.mesh import MiCSMesh, communication_device
 from lightning_mics.core.slices import is_slice
 from lightning_mics.errors import SelfCheckError
@@ -40,7 +41,7 @@ class _Question:
     """
 
     step: int
-    read: Callable[[], list[int]]
+    read: Callable[[], list[list[int]]]
     kept: Sequence[Any]
 
 
@@ -68,6 +69,23 @@ class _Difference:
         return f"{_ranks(self.wrong)} {verb} another shard of {self.name} than {_ranks(right)}, the majority"
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Values of which other ranks hold the same.
+
+    Attributes:
+        name: What to call them.
+        param: Their parameter.
+        values: They themselves: a shard, or the float32 rows of one.
+        group: Who holds them.
+    """
+
+    name: str
+    param: nn.Parameter
+    values: Tensor
+    group: dist.ProcessGroup
+
+
 class DriftCheck(WindowObserver):
     """Compares the shards of replicas after every N-th optimizer step.
 
@@ -78,6 +96,10 @@ class DriftCheck(WindowObserver):
 
     def __init__(self, mesh: MiCSMesh, config: MiCSConfig) -> None:
         assert config.verify_every
+        self._groups = [mesh.layout.replication_groups]
+        if config.master_weights == "owners" and mesh.instance_group is not None and mesh.instance_group.size() > 1:
+            divided = mesh.layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
+            self._groups.append(mesh.layout.instance_groups(divided))
         self._mesh, self._every, self._repairs = mesh, config.verify_every, config.on_mismatch == "repair"
         self._step = 0
         self._question: _Question | None = None
@@ -110,16 +132,17 @@ class DriftCheck(WindowObserver):
     @torch.no_grad()
     def _ask(self, window: AccumulationWindow) -> None:
         window.restore_rows()
-        shards = [local_tensor(param) for _, param in _held(window)]
-        mine = joint_fingerprint(shards, shards[0].device).view(1)
+        kinds = self._held(window)
+        device = kinds[0][0].values.device
+        mine = torch.stack([joint_fingerprint([held.values for held in kind], device) for kind in kinds])
         group = self._mesh.host_group
-        everyones = mine.new_empty(group.size())
+        everyones = mine.new_empty(group.size() * len(mine))
         if mine.device.type == "cpu":
             work = all_gather_single(everyones, mine, group=group, async_op=True)
 
-            def read() -> list[int]:
+            def read() -> list[list[int]]:
                 work.wait()
-                return everyones.tolist()
+                return everyones.view(-1, len(mine)).t().tolist()
 
             self._question = _Question(self._step, read, (mine, everyones))
             return
@@ -135,9 +158,9 @@ class DriftCheck(WindowObserver):
             answer.copy_(everyones, non_blocking=True)
             arrival = self._stream.record_event()
 
-        def read() -> list[int]:
+        def read() -> list[list[int]]:
             arrival.synchronize()
-            return answer.tolist()
+            return answer.view(-1, len(mine)).t().tolist()
 
         self._question = _Question(self._step, read, (mine, everyones, answer))
 
@@ -146,18 +169,17 @@ class DriftCheck(WindowObserver):
         question, self._question = self._question, None
         if question is None:
             return
-        prints = question.read()
-        groups = self._mesh.layout.replication_groups
-        if any(len({prints[rank] for rank in ranks}) > 1 for ranks in groups):
+        kinds = zip(question.read(), self._groups, strict=True)
+        if any(len({prints[rank] for rank in ranks}) > 1 for prints, groups in kinds for ranks in groups):
             self._answer(window, question.step)
 
     @torch.no_grad()
     def _answer(self, window: AccumulationWindow, step: int) -> None:
         """Names what differs, and repairs it or raises. Collective over the world."""
-        held = _held(window)
-        found = self._differences(held)
+        kinds = self._held(window)
+        found = [(kind[index], differs) for kind in kinds for index, differs in self._differences(kind).items()]
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, list(found.values()))
+        dist.all_gather_object(told, [difference for _, difference in found])
         # Those of one shard tell the same.
         differences = list(dict.fromkeys(difference for rank in told for difference in rank))
         if not differences:
@@ -167,33 +189,52 @@ class DriftCheck(WindowObserver):
             return
         if not self._repairs or any(difference.source is None for difference in differences):
             raise SelfCheckError(self._explain(differences, step))
-        for index, difference in found.items():
+        for held, difference in found:
             assert difference.source is not None
-            self._copy(held[index][1], difference.source)
+            self._copy(held, difference.source)
+        window.adopt_masters()
         window.reshard()
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         inform(f"after optimizer step {step} {differences[0]}{more}; copied from the majority, with optimizer states.")
 
-    def _differences(self, held: Sequence[tuple[str, nn.Parameter]]) -> dict[int, _Difference]:
-        """Returns which parameters differ in this rank's replication group, by index. Collective over it."""
-        group = self._mesh.replication_group
+    def _held(self, window: AccumulationWindow) -> list[list[_Held]]:
+        """Returns what ranks hold in common, on one device: parameters, and what instances of states keep of them."""
+        params = [(param.name, param.sharded) for unit in window.units for param in unit.group.params]
+        both = [*params, *window.whole.params.items()]
+        group, device = self._mesh.replication_group, both[0][1].device
+        kinds = [[_Held(name, param, local_tensor(param), group) for name, param in both if param.device == device]]
+        if len(self._groups) > 1:
+            assert self._mesh.instance_group is not None
+            masters = [(name, param, rows_of(param)) for name, param in params]
+            kinds.append(
+                [
+                    _Held(f"the float32 values of {name}", param, local_tensor(rows), self._mesh.instance_group)
+                    for name, param, rows in masters
+                    if rows is not None
+                ]
+            )
+        return kinds
+
+    def _differences(self, kind: Sequence[_Held]) -> dict[int, _Difference]:
+        """Returns what differs in this rank's group, by index. Collective over it."""
+        group = kind[0].group
         device = communication_device(self._mesh.device_mesh.device_type)
-        mine = fingerprints([local_tensor(param) for _, param in held], device)
+        mine = fingerprints([held.values for held in kind], device)
         everyones = mine.new_empty(group.size() * len(mine))
         all_gather_single(everyones, mine, group=group)
         rows = everyones.view(group.size(), -1).t().tolist()
         ranks = tuple(dist.get_process_group_ranks(group))
         return {
-            index: _difference(name, ranks, prints)
-            for index, ((name, _), prints) in enumerate(zip(held, rows, strict=True))
+            index: _difference(held.name, ranks, prints)
+            for index, (held, prints) in enumerate(zip(kind, rows, strict=True))
             if len(set(prints)) > 1
         }
 
-    def _copy(self, param: nn.Parameter, source: int) -> None:
-        """Makes a shard and its optimizer states those of another rank. Collective over the replication group."""
-        for tensor in [local_tensor(param), *self._states(param)]:
+    def _copy(self, held: _Held, source: int) -> None:
+        """Makes a shard and its optimizer states those of another rank. Collective over its group."""
+        for tensor in [held.values, *self._states(held.param)]:
             staged = tensor.to(communication_device(self._mesh.device_mesh.device_type)).contiguous()
-            dist.broadcast(staged, src=source, group=self._mesh.replication_group)
+            dist.broadcast(staged, src=source, group=held.group)
             tensor.copy_(staged)
 
     def _states(self, param: nn.Parameter) -> Iterator[Tensor]:
@@ -220,13 +261,6 @@ class DriftCheck(WindowObserver):
                 f"again has faulty memory, or runs other code than its peers. {last}",
             ]
         )
-
-
-def _held(window: AccumulationWindow) -> list[tuple[str, nn.Parameter]]:
-    """Returns the parameters of a model with their names, on one device: shards, then those that are whole."""
-    held = [(param.name, param.sharded) for unit in window.units for param in unit.group.params]
-    held += window.whole.params.items()
-    return [(name, param) for name, param in held if param.device == held[0][1].device]
 
 
 def _difference(name: str, ranks: tuple[int, ...], prints: Sequence[int]) -> _Difference:

@@ -107,7 +107,7 @@ def keep_masters(model: nn.Module, groups: Iterable[UnitParamGroup], slices: Sli
         if any(param in _MASTERS for param in module.parameters(recurse=False)):
             module.register_state_dict_post_hook(_put_masters)
             module.register_load_state_dict_pre_hook(_take_values)
-    load_states_as(_rows_of)
+    load_states_as(rows_of)
 
 
 def has_master(param: Tensor) -> bool:
@@ -196,8 +196,9 @@ def refuse_gradient(param: Tensor, name: str) -> None:
         )
 
 
-def _rows_of(param: Tensor) -> DTensor | None:
-    master: _Master | None = _MASTERS.get(param)
+def rows_of(param: Tensor) -> DTensor | None:
+    """Returns a shard's master as it is, whatever became of the shard."""
+    master: _Master | None = _MASTERS.get(param) if _MASTERS else None
     return None if master is None else master.rows
 
 

@@ -14,7 +14,15 @@ from torch.distributed.tensor import DTensor
 from way_tools import WAYS, WIDTH, adamw
 from works import refused, works
 
-from lightning_mics import MiCSConfig, MiCSConfigError, MiCSError, load_checkpoint, mics_shard, save_checkpoint
+from lightning_mics import (
+    MiCSConfig,
+    MiCSConfigError,
+    MiCSError,
+    SelfCheckError,
+    load_checkpoint,
+    mics_shard,
+    save_checkpoint,
+)
 from lightning_mics.core.masters import master_of
 from lightning_mics.testing import WorkerPool, full_state_dict
 
@@ -239,6 +247,31 @@ def test_every_way_in_takes_them(pool: WorkerPool) -> None:
 
 
 # What goes wrong.
+
+
+def flip(mode: str) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """Flips the last bit of a master of one of three instances; returns the error, or weights with and without it."""
+    found = []
+    for is_flipped in (False, True):
+        config = OWNERS.replace(shard_size=1, node_size=1, optimizer_shard_size=2, verify_every=1, on_mismatch=mode)
+        model, optimizer = made(config)
+        train(model, optimizer, range(1))
+        rows = master_of(model[2].weight).to_local()
+        if is_flipped and dist.get_rank() == 3:
+            rows.view(torch.int32).view(-1)[5] ^= 1
+        try:
+            train(model, optimizer, range(1, 4))
+        except SelfCheckError as error:
+            return str(error), {}, {}
+        found.append(full_state_dict(model))
+    return "", *found
+
+
+def test_instances_of_masters_are_compared(pool: WorkerPool) -> None:
+    for error, clean, repaired in pool.run(flip, "repair", world_size=6):
+        assert not error and same(repaired, clean)
+    for error, *_ in pool.run(flip, "raise", world_size=6):
+        assert "rank 3 holds another shard of the float32 values of 2.weight than ranks" in error
 
 
 class Breaks(torch.optim.SGD):
