@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mics.core._torch import (
+    FSDPState,
     UnitParamGroup,
     current_backward_id,
     in_function_transform,
@@ -29,7 +30,8 @@ from lightning_mics.core._torch import (
 )
 from lightning_mics.errors import MiCSError
 
-_LEAVES = (type(None), str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device, nn.Module)
+_VALUES = (type(None), str, bytes, int, float, complex, type, torch.dtype, torch.device)
+_LEAVES = (*_VALUES, types.ModuleType, nn.Module, FSDPState)
 _LATE = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, map, filter)
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 _MOST_OBJECTS = 10_000

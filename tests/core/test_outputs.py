@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
+from lightning_mics.core import outputs
 from lightning_mics.core.outputs import look_into
 from lightning_mics.core.runtime import runtime_of
 from lightning_mics.errors import MiCSError
@@ -560,3 +562,17 @@ def test_all_that_an_object_consists_of_is_looked_into() -> None:
         assert found.is_whole
     assert look_into((tensor, {"a": tensor})).seen == [tensor, tensor]
     assert not look_into(iter([tensor])).is_whole
+
+
+def objects_looked_into() -> int:
+    model = nn.Sequential(Block(), Block())
+    mics_shard(model, MiCSConfig(shard_size=1, node_size=1, wrap="Block", verify=False))
+    model(torch.ones(2, 8)).sum().backward()
+    with mock.patch.object(outputs, "_parts", wraps=outputs._parts) as parts:
+        model(torch.ones(2, 8)).sum().backward()
+    return parts.call_count
+
+
+def test_what_fsdp_hangs_on_modules_is_not_looked_into(pool: WorkerPool) -> None:
+    # It leads to all groups and hooks: thousands of objects in each pass of a unit.
+    assert max(pool.run(objects_looked_into, world_size=2)) < 40

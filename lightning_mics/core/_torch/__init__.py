@@ -63,6 +63,7 @@ from lightning_mics.core._torch.notes import apply_to_shards, notes_by_shard
 from lightning_mics.core._torch.reads import before_reads
 from lightning_mics.core._torch.root import (
     ForwardHooks,
+    FSDPState,
     RootState,
 )
 from lightning_mics.core._torch.units import (
@@ -89,6 +90,7 @@ __all__ = [
     "MODULE_REGISTRIES",
     "AllGather",
     "BatchNorm",
+    "FSDPState",
     "ForwardHooks",
     "GatheredParams",
     "GradState",

@@ -29,6 +29,10 @@ require(
 require(_fsdp_state.FSDPStateContext, "all_states", "iter_forward_root", "post_backward_final_callback_queued")
 
 
+# What FSDP2 hangs on a module: with its groups and hooks it leads to everything.
+FSDPState = _fsdp_state.FSDPState
+
+
 class ForwardHooks(NamedTuple):
     """What runs before and after a forward pass of an FSDP module."""
 
