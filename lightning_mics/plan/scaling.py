@@ -40,8 +40,8 @@ def default_nodes(num_nodes: int) -> list[int]:
     return sorted(counts)
 
 
-def weak_scaling(planning: Planning, nodes: Iterable[int]) -> list[ScalingPoint]:
-    """Predicts the best plan and the ways to compare it with on other numbers of nodes.
+def weak_scaling(planning: Planning, nodes: Iterable[int], ways: Iterable[Plan] | None = None) -> list[ScalingPoint]:
+    """Predicts plans on other numbers of nodes.
 
     Micro-batch, accumulation and all other settings of a rank stay the same, so that the global batch grows with the
     nodes. Full sharding goes over all ranks that there are.
@@ -49,6 +49,7 @@ def weak_scaling(planning: Planning, nodes: Iterable[int]) -> list[ScalingPoint]
     Args:
         planning: The answer of the planner.
         nodes: Numbers of nodes.
+        ways: Plans to predict there; by default the best one and the ways to compare it with.
 
     Returns:
         Points, by way to train and nodes. Numbers of nodes that a partition cannot work on are left out.
@@ -57,7 +58,7 @@ def weak_scaling(planning: Planning, nodes: Iterable[int]) -> list[ScalingPoint]
         MiCSConfigError: If no plan fits.
     """
     counts = sorted(set(nodes))
-    ways = [planning.best, *planning.contenders]
+    ways = [planning.best, *planning.contenders] if ways is None else ways
     return [point for way in ways for point in _with_efficiency(list(_points(planning, way, counts)))]
 
 

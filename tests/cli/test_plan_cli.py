@@ -136,6 +136,19 @@ def test_figures_go_where_they_are_asked_for(capsys):
 
 
 @pytest.mark.usefixtures("no_trace")
+def test_a_page_is_written_with_the_command_that_asked_for_it(capsys):
+    words = ["--global-batch", 64, "--shard-size", "node", "--no-reshard-after-forward", "--rank", "throughput"]
+    code, out, _ = run(capsys, *words, "--report")
+    assert code == 0 and "Wrote plan.html: open it in a browser." in out
+    page = Path("plan.html").read_text()
+    asked = "mics plan --model gpt2 --global-batch 64 --instance p4d.24xlarge --nodes 2 --shard-size node"
+    assert f"{asked} --no-reshard-after-forward --rank throughput --report plan.html" in page
+    assert "--shard-size 8 --no-activation-checkpointing --no-reshard-after-forward --rank throughput --write" in page
+    code, _, err = run(capsys, "--memory-limit", "100 MiB", "--report", "none.html")
+    assert code == 2 and "does not fit" in err and "too much" in Path("none.html").read_text()
+
+
+@pytest.mark.usefixtures("no_trace")
 def test_fixed_settings_reach_the_search(capsys):
     words = ["--shard-size", "world", "--hierarchical", "true", "--activation-checkpointing"]
     code, out, _ = run(capsys, *words, "--no-reshard-after-forward", "--memory-limit", "36 GiB", "--json")
@@ -182,6 +195,7 @@ def test_where_nothing_fits_the_tables_come_before_the_error(capsys):
         (["--write", "taken.yaml"], ["taken.yaml exists", "--force"]),
         (["--write", "missing/mics.yaml"], ["no folder missing"]),
         (["--json", "taken.yaml"], ["taken.yaml exists", "--json"]),
+        (["--report", "taken.yaml"], ["taken.yaml exists", "--report"]),
         (["--write", "a.yaml", "--json", "a.yaml"], ["a.yaml is to be written twice"]),
         (["--format", "mics"], ["--format", "--write mics.yaml"]),
         (["--write", "--format", "mics", "--format", "mics"], ["2 x --format for 1 x --write"]),

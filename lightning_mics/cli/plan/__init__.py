@@ -18,6 +18,7 @@ FORMATS = ("accelerate", "lightning", "mics")
 _EXAMPLES = """examples:
   mics plan --model gpt2-xl --instance p4d.24xlarge --nodes 2 --global-batch 256
   mics plan --model config.json --cluster my.yaml --plot figures --write mics.yaml
+  mics plan --model llama-3-8b --instance p4d.24xlarge --nodes 8 --report plan.html
   torchrun --nproc-per-node 8 -m lightning_mics plan --measure --model gpt2-xl
 """
 
@@ -78,6 +79,8 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     about = "advice: among plans that are as fast as can be told, the one that sends least out of a node (default)"
     add("--rank", choices=("advice", "throughput"), default="advice", help=about)
     add("--plot", type=Path, metavar="PATH", help="draw figures: one PNG or SVG file, or a folder of PNG files")
+    about_report = "one page to pass around: an HTML file that needs no network"
+    add("--report", type=Path, nargs="?", const=Path("plan.html"), metavar="FILE", help=about_report)
     add("--json", nargs="?", const="-", metavar="FILE", help="everything as JSON, into a file or alone on the screen")
     add("--events", action="store_true", help="put the events of a step into the JSON, too")
     add(

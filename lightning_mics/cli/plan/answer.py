@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from lightning_mics.cli.code import write_text
 from lightning_mics.cli.plan.figures import draw
+from lightning_mics.cli.plan.report import to_html
 from lightning_mics.cli.plan.screen import print_planning
 from lightning_mics.cli.plan.write import to_json, write_plan
 from lightning_mics.config import as_bytes
@@ -18,6 +22,14 @@ from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.scaling import ScalingPoint, default_nodes, weak_scaling
 from lightning_mics.plan.search import Planning
 from lightning_mics.trace.planning import plan
+
+_ASKED = (
+    *("model", "sequence", "precision", "optimizer", "global_batch", "micro_batch", "accumulation"),
+    *("instance", "cluster", "nodes", "memory_limit", "shard_size", "optimizer_shard_size"),
+    *("replication_reduce_dtype", "replication_gather_dtype", "hierarchical", "activation_checkpointing"),
+    *("reshard_after_forward", "rank"),
+)
+_DEFAULTS = {("precision", "bf16-mixed"), ("optimizer", "AdamW"), ("hierarchical", "auto"), ("rank", "advice")}
 
 
 def plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
@@ -36,6 +48,9 @@ def plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
         print_planning(planning, scaling, screen, top=options.top, assumed=_assumed(options))
     if options.json is not None:
         _write_json(to_json(planning, scaling, events=options.events), options)
+    if options.report is not None:
+        page = to_html(planning, functools.partial(_command, options), top=options.top, assumed=_assumed(options))
+        write_text(options.report, page, force=options.force)
     _ = planning.best  # says why, if nothing fits
     for line in _write(options, planning, scaling):
         screen.print(f"\n{line}", markup=False, soft_wrap=True)
@@ -73,6 +88,21 @@ def _assumed(options: argparse.Namespace) -> set[str]:
     return assumed
 
 
+def _command(options: argparse.Namespace, **changes: Any) -> str:
+    """Returns the command that asks the same, or with other values, without what says where the answer goes."""
+    asked = {name: getattr(options, name) for name in _ASKED} | changes
+    if options.measure:
+        asked |= {"instance": None, "cluster": options.save_cluster}
+    words = ["mics plan"]
+    for name, value in asked.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{option}")
+        elif value is not None and (name, value) not in _DEFAULTS:
+            words.append(f"--{option} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
 def _write_json(text: str, options: argparse.Namespace) -> None:
     if options.json == "-":
         sys.stdout.write(text)
@@ -84,6 +114,8 @@ def _write(options: argparse.Namespace, planning: Planning, scaling: list[Scalin
     """Writes figures and files; yields what to say of each."""
     if options.json not in (None, "-"):
         yield f"Wrote {options.json}."
+    if options.report is not None:
+        yield f"Wrote {options.report}: open it in a browser."
     if options.plot is not None:
         yield f"Drew {', '.join(map(str, draw(planning, scaling, options.plot)))}."
     formats = options.format or ["accelerate"]

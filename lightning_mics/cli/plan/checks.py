@@ -67,6 +67,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
     outputs = [("--write", path) for path in options.write]
     if options.json not in (None, "-"):
         outputs.append(("--json", Path(options.json)))
+    if options.report is not None:
+        outputs.append(("--report", options.report))
     if options.measure:
         options.save_cluster = options.save_cluster or Path("cluster.yaml")
         outputs.append(("--save-cluster", options.save_cluster))

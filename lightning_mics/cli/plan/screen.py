@@ -62,10 +62,26 @@ def print_planning(
 
 
 def _print_question(planning: Planning, page: Page, assumed: Collection[str]) -> None:
+    profile = planning.profile
+    page.console.print(Text("What is planned", style="bold"))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in question(planning, assumed).items():
+        grid.add_row(Text(name, style="dim"), Text(value))
+    page.console.print(grid)
+    if not profile.knows_activations:
+        page.say(
+            "Nothing is known of this model's samples, so activations are left out, and each weight counts for one "
+            f"multiplication and addition a {'sample' if profile.sequence_length is None else 'token'}. Let the "
+            "factory return (model, sample), where sample is a batch of one sample or more."
+        )
+
+
+def question(planning: Planning, assumed: Collection[str]) -> dict[str, str]:
+    """Returns what is planned, by name; what was not given is ``assumed``, as :func:`print_planning` has it."""
     profile, cluster, node = planning.profile, planning.cluster, planning.cluster.node
     source = {"trace": "a trace", "formula": "a formula"}.get(profile.source, profile.source)
     kept_free = "" if profile.knows_activations else f" ({UNKNOWN_ACTIVATIONS:.0%} are kept free for activations)"
-    rows = {
+    return {
         "model": f"{profile.name}: {format_short(profile.numel)} parameters, {len(profile.blocks)} blocks "
         f"(figures from {source})",
         "samples": _samples(planning, "sequence" in assumed),
@@ -77,17 +93,6 @@ def _print_question(planning: Planning, page: Page, assumed: Collection[str]) ->
         "batch": _batch(planning, "batch" in assumed),
         "memory": f"{format_bytes(planning.memory_limit)} for each rank{kept_free}",
     }
-    page.console.print(Text("What is planned", style="bold"))
-    grid = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        grid.add_row(Text(name, style="dim"), Text(value))
-    page.console.print(grid)
-    if not profile.knows_activations:
-        page.say(
-            "Nothing is known of this model's samples, so activations are left out, and each weight counts for one "
-            f"multiplication and addition a {'sample' if profile.sequence_length is None else 'token'}. Let the "
-            "factory return (model, sample), where sample is a batch of one sample or more."
-        )
 
 
 def _samples(planning: Planning, assumed: bool) -> str:
@@ -125,9 +130,14 @@ def _print_ranking(planning: Planning, page: Page, top: int) -> None:
         f"forward pass. Waits: exposed communication. {_about_conditions(planning)}"
         + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
     )
-    for advice in (explain_advice(planning), explain_division(planning), explain_assumptions(planning)):
-        if advice is not None:
-            page.say(advice)
+    for reason in reasons(planning):
+        page.say(reason)
+
+
+def reasons(planning: Planning) -> list[str]:
+    """Returns why the best plan is advised, and what that rests on."""
+    found = (explain_advice(planning), explain_division(planning), explain_assumptions(planning))
+    return [reason for reason in found if reason is not None]
 
 
 def _ranked(plan: Plan, planning: Planning) -> list[str]:
@@ -168,16 +178,21 @@ def _gib(count: float) -> str:
 
 def _print_misfits(planning: Planning, page: Page) -> None:
     page.heading(f"What does not fit into {format_bytes(planning.memory_limit)}")
+    page.table(["p", "settings\nthat fit", "the closest of the others"], misfit_rows(planning), words=3)
+
+
+def misfit_rows(planning: Planning) -> list[list[str]]:
+    """Returns for each partition size how many settings fit, and what would let in the closest of the others."""
     fitting, misfits = _by_size(planning.plans), _by_size(planning.misfits)
     rows = []
     for size, group in sorted(misfits.items()):
         fits, closest = len(fitting[size]), group[0]
         missing = format_bytes(closest.memory.total - closest.memory_limit)
-        why = f"{missing} too much ({_settings(closest.candidate)})"
+        why = f"{missing} too much ({settings(closest.candidate)})"
         remedies = " or ".join(what_helps(planning, closest))
         why += f": {remedies}" if remedies else ""
         rows.append([str(size), f"{fits} of {fits + len(group)}", why])
-    page.table(["p", "settings\nthat fit", "the closest of the others"], rows, words=3)
+    return rows
 
 
 def _by_size(entries: Iterable[_Entry]) -> defaultdict[int, list[_Entry]]:
@@ -187,8 +202,9 @@ def _by_size(entries: Iterable[_Entry]) -> defaultdict[int, list[_Entry]]:
     return groups
 
 
-def _settings(candidate: Candidate) -> str:
-    words = [f"micro-batches of {candidate.micro_batch}"]
+def settings(candidate: Candidate, *, microsteps: bool = False) -> str:
+    """Returns what a rank does with its samples, in few words; with the number of ``microsteps`` if asked for."""
+    words = [f"micro-batches of {candidate.micro_batch}{f' x {candidate.accumulation}' * microsteps}"]
     words += ["recompute"] * candidate.activation_checkpointing
     words += ["no reshard"] * (not candidate.reshard_after_forward)
     return ", ".join(words)
@@ -200,7 +216,7 @@ def _settings(candidate: Candidate) -> str:
 def _print_best(planning: Planning, page: Page) -> None:
     best, length = planning.best, planning.profile.sequence_length
     which = "fastest" if best is planning.fastest else "best"
-    page.heading(f"The {which}: {best.candidate.label}, {_settings(best.candidate)}")
+    page.heading(f"The {which}: {best.candidate.label}, {settings(best.candidate)}")
     tokens = "" if length is None else f", {format_short(best.samples_per_second * length)} tokens/s"
     rate = f"{format_number(best.model_flops / 1e12)} TFLOP/s a rank, MFU {best.mfu:.1%}"
     page.say(f"{format_number(best.samples_per_second)} samples/s{tokens}; {rate}.")
