@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -13,9 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
+from lightning_mics.core.log import inform
+from lightning_mics.core.resources import Usage
 from lightning_mics.core.runtime import is_sharded, runtime_of
+from lightning_mics.core.timing import across_ranks
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import Hop, Traffic
+from lightning_mics.plan.compare import Figures, PlannedRun, Run
 
 _NAMES = {
     Hop.PARTITION_GATHER: "partition_gather",
@@ -41,22 +46,34 @@ class MiCSMonitor(Callback):
     Args:
         every_n_steps: Log once in so many optimizer steps; by default as often as the Trainer logs.
         prog_bar: Whether to show metrics in the progress bar.
+        plan: What ``mics plan --json`` wrote. The second time that it logs, rank 0 says how step, memory and bytes out
+            of a node compare with what was planned.
 
     Raises:
-        MiCSConfigError: If ``every_n_steps`` is not positive, or the Trainer's strategy is not MiCS.
+        MiCSConfigError: If ``every_n_steps`` is not positive, the Trainer's strategy is not MiCS, or ``plan`` has none
+            with the settings of the run.
     """
 
-    def __init__(self, every_n_steps: int | None = None, prog_bar: bool = True) -> None:
+    def __init__(
+        self, every_n_steps: int | None = None, prog_bar: bool = True, plan: str | os.PathLike[str] | None = None
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise MiCSConfigError(f"every_n_steps={every_n_steps} must be at least 1. Try every_n_steps=10.")
         self._every_n_steps = every_n_steps
         self._prog_bar = prog_bar
+        self._plan, self._planned = plan, None
+        self._usage: Usage | None = None
         self._begin(0, {})
 
     def _begin(self, step: int, traffic: dict[Hop, Traffic]) -> None:
         self._step, self._traffic = step, traffic
         self._samples = self._tokens = 0
         self._time = time.monotonic()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Notes what memory is taken before the model is sharded."""
+        if self._plan is not None and stage == "fit":
+            self._usage = Usage(pl_module, trainer.strategy.root_device)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts counting."""
@@ -65,6 +82,9 @@ class MiCSMonitor(Callback):
                 f"MiCSMonitor needs Trainer(strategy=MiCSStrategy(...)), not {type(trainer.strategy).__name__}."
             )
         self._begin(trainer.global_step, runtime_of(pl_module).ledger.by_hop())
+        if self._plan is not None:
+            self._planned = _planned(trainer, pl_module, self._plan)
+            self._windows = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,9 +101,26 @@ class MiCSMonitor(Callback):
         bytes_, shown = self._bytes_per_step(traffic, steps), self._speed(trainer.world_size)
         bytes_["mics/peak_memory_mib"] = _peak_memory(pl_module.device) / _MEBI
         shown["mics/inter_mib"] = sum(value for name, value in bytes_.items() if name.endswith("_inter_mib"))
+        if self._planned is not None:
+            self._compare(pl_module, self._planned, samples, steps, shown["mics/inter_mib"] * _MEBI)
         pl_module.log_dict(bytes_, batch_size=samples)
         pl_module.log_dict(shown, prog_bar=self._prog_bar, batch_size=samples)
         self._begin(trainer.global_step, traffic)
+
+    def _compare(
+        self, pl_module: pl.LightningModule, planned: PlannedRun, micro_batch: int, steps: int, inter_bytes: float
+    ) -> None:
+        """Compares what was planned with the second window: the first one compiles, allocates and makes states."""
+        assert self._usage is not None
+        self._windows += 1
+        if self._windows == 1:
+            self._usage.restart_peak()
+            return
+        peak, seconds = self._usage.peak(), (time.monotonic() - self._time) / steps
+        memory, seconds = across_ranks([-1.0 if peak is None else peak, seconds], pl_module.device)
+        measured = Figures(seconds=seconds, memory=None if memory < 0 else memory, inter_bytes=inter_bytes)
+        inform(planned.compare(micro_batch, measured))
+        self._planned = None
 
     def _bytes_per_step(self, traffic: dict[Hop, Traffic], steps: int) -> dict[str, float]:
         metrics = {}
@@ -99,6 +136,31 @@ class MiCSMonitor(Callback):
         if self._tokens:
             speed["mics/tokens_per_s"] = self._tokens * world_size / seconds
         return speed
+
+
+def _planned(trainer: pl.Trainer, pl_module: pl.LightningModule, plan: str | os.PathLike[str]) -> PlannedRun:
+    """Returns what was planned for a run, as rank 0 reads it; what is wrong with it is raised on all ranks."""
+    runtime = runtime_of(pl_module)
+    config, layout = runtime.config, runtime.mesh.layout
+    divided = layout.resolve_optimizer_shard_size(config.optimizer_shard_size)
+    run = Run(
+        world_size=trainer.world_size,
+        shard_size=layout.shard_size,
+        optimizer_shard_size=divided if divided > layout.shard_size else None,
+        accumulation=trainer.accumulate_grad_batches,
+        activation_checkpointing=config.activation_checkpointing,
+        reshard_after_forward=config.reshard_after_forward,
+    )
+    found: Any = None
+    if trainer.is_global_zero:
+        try:
+            found = PlannedRun(plan, run)
+        except MiCSConfigError as error:
+            found = error
+    found = trainer.strategy.broadcast(found)
+    if isinstance(found, MiCSConfigError):
+        raise found
+    return found
 
 
 def _num_tokens(batch: Any) -> int:
