@@ -61,7 +61,8 @@ class MiCSMonitor(Callback):
             raise MiCSConfigError(f"every_n_steps={every_n_steps} must be at least 1. Try every_n_steps=10.")
         self._every_n_steps = every_n_steps
         self._prog_bar = prog_bar
-        self._plan, self._planned = plan, None
+        self._plan = plan
+        self._planned: PlannedRun | None = None
         self._usage: Usage | None = None
         self._begin(0, {})
 

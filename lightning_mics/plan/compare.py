@@ -67,8 +67,8 @@ class PlannedRun:
         answer = self._read()
         if answer["cluster"]["world_size"] != run.world_size:
             raise MiCSConfigError(
-                f"{path} plans for {answer['cluster']['world_size']} ranks, and this run has {run.world_size}. Plan again "
-                "with --nodes, or leave plan= out."
+                f"{path} plans for {answer['cluster']['world_size']} ranks, and this run has {run.world_size}. Plan "
+                "again with --nodes, or leave plan= out."
             )
         wanted = {name: value for name, value in asdict(run).items() if name in _SETTINGS}
         found = [plan for plan in answer["plans"] if {name: plan["candidate"][name] for name in _SETTINGS} == wanted]
@@ -121,7 +121,8 @@ class PlannedRun:
         return "\n".join([self._sentence(planned, measured), f"  {'':<22}{'planned':>12}{'measured':>12}", *lines])
 
     def _sentence(self, planned: Figures, measured: Figures) -> str:
-        text = f"A step takes {_seconds(measured.seconds)}, {_off(planned.seconds, measured.seconds)} than {self._path} says"
+        off = _off(planned.seconds, measured.seconds)
+        text = f"A step takes {_seconds(measured.seconds)}, {off} than {self._path} says"
         if measured.memory is None:
             return f"{text}."
         return f"{text}; a rank needs {format_bytes(measured.memory)}, {_off(planned.memory or 0.0, measured.memory)}."
