@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from lightning_mics.metrics import Hop, LinkShare, Traffic, partition_share, replication_share, slice_share
 from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
-from lightning_mics.plan.hardware import Cluster
+from lightning_mics.plan.hardware import Cluster, Host
+from lightning_mics.plan.host import backward_seconds, forward_seconds, optimizer_seconds
 from lightning_mics.plan.memory import MemoryBreakdown, gradient_bytes, predict_memory
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
@@ -137,6 +138,8 @@ class _Step:
     def __init__(self, profile: ModelProfile, cluster: Cluster, candidate: Candidate, training: Training) -> None:
         self._profile, self._candidate, self._training = profile, candidate, training
         self._cluster, self._accelerator = cluster, cluster.node.accelerator
+        # On CPUs what computes is the host itself, whose time is part of the rate.
+        self._host = Host() if self._accelerator.device_type == "cpu" else cluster.node.host
         self._layout = candidate.layout(cluster.topology)
         self._costs = NetworkCosts(
             cluster,
@@ -162,6 +165,7 @@ class _Step:
             replicates_always=candidate.scheme == "mesh-2d",
             gathers_again=candidate.reshard_after_forward and candidate.scheme != "ddp",
             optimizer=self._optimizer_seconds(memory),
+            optimizer_host=optimizer_seconds(self._host, self._profile),
             agreement=costs.agreement() if candidate.scheme == "mics" else 0.0,
             engine=engine,
         )
@@ -171,17 +175,23 @@ class _Step:
         rate = peak_flops(self._cluster, training) * accelerator.compute_efficiency / candidate.micro_batch
         again = unit.forward_flops if candidate.recomputes(unit) else 0.0
         forward, backward = unit.forward_flops / rate, (unit.backward_flops + again) / rate
+        times = UnitTimes(
+            name=unit.name,
+            forward=forward,
+            backward=backward,
+            forward_host=forward_seconds(self._host, unit, candidate),
+            backward_host=backward_seconds(self._host, unit, candidate),
+        )
         if candidate.scheme == "ddp":
-            return UnitTimes(name=unit.name, forward=forward, backward=backward)
+            return times
         gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
         trainable = unit.gathered_numel(candidate.shard_size, only_trainable=True)
         reduced = trainable * DTYPE_BYTES[training.reduce_dtype]
         exchanged = trainable * _exchanged_width(candidate, training) / candidate.shard_size
         # Gathered messages are copied into parameters, gradients into the message of the reduction.
-        return UnitTimes(
-            name=unit.name,
+        return replace(
+            times,
             unpack=accelerator.unit_overhead + 2 * gathered / accelerator.memory_bandwidth,
-            forward=forward,
             backward=backward + (gathered + reduced) / accelerator.memory_bandwidth,
             gather=self._messages(unit, gathered, training.param_dtype, least_message),
             reduce=self._messages(unit, reduced, training.reduce_dtype, least_message),

@@ -21,7 +21,7 @@ from lightning_mics.text import parse_quantity
 from lightning_mics.topology import ClusterTopology, check_positive_int
 from lightning_mics.yaml_text import read_yaml
 
-_SECTIONS = ("accelerators", "networks", "fabrics", "instances")
+_SECTIONS = ("accelerators", "hosts", "networks", "fabrics", "instances")
 _CATALOGUE = "catalogue.yaml"
 # Fields that are quantities: the unit, a value that works, and the least that does where zero would do.
 _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
@@ -29,8 +29,10 @@ _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
     "compute_efficiency": ("", "0.8", None),
     "efficiency": ("", "0.8", None),
     "latency": ("s", "20 us", 0.0),
+    "launch": ("s", "10 us", 0.0),
     "memory": ("B", "40 GiB", 1.0),
     "memory_bandwidth": ("B/s", "1555 GB/s", None),
+    "unit": ("s", "500 us", 0.0),
     "unit_overhead": ("s", "1 ms", 0.0),
 }
 
@@ -99,6 +101,23 @@ class Accelerator:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """A processor, of which one core launches what the accelerator of a rank computes.
+
+    Attributes:
+        launch: Seconds of an operation in a forward pass, with what Python does for it; 0 if they are not counted.
+        unit: Seconds of what FSDP2 does for a unit before a pass: the gather, copies, hooks.
+        name: What to call it.
+        source: Where the figures are from.
+    """
+
+    launch: float = 0.0
+    unit: float = 0.0
+    name: str = "host"
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """A machine with equal accelerators.
 
@@ -109,6 +128,7 @@ class Node:
         intra: The link between its accelerators, as one of them sees it.
         inter: The link to other nodes, of the whole node.
         source: Where the figures are from.
+        host: What launches its accelerators' work.
     """
 
     name: str
@@ -117,6 +137,7 @@ class Node:
     intra: Link
     inter: Link
     source: str = ""
+    host: Host = Host()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +171,10 @@ class Cluster:
     def with_nodes(self, num_nodes: int) -> Cluster:
         """Returns the same with another number of nodes."""
         return replace(self, num_nodes=num_nodes)
+
+    def with_host(self, host: Host) -> Cluster:
+        """Returns the same with another host."""
+        return replace(self, node=replace(self.node, host=host))
 
     def with_links_at(self, share: float) -> Cluster:
         """Returns the same with links between nodes that give a share of their rate."""
@@ -191,8 +216,17 @@ def cluster_to_yaml(cluster: Cluster) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+def find_host(name: str) -> Host:
+    """Returns a host of the catalogue.
+
+    Raises:
+        MiCSConfigError: If the name is unknown.
+    """
+    return _Reader(_catalogue()).host(name)
+
+
 def known_names(section: str) -> list[str]:
-    """Returns the names in a section of the catalogue: accelerators, networks, fabrics or instances."""
+    """Returns the names in a section of the catalogue: accelerators, hosts, networks, fabrics or instances."""
     return list(_catalogue()[section])
 
 
@@ -282,7 +316,12 @@ class _Reader:
             intra=self._link("intra", "fabrics", values["intra"]),
             inter=self._link("inter", "networks", values["inter"]),
             source=str(values.get("source", "")),
+            host=self.host(values.get("host", "ordinary")),
         )
+
+    def host(self, value: Any) -> Host:
+        known = value if isinstance(value, dict) else {"name": value, **self._known("hosts", value)}
+        return Host(**self._fields(Host, known, "host."))
 
     def accelerator(self, value: Any) -> Accelerator:
         known = value if isinstance(value, dict) else {"name": value, **self._known("accelerators", value)}

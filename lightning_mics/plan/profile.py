@@ -79,6 +79,8 @@ class Unit:
         backward_extra: Most that is allocated during its backward pass beyond what was kept; without gradients of
             parameters.
         can_checkpoint: Whether activation checkpointing applies to it.
+        forward_launches: Operations that the host launches for its forward pass, whatever the number of samples.
+        backward_launches: The same of its backward pass, without recomputation.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Unit:
     forward_extra: Amount = field(default_factory=Amount)
     backward_extra: Amount = field(default_factory=Amount)
     can_checkpoint: bool = True
+    forward_launches: int = 0
+    backward_launches: int = 0
 
     @cached_property
     def numel(self) -> int:

@@ -4,7 +4,8 @@ The order of events is that of FSDP2. One unit is gathered ahead: while a unit c
 In the backward pass the reduce-scatter of a unit runs beside the backward of the next, and one of them is in flight at
 most. The all-reduce between replicas follows the reduce-scatter of the unit, beside everything else, in microsteps that
 end a window (in every microstep for the 2-D mesh). The link between nodes carries one collective at a time, in the
-order of their launch.
+order of their launch. The host launches everything in that order, ahead of the device, which cannot run what is not
+launched yet.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class UnitTimes:
         reduce: Its reduce-scatter.
         replicate: Its hop two between replicas.
         slices: What brings its slices together after a step on them.
+        forward_host: What the host does for its forward pass.
+        backward_host: What the host does for its backward pass.
     """
 
     name: str
@@ -94,6 +97,8 @@ class UnitTimes:
     reduce: Cost = FREE
     replicate: Cost = FREE
     slices: Cost = FREE
+    forward_host: float = 0.0
+    backward_host: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +131,8 @@ class StepTime:
         compute: Seconds in which compute runs.
         exposed: Seconds in which compute waits, by what it waits for: gather, reduce, replicate.
         busy: Seconds in which each stream is busy.
+        host: Seconds in which the host works.
+        idle: Seconds in which compute waits for the host alone.
         events: The events of the first microsteps and of the last; of long windows not all.
     """
 
@@ -133,6 +140,8 @@ class StepTime:
     compute: float
     exposed: Mapping[str, float]
     busy: Mapping[str, float]
+    host: float = 0.0
+    idle: float = 0.0
     events: Sequence[Event] = field(default=(), repr=False)
 
     @property
@@ -152,6 +161,7 @@ class StepWork:
         replicates_always: Whether replicas synchronise in every microstep.
         gathers_again: Whether blocks are gathered again for their backward pass.
         optimizer: Seconds of the optimizer step.
+        optimizer_host: What the host does for it.
         agreement: Seconds of the exchange that ends a window.
         engine: How it is run.
     """
@@ -162,6 +172,7 @@ class StepWork:
     replicates_always: bool = False
     gathers_again: bool = True
     optimizer: float = 0.0
+    optimizer_host: float = 0.0
     agreement: float = 0.0
     engine: Engine = Engine()
 
@@ -191,6 +202,8 @@ def _extrapolated(shorter: StepTime, longer: StepTime, times: int) -> StepTime:
         compute=more(shorter.compute, longer.compute),
         exposed={hop: more(shorter.exposed[hop], longer.exposed[hop]) for hop in longer.exposed},
         busy={stream: more(shorter.busy[stream], longer.busy[stream]) for stream in longer.busy},
+        host=more(shorter.host, longer.host),
+        idle=more(shorter.idle, longer.idle),
         events=longer.events,
     )
 
@@ -206,6 +219,9 @@ class _Run:
         self._link_free = 0.0
         self._reduced = self._replicated = 0.0
         self._where = ("forward", 0)
+        # The host begins a step with some lead, or else the device would wait for the first unit in each of them.
+        self._host = self._idle = 0.0
+        self._lead = work.root.forward_host + sum(unit.forward_host for unit in work.blocks[:1])
         self._rows: deque[float] = deque()  # when what an optimizer's step made of units elsewhere is there
 
     def simulate(self, microsteps: int) -> StepTime:
@@ -216,21 +232,38 @@ class _Run:
             self._backward(number, replicates=is_last or work.replicates_always)
         self._where = ("step", microsteps - 1)
         self._wait(self.now + work.agreement, REPLICATE)
-        self._compute("optimizer", work.optimizer)
+        self._compute("optimizer", work.optimizer, work.optimizer_host)
+        self._wait_for_host(self._host - self.now)  # the lead comes from the step before
         busy = {stream: 0.0 for stream in STREAMS}
         for event in self.events:
             busy[event.stream] += event.end - event.start
         exposed = {hop: self.exposed[hop] for hop in (GATHER, REDUCE, REPLICATE)}
-        return StepTime(seconds=self.now, compute=busy[COMPUTE], exposed=exposed, busy=busy, events=tuple(self.events))
+        return StepTime(
+            seconds=self.now,
+            compute=busy[COMPUTE],
+            exposed=exposed,
+            busy=busy,
+            host=self._host,
+            idle=self._idle,
+            events=tuple(self.events),
+        )
 
     @property
     def now(self) -> float:
         """When the compute stream is free."""
         return self._free[COMPUTE]
 
-    def _compute(self, unit: str, seconds: float) -> None:
+    def _compute(self, unit: str, seconds: float, host: float = 0.0) -> None:
+        """Computes for some seconds, and ends no earlier than the host has launched all of it."""
+        self._host += host
+        self._wait_for_host(self._host - self._lead - self.now - seconds)
         if seconds > 0:
             self._note(COMPUTE, unit, self.now, self.now + seconds)
+            self._free[COMPUTE] += seconds
+
+    def _wait_for_host(self, seconds: float) -> None:
+        if seconds > 0:
+            self._idle += seconds
             self._free[COMPUTE] += seconds
 
     def _wait(self, until: float, hop: str) -> None:
@@ -291,17 +324,17 @@ class _Run:
         self._wait(self._gather(root), GATHER)
         self._compute(root.name, root.unpack)
         for unit in self._gather_in_turn(blocks, self._first_gather(blocks)):
-            self._compute(unit.name, unit.forward)
-        self._compute(root.name, root.forward)
+            self._compute(unit.name, unit.forward, unit.forward_host)
+        self._compute(root.name, root.forward, root.forward_host)
 
     def _backward(self, number: int, *, replicates: bool) -> None:
         self._where = ("backward", number)
         root, blocks = self.work.root, self.work.blocks[::-1]
         coming = self._first_gather(blocks) if self.work.gathers_again else 0.0
-        self._compute(root.name, root.backward)
+        self._compute(root.name, root.backward, root.backward_host)
         self._reduced = self._replicated = 0.0
         for unit in self._gather_in_turn(blocks, coming) if self.work.gathers_again else blocks:
-            self._compute(unit.name, unit.backward)
+            self._compute(unit.name, unit.backward, unit.backward_host)
             self._reduce(unit, replicates=replicates)
         self._reduce(root, replicates=replicates)
         self._wait(self._reduced, REDUCE)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mics.core._needs import require_in_source
 from lightning_mics.core._torch import forget_dtensor_meshes, unit_param_groups
@@ -133,6 +134,10 @@ class _Telling(_Tracker):
         self._storages: dict[Any, Storage] = {}
         self._communicating = 0
 
+    @property
+    def communicates(self) -> bool:
+        return self._communicating > 0
+
     def classify(self) -> None:
         for info, storage in self._storages.items():
             storage.is_activation = storage.is_activation and info.reftype.name in ("ACT", "TEMP", "INP")
@@ -198,6 +203,34 @@ class _Telling(_Tracker):
             if isinstance(module, FSDPModule):
                 for unit in unit_param_groups(module):
                     yield module, unit._group
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a device would be told to do, without FSDP2's own: no views, and no memory alone.
+
+    Args:
+        tracker: What :func:`track_activations` returned, which knows when FSDP2 is at work.
+
+    Attributes:
+        count: How many there were.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        super().__init__()
+        self._tracker = tracker
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._tracker.communicates and launches_kernel(func):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def launches_kernel(operation: Any) -> bool:
+    """Returns whether an operation makes a device work: it is no view, and does more than to allocate."""
+    is_view = any(argument.alias_info and not argument.alias_info.is_write for argument in operation._schema.arguments)
+    return not is_view and operation.namespace not in ("prim", "profiler") and "empty" not in operation._schema.name
 
 
 class FakeAttention(torch.autograd.Function):

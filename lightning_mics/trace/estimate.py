@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ def estimate(structure: Structure, name: str | None, sequence_length: int | None
     else:
         source = "shapes only"
         for key in (None, *structure.units):
-            figures[key] = _figures(_matmul_flops(structure.params[key], sequence_length or 1))
+            figures[key] = _figures(
+                _matmul_flops(structure.params[key], sequence_length or 1), len(structure.params[key])
+            )
     order = backward_order(structure.model, structure.units)
     return structure.profile(figures, order, name=name, sequence_length=sequence_length, source=source)
 
@@ -74,16 +76,24 @@ class _Shape:
         )
 
 
-def _figures(flops: float, **bytes_per_sample: float) -> Unit:
+def _figures(flops: float, num_params: int = 0, **bytes_per_sample: float) -> Unit:
     amounts: dict[str, Any] = {name: Amount(per_sample=size) for name, size in bytes_per_sample.items()}
-    return Unit(name="", params=(), forward_flops=flops, backward_flops=2 * flops, **amounts)
+    return Unit(
+        name="",
+        params=(),
+        forward_flops=flops,
+        backward_flops=2 * flops,
+        forward_launches=2 * num_params,  # as blocks of GPT-2 have it
+        backward_launches=3 * num_params,
+        **amounts,
+    )
 
 
 def _matmul_flops(params: Iterable[Param], tokens: int) -> float:
     return 2.0 * sum(param.numel for param in params if len(param.shape) > 1) * tokens
 
 
-def _block(shape: _Shape, params: Iterable[Param], tokens: int, width: int) -> Unit:
+def _block(shape: _Shape, params: Sequence[Param], tokens: int, width: int) -> Unit:
     hidden, wide = tokens * shape.hidden * width, tokens * shape.intermediate * width
     masks = 2 * tokens * shape.hidden
     saved = 8 * hidden + (4 if shape.is_gated else 2) * wide + masks
@@ -91,6 +101,7 @@ def _block(shape: _Shape, params: Iterable[Param], tokens: int, width: int) -> U
         saved += shape.heads * tokens**2 * (2 * width + 1)
     return _figures(
         _matmul_flops(params, tokens) + 4.0 * tokens**2 * shape.hidden,
+        len(params),
         saved=saved,
         checkpoint=hidden,
         forward_extra=wide,

@@ -26,7 +26,7 @@ from lightning_mics.core.resources import device_memory, free_host_memory
 from lightning_mics.core.timing import across_ranks, timed
 from lightning_mics.core.transport import transport_for
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_accelerator
+from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_accelerator, find_host
 from lightning_mics.topology import ClusterTopology
 from lightning_mics.trace._torch import one_rank_mesh
 
@@ -172,6 +172,7 @@ def measure_cluster(
         intra=_link(intra, inter, assumed.node.intra if assumed else None, source),
         inter=_link(inter, intra, assumed.node.inter if assumed else None, source),
         source=source,
+        host=assumed.node.host if assumed else find_host("ordinary"),
     )
     return Measurement(Cluster(node=node, num_nodes=topology.num_nodes), intra, inter)
 

@@ -120,6 +120,8 @@ def _fit(traces: list[Trace], kept: list[Trace]) -> dict[Key, Unit]:
             checkpoint=line(key, "saved", kept if key is not None and recomputes(key) else traces),
             forward_extra=line(key, "forward_extra"),
             backward_extra=line(key, "backward_extra"),
+            forward_launches=traces[0][key].forward_launches,
+            backward_launches=traces[0][key].backward_launches,
         )
         for key in traces[0]
     }

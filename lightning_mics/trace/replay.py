@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.trace._torch import Event, Storage, attention_flops, track_activations
+from lightning_mics.trace._torch import Event, Launches, Storage, attention_flops, track_activations
 from lightning_mics.trace.structure import Key
 
 # Losses and the like are no part of what grows with samples; they would hide that layers are equal.
@@ -33,10 +33,13 @@ class Counts:
     saved: int = 0
     forward_extra: int = 0
     backward_extra: int = 0
+    forward_launches: int = 0
+    backward_launches: int = 0
 
 
 Trace = dict[Key, Counts]  # in the order of the forward pass, the root first
-_Record = list[tuple[Event, int]]  # with the operations counted before each event
+_Done = tuple[int, int]  # floating-point operations, and launches
+_Record = list[tuple[Event, _Done]]  # with what was done before each event
 
 
 def trace(
@@ -51,11 +54,12 @@ def trace(
     flops = FlopCounterMode(display=False, custom_mapping=attention_flops())
 
     def record(event: Event) -> None:
-        events.append((event, 0 if event.kind == "memory" else flops.get_total_flops()))
+        events.append((event, (0, 0) if event.kind == "memory" else (flops.get_total_flops(), launches.count)))
 
     tracker = track_activations(root, record)
+    launches = Launches(tracker)
     tracker.track_inputs((batch,))
-    with tracker, flops:
+    with tracker, flops, launches:
         loss = root(batch)
         record(Event("loss"))
         if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -113,16 +117,17 @@ class _Replay:
         self._passes = [_Pass(None)]
         self._in_backward = False
         # Bytes alive, and those of them that stay until the backward pass.
-        self._flops = self._live = self._kept = 0
+        self._live = self._kept = 0
+        self._done: _Done = (0, 0)
 
     def run(self, events: _Record) -> Trace:
         """Returns the counts by unit."""
-        for event, flops in events:
+        for event, done in events:
             if event.storage is not None:
                 if event.storage.is_activation and abs(event.change) > _SCALAR_BYTES:
                     self._change(event.storage, event.change)
                 continue
-            self._charge(flops)
+            self._charge(done)
             if event.kind == "loss":
                 self._end_forward(None)
                 self._in_backward, self._passes = True, [_Pass(None, kept_before=self._kept)]
@@ -130,13 +135,16 @@ class _Replay:
                 self._move(event.kind, unit)
         return self._counts
 
-    def _charge(self, flops: int) -> None:
+    def _charge(self, done: _Done) -> None:
         counts = self._counts[self._passes[-1].unit]
+        flops, launches = (now - before for now, before in zip(done, self._done, strict=True))
         if self._in_backward:
-            counts.backward_flops += flops - self._flops
+            counts.backward_flops += flops
+            counts.backward_launches += launches
         else:
-            counts.forward_flops += flops - self._flops
-        self._flops = flops
+            counts.forward_flops += flops
+            counts.forward_launches += launches
+        self._done = done
 
     def _change(self, storage: Storage, change: int) -> None:
         current, is_kept = self._passes[-1], id(storage) in self._kept_storages

@@ -8,6 +8,7 @@ from rich.console import Console
 from lightning_mics.cli.plan.drawings import last_microstep, layout_lines, timeline_lines
 from lightning_mics.cli.plan.screen import print_planning
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.hardware import Host
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
 from lightning_mics.plan.search import Choices, search, what_helps
 from lightning_mics.plan.settings import Training
@@ -243,3 +244,17 @@ def test_the_last_microstep_ends_with_the_optimizer():
     window = last_microstep(time)
     assert {entry.microstep for entry in window} == {max(entry.microstep for entry in time.events)}
     assert window[-1].phase == "step"
+
+
+def test_the_screen_says_where_the_host_holds_up_the_device():
+    block = dataclasses.replace(make_profile().blocks[0], forward_launches=20, backward_launches=40)
+    profile = dataclasses.replace(make_profile(), blocks=(block,) * 4)
+    words = []
+    for seconds in (1e-9, 1e-3, 0.0):
+        cluster = make_cluster().with_host(Host(launch=seconds, unit=seconds, name="tried"))
+        planning = search(profile, cluster, TRAINING, Choices(batches=((1, 4),)))
+        words.append(" ".join(shown(planning).split()))
+    assert "The host (of kind tried: 0.00100 us an operation, 0.00100 us a gather) works for" in words[0]
+    assert "ahead of the device." in words[0] and "Bound by the host" not in words[0]
+    assert "Bound by the host: a larger micro-batch, compiled blocks or fewer, larger units." in words[1]
+    assert "host" not in words[2]

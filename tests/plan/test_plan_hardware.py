@@ -14,6 +14,7 @@ from lightning_mics.plan.hardware import (
     Node,
     cluster_to_yaml,
     find_accelerator,
+    find_host,
     find_instance,
     known_names,
     load_cluster,
@@ -146,7 +147,7 @@ def test_everything_in_full(load):
     )
     intra = Link(bandwidth=300e9, efficiency=0.8, latency=pytest.approx(5e-6))
     inter = Link(bandwidth=50e9, efficiency=0.9, latency=1.5e-3, source="measured")
-    node = Node(name="mine", accelerator=card, num_accelerators=8, intra=intra, inter=inter)
+    node = Node(name="mine", accelerator=card, num_accelerators=8, intra=intra, inter=inter, host=find_host("ordinary"))
     assert load(EXPLICIT) == Cluster(node=node, num_nodes=4)
 
 

@@ -145,3 +145,31 @@ def test_engines_differ_by_device():
     stock, ours = (engine_of(scheme, "cpu", settles=True) for scheme in ("full-sharding", "mics"))
     assert stock.reduce_factor == 2 and not stock.gathers_ahead
     assert ours.gathers_ahead and ours.reduce_factor == 1
+
+
+def hosted(forward_host, backward_host, **times):
+    return dataclasses.replace(block(**times), forward_host=forward_host, backward_host=backward_host)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 7])
+def test_a_device_waits_for_a_slow_host_and_for_no_fast_one(accumulation):
+    fast = StepWork(root=ROOT, blocks=[hosted(0.5, 1.5)] * 4, accumulation=accumulation, optimizer_host=0.1)
+    time = simulate(fast)
+    assert time.seconds == pytest.approx(accumulation * 4 * 3) and time.idle == 0
+    assert time.host == pytest.approx(accumulation * 4 * 2 + 0.1)
+    time = simulate(dataclasses.replace(fast, blocks=[hosted(2, 5)] * 4))
+    assert time.seconds == time.host == pytest.approx(accumulation * 4 * 7 + 0.1)
+    assert time.idle == pytest.approx(time.seconds - time.compute)
+
+
+def test_where_the_host_is_slow_in_some_units_only_the_device_waits_there():
+    units = [hosted(0.1, 0.1), hosted(0.1, 0.1), hosted(6.0, 0.1)]
+    time = simulate(StepWork(root=ROOT, blocks=units))
+    # Two units are computed while the third one is launched, which took 6 s from the second's launch on.
+    assert 0 < time.idle < 4.1 and time.host < time.seconds == pytest.approx(9 + time.idle)
+    assert simulate(StepWork(root=ROOT, blocks=[hosted(0.1, 0.1, gather=0.5)] * 3)).idle == 0
+
+
+def test_collectives_hide_behind_what_the_host_takes():
+    time = simulate(StepWork(root=ROOT, blocks=[hosted(3, 3, gather=1, reduce=1)] * 4))
+    assert time.seconds == pytest.approx(24, rel=0.1)

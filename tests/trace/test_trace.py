@@ -160,6 +160,16 @@ def test_operations_are_those_of_the_shapes() -> None:
     assert profile.flops == 3 * sum(unit.forward_flops for unit in profile.units)
 
 
+def test_launches_are_the_operations_of_the_model_alone() -> None:
+    block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.ModuleDict({"a": block})["a"], nn.Linear(8, 8))
+    unit = profile_model(model, torch.ones(1, 8), wrap="Sequential").blocks[0]
+    assert (unit.forward_launches, unit.backward_launches) == (3, 6)  # backward: products, sums of biases, GELU
+    few, many = (profile_model(gpt2(layers), {"input_ids": torch.ones(1, 16, dtype=torch.long)}) for layers in (4, 8))
+    assert len({(unit.forward_launches, unit.backward_launches) for unit in (*few.blocks, *many.blocks)}) == 1
+    assert 15 <= few.blocks[0].forward_launches <= 25 <= few.blocks[0].backward_launches <= 40
+
+
 def test_scores_are_kept_only_where_attention_is_eager() -> None:
     fused, eager = (
         profile_model(gpt2(1, attn_implementation=attention, attn_pdrop=0.1), tokens(), param_dtype="bfloat16")

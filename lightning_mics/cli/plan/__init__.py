@@ -51,6 +51,7 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
     add("--cluster", type=Path, metavar="FILE", help="a YAML file that describes the nodes and their links")
     add("--measure", action="store_true", help="measure the links of this cluster; start it by torchrun on all nodes")
     add("--save-cluster", type=Path, metavar="FILE", help="where --measure writes them (default: cluster.yaml)")
+    add("--host", metavar="NAME", help="what launches the devices' work: ordinary (default) or fast")
     add("--nodes", type=int, metavar="N", help="number of nodes (default: what the file says, else 1)")
     add("--memory-limit", metavar="SIZE", help='what a rank may use, for example "36 GiB" (default: all of its memory)')
     add("--list", action="store_true", help="show known models and hardware, and do nothing else")

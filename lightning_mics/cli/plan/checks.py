@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_mics.bench.style import require_matplotlib
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
+from lightning_mics.plan.hardware import Cluster, find_host, find_instance, load_cluster
 from lightning_mics.topology import check_positive_int
 
 # Endings of a picture; any other path is a folder.
@@ -49,8 +49,10 @@ def given_cluster(options: argparse.Namespace) -> Cluster:
         MiCSConfigError: If the name is unknown, or the file cannot be read.
     """
     if options.instance is not None:
-        return find_instance(options.instance, options.nodes or 1)
-    return load_cluster(options.cluster, options.nodes)
+        cluster = find_instance(options.instance, options.nodes or 1)
+    else:
+        cluster = load_cluster(options.cluster, options.nodes)
+    return cluster if options.host is None else cluster.with_host(find_host(options.host))
 
 
 def _check_formats(options: argparse.Namespace) -> None:

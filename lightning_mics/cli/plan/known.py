@@ -18,7 +18,7 @@ def print_known() -> None:
     page = Page(Console(highlight=False))
     _print_names("Models (--model)", known_models(), page)
     _print_instances(page)
-    for section in ("accelerators", "fabrics", "networks"):
+    for section in ("accelerators", "fabrics", "networks", "hosts"):
         _print_names(f"{section.capitalize()}, for a file (--cluster)", known_names(section), page)
 
 

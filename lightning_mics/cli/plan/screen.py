@@ -15,6 +15,7 @@ from lightning_mics.cli.plan.drawings import last_microstep, layout_lines, timel
 from lightning_mics.cli.plan.page import Page, format_count, format_duration, format_rate, format_short
 from lightning_mics.cli.plan.write import accelerate_code, trainer_code
 from lightning_mics.plan.evaluate import Plan
+from lightning_mics.plan.host import explain_host
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import (
     UNKNOWN_ACTIVATIONS,
@@ -223,7 +224,7 @@ def _print_best(planning: Planning, page: Page) -> None:
     page.lines("\n".join(layout_lines(best.candidate.layout(planning.cluster.topology), page.width)))
     _print_memory(best, page)
     _print_traffic(planning, page)
-    _print_timeline(best, page)
+    _print_timeline(planning, page)
 
 
 def _print_memory(plan: Plan, page: Page) -> None:
@@ -260,7 +261,8 @@ def _savings(planning: Planning) -> str:
     return f"{format_bytes(ours)} leave a node: {how} with full sharding ({format_bytes(theirs)})."
 
 
-def _print_timeline(plan: Plan, page: Page) -> None:
+def _print_timeline(planning: Planning, page: Page) -> None:
+    plan = planning.best
     time, microsteps = plan.time, plan.candidate.accumulation
     window = last_microstep(time)
     which = "the step" if microsteps == 1 else f"the last of {microsteps} microsteps"
@@ -276,6 +278,8 @@ def _print_timeline(plan: Plan, page: Page) -> None:
     )
     waits = ", ".join(f"{hop} {seconds / time.seconds:.1%}" for hop, seconds in time.exposed.items())
     page.say(f"Compute waits for {time.waiting:.1%} of the step: {waits}.")
+    if words := explain_host(plan, planning.cluster.node.host):
+        page.say(words)
 
 
 # Compared with others.
