@@ -301,12 +301,9 @@ def explain_advice(planning: Planning) -> str | None:
     if best.candidate == fastest.candidate:
         return None
     slower = fastest.samples_per_second / best.samples_per_second - 1
-    ours, theirs = best.candidate, fastest.candidate
-    words = [f"p={ours.shard_size}", f"p={theirs.shard_size}"]
-    if ours.shard_size == theirs.shard_size:
-        words = [describe(ours), describe(theirs)]
+    theirs, size = apart_from(best.candidate, fastest.candidate), best.candidate.shard_size
     return (
-        f"{words[0]} is within {max(1, math.ceil(100 * slower))}% of the fastest, {words[1]}{_gains(best, fastest)}. "
+        f"p={size} is within {max(1, math.ceil(100 * slower))}% of the fastest, {theirs}{_gains(best, fastest)}. "
         f"Predictions are no better than {ERROR:.0%}; --rank throughput goes by speed alone."
     )
 
@@ -329,7 +326,9 @@ def explain_division(planning: Planning) -> str | None:
         return f"{text}, and no other partition size fits."
     other = rest[0]
     faster = planning.best.samples_per_second / other.samples_per_second - 1
-    speed = f"{faster:.0%} faster than" if faster >= 0.005 else f"within {math.ceil(-100 * faster)}% as fast as"
+    speed = "as fast as"
+    if abs(faster) >= 0.005:
+        speed = f"{faster:.0%} faster than" if faster > 0 else f"within {math.ceil(-100 * faster)}% of"
     return f"{text}. It is {speed} the best plan without, p={other.candidate.shard_size}."
 
 
@@ -369,6 +368,22 @@ def describe(candidate: Candidate) -> str:
     words = f"p={candidate.shard_size}{own} with micro-batches of {candidate.micro_batch}"
     words += " and activation checkpointing" if candidate.activation_checkpointing else ""
     return words + ("" if candidate.reshard_after_forward else " and blocks kept gathered")
+
+
+def apart_from(other: Candidate, candidate: Candidate) -> str:
+    """Returns what tells a candidate from another one, for example ``"p=32 with micro-batches of 2"``."""
+    said = []
+    if candidate.micro_batch != other.micro_batch:
+        said.append(f"micro-batches of {candidate.micro_batch}")
+    if candidate.activation_checkpointing != other.activation_checkpointing:
+        said.append("recomputation" if candidate.activation_checkpointing else "nothing recomputed")
+    if candidate.reshard_after_forward != other.reshard_after_forward:
+        said.append(f"blocks {'freed after' if candidate.reshard_after_forward else 'kept after'} the forward pass")
+    if candidate.slices != other.slices and candidate.slices > 1:
+        said.append(f"optimizer states over {candidate.optimizer_shard_size} ranks")
+    if candidate.hierarchical != other.hierarchical and candidate.shard_size == other.shard_size:
+        said.append("collectives in two stages" if candidate.hierarchical else "collectives in one stage")
+    return " and ".join([f"p={candidate.shard_size}{' with ' * bool(said)}{said[0] if said else ''}", *said[1:]])
 
 
 def largest_micro_batch(planning: Planning, candidate: Candidate) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_mics.plan.evaluate import Plan, evaluate
 from lightning_mics.plan.hardware import Cluster
-from lightning_mics.plan.search import ERROR, Planning, by_throughput
+from lightning_mics.plan.search import ERROR, Planning, apart_from, by_throughput
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.plan.simulate import engine_of
 from lightning_mics.text import format_number
@@ -111,22 +111,6 @@ def explain_assumptions(planning: Planning) -> str:
         parts.append(f"{ours} stays within {ERROR:.0%} of the fastest if nothing overlaps")
     begin = f"The advice rests on {' and on '.join(rests)}" if rests else "The advice is sturdy"
     return f"{begin}: {'; '.join(parts)}."
-
-
-def apart_from(other: Candidate, candidate: Candidate) -> str:
-    """Returns what tells a candidate from another one, for example ``"p=32 with micro-batches of 2"``."""
-    said = []
-    if candidate.micro_batch != other.micro_batch:
-        said.append(f"micro-batches of {candidate.micro_batch}")
-    if candidate.activation_checkpointing != other.activation_checkpointing:
-        said.append("recomputation" if candidate.activation_checkpointing else "nothing recomputed")
-    if candidate.reshard_after_forward != other.reshard_after_forward:
-        said.append(f"blocks {'freed after' if candidate.reshard_after_forward else 'kept after'} the forward pass")
-    if candidate.slices != other.slices and candidate.slices > 1:
-        said.append(f"optimizer states over {candidate.optimizer_shard_size} ranks")
-    if candidate.hierarchical != other.hierarchical and candidate.shard_size == other.shard_size:
-        said.append("collectives in two stages" if candidate.hierarchical else "collectives in one stage")
-    return " and ".join([f"p={candidate.shard_size}{' with ' * bool(said)}{said[0] if said else ''}", *said[1:]])
 
 
 def contenders_of(planning: Planning) -> list[Plan]:

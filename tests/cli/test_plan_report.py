@@ -180,4 +180,5 @@ def test_where_nothing_fits_the_page_says_what_is_missing(shown):
     browser = shown(find(limit=0.2 * GIB))
     assert browser.run("document.querySelector('#advice').textContent").strip().startswith("Nothing fits")
     assert "too much" in browser.run("document.querySelector('#misfits').textContent")
+    assert "What would make it fit: " in browser.run("document.querySelector('#advice').textContent")
     assert browser.run("document.querySelector('#figures').hidden")

@@ -25,8 +25,8 @@ from lightning_mics.cli.plan.page import format_duration, format_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.evaluate import Plan
 from lightning_mics.plan.scaling import ScalingPoint
-from lightning_mics.plan.search import Misfit, Planning
-from lightning_mics.plan.sensitivity import apart_from, contenders_of, sensitivity
+from lightning_mics.plan.search import Misfit, Planning, apart_from
+from lightning_mics.plan.sensitivity import contenders_of, sensitivity
 from lightning_mics.plan.settings import Scheme
 from lightning_mics.plan.simulate import COMPUTE, GATHER, REDUCE, REPLICATE, STREAMS, Event
 from lightning_mics.text import format_bytes, format_number

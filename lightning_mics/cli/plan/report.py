@@ -17,7 +17,7 @@ from lightning_mics.cli.plan.write import accelerate_code, trainer_code
 from lightning_mics.plan.evaluate import Plan, peak_flops
 from lightning_mics.plan.hardware import Link
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
-from lightning_mics.plan.search import ERROR, Planning
+from lightning_mics.plan.search import ERROR, Planning, explain_misfit
 from lightning_mics.plan.sensitivity import RATES, contenders_of, sensitivity
 from lightning_mics.plan.simulate import COMPUTE, STREAMS
 from lightning_mics.text import format_bytes, format_number
@@ -25,6 +25,11 @@ from lightning_mics.text import format_bytes, format_number
 _FOLDER = "web"
 # A timeline is drawn on so many ticks.
 _TICKS = 10_000
+_ABOUT_COLUMNS = (
+    "p: ranks of a partition group; q: those that divide optimizer states, if they are more. Waits: exposed "
+    "communication. MFU: share of the peak that trains the model. The last columns are the step in s under worse "
+    "conditions: links between nodes that give less of their rate, compute that waits for each collective."
+)
 _SHOWN_RATES = (0.75, 0.5, 0.375, 0.25)
 
 
@@ -55,7 +60,7 @@ def _content(planning: Planning, ask: Callable[..., str], top: int, assumed: Col
     cluster, counts = planning.cluster, default_nodes(planning.cluster.num_nodes)
     return {
         "facts": list(question(planning, assumed).items()),
-        "reasons": reasons(planning) if planning.plans else [],
+        "reasons": reasons(planning) if planning.plans else [explain_misfit(planning)],
         "rows": [_row(planning, plan, counts, ask) for plan in _shown(planning, top)],
         "ranking": planning.choices.ranking,
         "limit": planning.memory_limit,
@@ -68,9 +73,7 @@ def _content(planning: Planning, ask: Callable[..., str], top: int, assumed: Col
         "ticks": _TICKS,
         "misfits": misfit_rows(planning),
         "assumptions": list(_assumptions(planning)),
-        "about_columns": "p: ranks of a partition group. Waits: exposed communication. MFU: share of the peak that "
-        "trains the model. The last columns are the step in s under worse conditions: links between nodes that give "
-        "less of their rate, compute that waits for each collective.",
+        "about_columns": _ABOUT_COLUMNS,
         "footer": f"Predicted by lightning-mics, not measured. Written by: {ask()} --report plan.html",
     }
 

@@ -141,7 +141,7 @@ function timeline(row) {
   const lanes = Object.entries(row.timeline.lanes).filter(([, events]) => events.length);
   const span = row.timeline.seconds;
   const whole = row.accumulation === 1 ? "the step" : `the last of ${row.accumulation} microsteps`;
-  caption("timeline", `A step takes ${duration(row.seconds)}; compute waits for ${percent(row.waiting, 1)} of it`,
+  caption("timeline", `A step ${row.fits ? "takes" : "would take"} ${duration(row.seconds)}; compute waits for ${percent(row.waiting, 1)} of it`,
     `${whole}, with the optimizer: ${duration(span)}`);
   place("timeline", 34 * lanes.length + 24, (picture, width) => {
     const left = 74, scale = (width - left) / data.ticks;
@@ -297,7 +297,7 @@ function sensitivity(row) {
 function drawFigures() {
   const row = data.rows[state.chosen];
   if (!row) return;
-  find("#chosen").textContent = row === data.rows[0] ? `The best plan: ${name(row)}` : name(row);
+  find("#chosen").textContent = row === data.rows[0] ? `The best plan: ${name(row)}` : name(row) + (row.fits ? "" : " does not fit");
   for (const paint of [timeline, memory, traffic, scaling, sensitivity]) paint(row);
 }
 
