@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
@@ -52,15 +53,25 @@ class Browser:
         )
         for end in (theirs_in, theirs_out, *theirs):
             os.close(end)
-        pages = self.call("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in pages if target["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        try:
+            self._attach()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
+    def _attach(self) -> None:
+        pages: list[str] = []
+        while not pages:
+            targets = self.call("Target.getTargets")["targetInfos"]
+            pages = [target["targetId"] for target in targets if target["type"] == "page"]
+        self._session = self.call("Target.attachToTarget", targetId=pages[0], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
     def __exit__(self, *exc: Any) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._in)
         os.close(self._out)
@@ -104,7 +115,7 @@ class Browser:
     def open(self, page: Path) -> None:
         """Loads a file, and waits until it is there."""
         self.call("Page.navigate", url=page.as_uri())
-        while self.run("document.readyState") != "complete":
+        while self.run("[document.URL, document.readyState]") != [page.as_uri(), "complete"]:
             time.sleep(0.02)
 
     def run(self, script: str) -> Any:

@@ -6,5 +6,5 @@ for name in chromium chromium-browser google-chrome; do
 done
 [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || exit 0
 export DEBIAN_FRONTEND=noninteractive
-{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 ||
+{ timeout 120 apt-get update -qq && timeout 600 apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 ||
     echo "Chromium cannot be installed: tests of --report are skipped" >&2
