@@ -32,6 +32,7 @@ _HOMES = {
     "communication_ledger": "core.runtime",
     "consolidate": "checkpoint",
     "defer_replication_sync": "core.accumulation",
+    "exchanged_weights": "core.copies",
     "load_checkpoint": "checkpoint",
     "mics_shard": "sharding",
     "register_forward_method": "core.runtime",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from lightning_mics.core.accumulation import defer_replication_sync, sync_gradients
     from lightning_mics.core.buffers import broadcast_buffers
     from lightning_mics.core.clipping import clip_grad_norm_
+    from lightning_mics.core.copies import exchanged_weights
     from lightning_mics.core.runtime import communication_ledger, register_forward_method
     from lightning_mics.core.unequal import unequal_passes
     from lightning_mics.errors import (

@@ -28,7 +28,7 @@ from lightning_mics.core._torch import (
 from lightning_mics.core.apply import owned_modules
 from lightning_mics.core.clipping import clip_whole_beside_shards
 from lightning_mics.core.collectives import OnCall
-from lightning_mics.core.copies import refuse_copies
+from lightning_mics.core.copies import watch_copies
 from lightning_mics.core.cpu.prefetch import ForwardPrefetch
 from lightning_mics.core.drift import DriftCheck
 from lightning_mics.core.failures import explaining
@@ -167,7 +167,7 @@ def connect(
     names = tuple(unit.name for unit in found)
     runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, gathers, choice)
     attach(model, runtime)
-    refuse_copies(model)
+    watch_copies(model)
     return runtime
 
 

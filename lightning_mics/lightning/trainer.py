@@ -26,6 +26,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
@@ -200,9 +201,9 @@ class MiCSStrategy(ParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Shards the module and creates its optimizers."""
         assert self.accelerator is not None and self.lightning_module is not None
-        _refuse_averaging(trainer)
         self.accelerator.setup(trainer)
         self._shard(self.lightning_module, trainer)
+        _average_shards(trainer, self.lightning_module, self.root_device)
         for callback in trainer.checkpoint_callbacks if self.config.async_checkpoint else ():
             expect_late_checkpoints(callback)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -423,13 +424,15 @@ class _Launcher(EndsWithRanks, _SubprocessScriptLauncher):
             self.weights_only = None  # nor may the next run load what only this one trusts
 
 
-def _refuse_averaging(trainer: pl.Trainer) -> None:
+def _average_shards(trainer: pl.Trainer, module: pl.LightningModule, device: torch.device) -> None:
+    """Has callbacks average the shards of a module, which they have copied before it was sharded."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise MiCSConfigError(
-                f"{type(callback).__name__} copies the whole module, which a sharded module does not allow. Remove the "
-                "callback, or average the weights of saved checkpoints after training."
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model = AveragedModel(
+                module, callback._device or device, use_buffers=callback._use_buffers, **callback._kwargs
             )
+        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            callback._average_model = copy.deepcopy(module)
 
 
 def _future_optimizers(module: pl.LightningModule) -> list[Optimizer] | None:

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_tools import (
@@ -367,11 +366,6 @@ def rebuild() -> None:
     trainer.test(ours, loader(2, trainer.world_size), verbose=False)
 
 
-def average_weights() -> None:
-    trainer = make_trainer(strategy=MiCSStrategy(shard_size=2), callbacks=[StochasticWeightAveraging(1e-2)])
-    trainer.fit(module(), loader(2, trainer.world_size))
-
-
 def choose_precision(precision: str) -> None:
     make_trainer(strategy=MiCSStrategy(shard_size=2), precision=precision)
 
@@ -406,7 +400,6 @@ def change_shard_size() -> None:
     ("function", "args", "words"),
     [
         (rebuild, (), ("configure_model", "net.embedding.weight")),
-        (average_weights, (), ("StochasticWeightAveraging", "Remove the callback")),
         (choose_precision, ("16-true",), ("16-true", "16-mixed")),
         (choose_shard_size, (0,), ("shard_size=0", "at least 1")),
         (choose_shard_size, (-2,), ("shard_size=-2", "at least 1")),

@@ -37,7 +37,13 @@ def configure(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to train").add_argument
     add("--model", metavar="MODEL", help="a known name, a Hugging Face config.json, or MODULE:FACTORY")
-    add("--sequence", type=int, metavar="N", help="tokens of a sample (default: the longest that the model takes)")
+    add(
+        "--sequence",
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens of a sample (default: the longest that the model takes)",
+    )
     add("--precision", default="bf16-mixed", help="as Lightning names it (default: %(default)s)")
     add("--optimizer", default="AdamW", metavar="NAME", help="a class of torch.optim (default: %(default)s)")
     add("--global-batch", type=int, metavar="N", help="samples of an optimizer step, of all ranks")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,12 +116,26 @@ def _write(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     handlers.pop(op, None)  # or it would come back here
     try:
-        result = op(*args, **kwargs)
+        result = None
+        for some in _by_kind(args) if written is args[0] else [args]:
+            result = op(*some, **kwargs)
     finally:
         handlers[op] = _write
     if written is args[0]:
         increment_version([tensor for tensor in written if isinstance(tensor, DTensor) and not tensor.is_inference()])
     return result
+
+
+def _by_kind(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yields the arguments of an operation on lists for shards, and for what is whole beside them."""
+    length = len(args[0])
+    for is_sharded in (True, False):
+        chosen = [index for index, tensor in enumerate(args[0]) if isinstance(tensor, DTensor) is is_sharded]
+        if chosen:
+            yield tuple(
+                [arg[index] for index in chosen] if isinstance(arg, list | tuple) and len(arg) == length else arg
+                for arg in args
+            )
 
 
 def _refuse_copy(written: Tensor) -> None:
