@@ -51,6 +51,7 @@ OTHERS = {
     "lightning": {
         *(
             "_active_loop",
+            "_average_model",
             "_combined_loader",
             "_data_fetcher",
             "_data_source",
