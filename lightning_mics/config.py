@@ -17,7 +17,7 @@ from lightning_mics._moved import open_door
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.precision import DTYPE_NAMES, supported_precision
 from lightning_mics.text import did_you_mean, nearest, parse_quantity
-from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
+from lightning_mics.topology import OptimizerShardSize, Recomputation, ShardSize, check_positive_int
 from lightning_mics.yaml_text import parse_yaml, read_yaml
 
 Wrap = str | type[torch.nn.Module] | Collection[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
@@ -75,7 +75,9 @@ class MiCSConfig:
         output_dtype: Dtype to which the root's floating-point outputs are cast; ``None`` leaves them.
         cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``; ``"units"`` leaves out
             the root's inputs.
-        activation_checkpointing: Whether units recompute their activations in the backward pass.
+        activation_checkpointing: Which blocks recompute their activations in the backward pass: all (``True``), every
+            so-many-th (a number, counted from the first), or all but the results of matrix products and attention
+            (``"selective"``).
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas),
             and each one after a change of what wants gradients, of what an optimizer steps on, or of the model's mode.
@@ -118,7 +120,7 @@ class MiCSConfig:
     reduce_dtype: torch.dtype | str | None = torch.float32
     output_dtype: torch.dtype | str | None = None
     cast_forward_inputs: bool | Literal["units"] = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputation = False
     cpu_offload: bool = False
     verify: bool = True
     memory_limit: int | str | None = None
@@ -141,8 +143,9 @@ class MiCSConfig:
             )
         if self.cast_forward_inputs != "units":
             check_switch("cast_forward_inputs", self.cast_forward_inputs, "True, False or 'units'")
-        for name in ("reshard_after_forward", "activation_checkpointing", "cpu_offload", "verify", "async_checkpoint"):
+        for name in ("reshard_after_forward", "cpu_offload", "verify", "async_checkpoint"):
             check_switch(name, getattr(self, name))
+        self._check_recomputation()
         wires = ("replication_reduce_dtype", "replication_gather_dtype")
         for name in ("param_dtype", "reduce_dtype", "output_dtype", *wires):
             object.__setattr__(self, name, as_dtype(getattr(self, name), name))
@@ -195,6 +198,15 @@ class MiCSConfig:
                 )
             return
         check_positive_int("optimizer_shard_size", self.optimizer_shard_size, "world")
+
+    def _check_recomputation(self) -> None:
+        how = self.activation_checkpointing
+        if how != "selective" and not (isinstance(how, bool) or (isinstance(how, int) and how > 0)):
+            raise MiCSConfigError(
+                f"activation_checkpointing={how!r} says of no block whether it is recomputed. Values that work: True, "
+                "False, 'selective', or a number such as 2 for every second block.",
+                setting="activation_checkpointing",
+            )
 
     def _check_wrap(self) -> None:
         entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
@@ -343,7 +355,7 @@ class Settings(TypedDict, total=False):
     reduce_dtype: torch.dtype | str | None
     output_dtype: torch.dtype | str | None
     cast_forward_inputs: bool | Literal["units"] | None
-    activation_checkpointing: bool | None
+    activation_checkpointing: Recomputation | None
     cpu_offload: bool | None
     verify: bool | None
     memory_limit: int | str | None

@@ -37,7 +37,7 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "cpu_ram_efficient_loading": ((False,), "every rank reads pretrained weights. Leave it out"),
     "activation_checkpointing_offload": ((False,), "activations stay on the device. Leave it out"),
 }
-_RECOMPUTE = "activation_checkpointing=True recomputes every unit, and wrap= chooses the units"
+_RECOMPUTE = "activation_checkpointing=True recomputes every unit (2 every second), and wrap= chooses the units"
 _ELSEWHERE = {
     "accelerator": "Give it to the Trainer or to Fabric, as accelerator='cuda'",
     "parallel_devices": "Give devices= to the Trainer or to Fabric",
@@ -110,7 +110,7 @@ def _is_foreign(name: str, value: object) -> bool:
         return isinstance(value, CPUOffload | OffloadPolicy)
     if name == "reshard_after_forward":
         return _word(value) in _STRATEGIES
-    return name == "activation_checkpointing" and value is not None and not isinstance(value, bool)
+    return name == "activation_checkpointing" and value is not None and not isinstance(value, int | str)
 
 
 def _meaning(name: str, value: Any, known: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any] | None:

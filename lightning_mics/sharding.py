@@ -108,7 +108,7 @@ def mics_shard(
     if config.verify:
         check_groups(mesh)
     if config.activation_checkpointing:
-        checkpoint_activations([unit for unit in units if unit[0] not in entries])
+        checkpoint_activations([unit for unit in units if unit[0] not in entries], config.activation_checkpointing)
     hooks = hooks_in(model)
     sharded = ShardedParams()
     note_replaced(model)

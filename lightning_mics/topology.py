@@ -19,6 +19,8 @@ from lightning_mics.text import listing
 
 ShardSize = int | Literal["node", "world", "auto"]
 OptimizerShardSize = int | Literal["partition", "world"]
+# Blocks that are computed again in the backward pass: none, all, every so-many-th, or all but their products.
+Recomputation = bool | int | Literal["selective"]
 Group = tuple[int, ...]
 
 

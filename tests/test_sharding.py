@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mics import MiCSConfig, MiCSConfigError, MiCSError, communication_ledger, mics_shard
 from lightning_mics.core.runtime import runtime_of
 from lightning_mics.testing import WorkerPool, full_state_dict
+from lightning_mics.topology import Recomputation
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)
 
@@ -328,7 +329,7 @@ def test_a_dropped_model_is_freed(pool: WorkerPool) -> None:
     assert pool.run(drop, world_size=2) == [False, False]
 
 
-def gathers_of_recomputation(checkpointing: bool) -> dict[str, Tensor]:
+def gathers_of_recomputation(checkpointing: Recomputation) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = Regressor()
     model.blocks = nn.ModuleList(nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(2))
@@ -339,7 +340,8 @@ def gathers_of_recomputation(checkpointing: bool) -> dict[str, Tensor]:
 
 
 def both_ways() -> bool:
-    return same(gathers_of_recomputation(True), gathers_of_recomputation(False))
+    plain = gathers_of_recomputation(False)
+    return all(same(gathers_of_recomputation(how), plain) for how in (True, 2, "selective"))
 
 
 def test_recomputed_activations_drop_out_the_same_units(pool: WorkerPool) -> None:

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def sample(batch: int, seed: int = 0) -> dict[str, Tensor]:
 
 def predict(combination: Combination) -> dict[str, float]:
     """Returns the planner's memory by part, in bytes."""
-    training = Training.in_precision(combination.precision, combination.optimizer)
+    training = replace(Training.in_precision(combination.precision, combination.optimizer), holds_outputs=False)
     profile = profile_model(build(combination.model), sample(1), param_dtype=training.param_dtype, device_type="cpu")
     link = Link(bandwidth=1e9, efficiency=1.0, latency=1e-6)
     cpu = Accelerator(

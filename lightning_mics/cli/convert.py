@@ -99,7 +99,7 @@ def _write_for_accelerate(conversion: Conversion, options: argparse.Namespace) -
         num_machines=num_machines,
         main_process_ip=options.main_process_ip,
         mixed_precision=conversion.mixed_precision or "no",
-        activation_checkpointing=conversion.config.activation_checkpointing,
+        activation_checkpointing=bool(conversion.config.activation_checkpointing),
         cpu_offload=conversion.config.cpu_offload,
     )
     variables = {

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core._torch import checkpoint, uncompiled
+from lightning_mics.config import MiCSConfig, Recomputation, as_dtype
+from lightning_mics.core._torch import checkpoint, keep_products, uncompiled
 from lightning_mics.core.class_names import keep_class_names
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
@@ -85,8 +85,12 @@ def recomputes(unit: Unit) -> bool:
     return len(unit) == 1 and any(uncompiled(unit[0]).children())
 
 
-def checkpoint_activations(units: Sequence[Unit]) -> None:
+def checkpoint_activations(units: Sequence[Unit], how: Recomputation) -> None:
     """Makes blocks recompute their activations in the backward pass.
+
+    Args:
+        units: The units.
+        how: ``True`` for all blocks, a number for every so-many-th; ``"selective"`` for all but what products return.
 
     Raises:
         MiCSConfigError: If none of the units is one.
@@ -94,12 +98,16 @@ def checkpoint_activations(units: Sequence[Unit]) -> None:
     blocks = [unit[0] for unit in units if recomputes(unit)]
     if not blocks:
         raise MiCSConfigError(
-            "activation_checkpointing=True, but no unit of the model is a block whose activations could be recomputed. "
-            "Name the blocks with wrap=, or use activation_checkpointing=False.",
+            f"activation_checkpointing={how!r}, but no unit of the model is a block whose activations could be "
+            "recomputed. Name the blocks with wrap=, or use activation_checkpointing=False.",
             setting="activation_checkpointing",
         )
-    for block in blocks:
-        checkpoint(block)
+    if how == "selective":
+        for block in blocks:
+            checkpoint(block, context_fn=keep_products)
+    else:
+        for block in blocks[::how]:
+            checkpoint(block)
 
 
 def shard_units(

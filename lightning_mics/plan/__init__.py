@@ -13,7 +13,7 @@ from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node, find_
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.search import Choices, Misfit, Planning, search
-from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.plan.settings import Candidate, Training, Variant
 from lightning_mics.plan.simulate import Event, StepTime
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "StepTime",
     "Training",
     "Unit",
+    "Variant",
     "evaluate",
     "find_instance",
     "load_cluster",

@@ -12,7 +12,7 @@ from lightning_mics.plan.cost import FREE, Cost, NetworkCosts
 from lightning_mics.plan.hardware import Cluster, Host
 from lightning_mics.plan.host import backward_seconds, forward_seconds, optimizer_seconds
 from lightning_mics.plan.memory import MemoryBreakdown, gradient_bytes, predict_memory
-from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Unit
+from lightning_mics.plan.profile import DTYPE_BYTES, Again, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
 
@@ -107,7 +107,8 @@ def evaluate(
     memory = memory or predict_memory(profile, candidate, training, accelerator)
     time = simulate(_Step(profile, cluster, candidate, training).work(memory, engine))
     samples = candidate.micro_batch * candidate.accumulation
-    recomputed = sum(unit.forward_flops for unit in profile.blocks if candidate.recomputes(unit))
+    blocks = zip(profile.blocks, candidate.again(profile.blocks), strict=True)
+    recomputed = sum(unit.forward_flops for unit, again in blocks if again == "all" and unit.runs_backward)
     model_flops = profile.flops * samples / time.seconds
     return Plan(
         candidate=candidate,
@@ -154,8 +155,9 @@ class _Step:
         candidate, layout, costs = self._candidate, self._layout, self._costs
         settles = not layout.spans_nodes and layout.num_replicas > 1
         engine = engine or engine_of(candidate.scheme, self._accelerator.device_type, settles=settles)
-        times = functools.cache(lambda unit: self._unit_times(unit, engine.least_message))
-        root, blocks = times(self._profile.root), [times(unit) for unit in self._profile.blocks]
+        times = functools.cache(lambda unit, again: self._unit_times(unit, again, engine.least_message))
+        units = self._profile.blocks
+        root, blocks = times(self._profile.root, None), list(map(times, units, candidate.again(units)))
         if candidate.scheme == "ddp":
             root, blocks = self._in_buckets(root, blocks)
         return StepWork(
@@ -170,17 +172,24 @@ class _Step:
             engine=engine,
         )
 
-    def _unit_times(self, unit: Unit, least_message: int | None) -> UnitTimes:
+    def _unit_times(self, unit: Unit, again: Again, least_message: int | None) -> UnitTimes:
         candidate, training, accelerator = self._candidate, self._training, self._accelerator
         rate = peak_flops(self._cluster, training) * accelerator.compute_efficiency / candidate.micro_batch
-        again = unit.forward_flops if candidate.recomputes(unit) else 0.0
-        forward, backward = unit.forward_flops / rate, (unit.backward_flops + again) / rate
+        if unit is not self._profile.root:
+            rate *= training.compile_gain
+        forward, backward = unit.forward_flops / rate, unit.backward_flops / rate
+        if again == "all":
+            backward += forward
+        elif again == "selective":  # bound by memory: what is computed again is written and read
+            backward += 2 * unit.rest.at(candidate.micro_batch) / accelerator.memory_bandwidth
+        compiled = training.compile_gain != 1
         times = UnitTimes(
             name=unit.name,
             forward=forward,
             backward=backward,
-            forward_host=forward_seconds(self._host, unit, candidate),
-            backward_host=backward_seconds(self._host, unit, candidate),
+            forward_host=forward_seconds(self._host, unit, candidate, compiled),
+            backward_host=backward_seconds(self._host, unit, candidate, again, compiled),
+            runs_backward=unit.runs_backward,
         )
         if candidate.scheme == "ddp":
             return times
@@ -248,12 +257,11 @@ def predict_traffic(
 
     result = {hop: Traffic() for hop in Hop}
     if candidate.scheme != "ddp":
-        times = 2 if candidate.reshard_after_forward else 1
-        units = sum(1 for unit in profile.units if unit.numel)
-        elements = profile.root.gathered_numel(size) + times * sum(u.gathered_numel(size) for u in profile.blocks)
-        calls = microsteps * (1 + times * (units - 1) if profile.root.numel else times * units)
+        again = [unit for unit in profile.blocks if candidate.reshard_after_forward and unit.runs_backward]
+        gathers = [unit for unit in (*profile.units, *again) if unit.numel]
+        elements = sum(unit.gathered_numel(size) for unit in gathers)
         gathered = microsteps * elements * DTYPE_BYTES[training.param_dtype]
-        result[Hop.PARTITION_GATHER] = traffic(calls, gathered, partition)
+        result[Hop.PARTITION_GATHER] = traffic(microsteps * len(gathers), gathered, partition)
         result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, partition)
     if layout.num_replicas > 1:
         message = replications * exchanged / layout.shard_size

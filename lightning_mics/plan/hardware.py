@@ -34,6 +34,7 @@ _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
     "memory_bandwidth": ("B/s", "1555 GB/s", None),
     "unit": ("s", "500 us", 0.0),
     "unit_overhead": ("s", "1 ms", 0.0),
+    "workspace": ("B", "32 MiB", 0.0),
 }
 
 
@@ -72,6 +73,7 @@ class Accelerator:
         device_type: ``"cuda"`` or ``"cpu"``.
         unit_overhead: Seconds of host time in each pass of an FSDP unit that compute waits for. Accelerators hide it:
             their host runs ahead.
+        workspace: Bytes of scratch memory that PyTorch gives cuBLAS, for each thread that multiplies matrices.
         source: Where the figures are from.
     """
 
@@ -82,6 +84,7 @@ class Accelerator:
     compute_efficiency: float
     device_type: str = "cuda"
     unit_overhead: float = 0.0
+    workspace: float = 8.125 * 2**20
     source: str = ""
 
     def peak_in(self, dtype: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_mics.plan.hardware import Host
-from lightning_mics.plan.profile import ModelProfile, Unit
+from lightning_mics.plan.profile import Again, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate
 from lightning_mics.text import format_number
 
@@ -29,9 +29,11 @@ def forward_seconds(host: Host, unit: Unit, candidate: Candidate, compiled: bool
     return _own(candidate) * host.unit + _share(unit, compiled) * host.launch * unit.forward_launches
 
 
-def backward_seconds(host: Host, unit: Unit, candidate: Candidate, compiled: bool = False) -> float:
+def backward_seconds(
+    host: Host, unit: Unit, candidate: Candidate, again: Again = None, compiled: bool = False
+) -> float:
     """Returns what the host does for a backward pass of a unit, with recomputation."""
-    launches = BACKWARD * unit.backward_launches + (unit.forward_launches if candidate.recomputes(unit) else 0)
+    launches = BACKWARD * unit.backward_launches + (unit.forward_launches if again else 0)
     gathers = REDUCTION + candidate.reshard_after_forward
     return _own(candidate) * gathers * host.unit + _share(unit, compiled) * host.launch * launches
 

@@ -38,6 +38,8 @@ class MemoryBreakdown:
         communication: Whole gradients of a unit, and messages of reductions.
         activations: What the forward pass keeps for the backward pass.
         temporaries: The rest of what a unit allocates while it computes; or the optimizer, while it steps.
+        outputs: What the training loop holds of the model's outputs.
+        workspaces: Scratch memory of matrix products: of the thread of forward passes and of that of backward passes.
         reserve: The device's context, and fragments.
     """
 
@@ -50,6 +52,8 @@ class MemoryBreakdown:
     communication: float = 0.0
     activations: float = 0.0
     temporaries: float = 0.0
+    outputs: float = 0.0
+    workspaces: float = 0.0
     reserve: float = 0.0
 
     @property
@@ -114,7 +118,10 @@ def predict_memory(
         step_extra = max(step_extra, here) if on_cpu else step_extra + count * here
     peak = max([*_moments(profile, candidate, training), _Moment(temporaries=step_extra)], key=lambda m: m.total)
     parameters += profile.buffer_bytes
-    used = parameters + gradients + optimizer + masters + partial_sums + peak.total
+    outputs = profile.root.outputs.at(candidate.micro_batch) if training.holds_outputs else 0.0
+    workspaces = 0.0 if on_cpu else 2.0 * accelerator.workspace
+    states = parameters + gradients + optimizer + masters + partial_sums
+    used = states + peak.total + outputs + workspaces
     return MemoryBreakdown(
         parameters=parameters,
         gradients=gradients,
@@ -122,6 +129,8 @@ def predict_memory(
         masters=masters,
         partial_sums=partial_sums,
         **asdict(peak),
+        outputs=outputs,
+        workspaces=workspaces,
         reserve=0.0 if on_cpu else _CONTEXT_BYTES + _FRAGMENTS * used,
     )
 
@@ -155,15 +164,6 @@ def _moments(profile: ModelProfile, candidate: Candidate, training: Training) ->
     return _Walk(profile, candidate, training).moments()
 
 
-def _kept(unit: Unit, candidate: Candidate) -> float:
-    return (unit.checkpoint if candidate.recomputes(unit) else unit.saved).at(candidate.micro_batch)
-
-
-def _recomputed(unit: Unit, candidate: Candidate) -> float:
-    """Returns what a pass through a checkpointed unit allocates and lets go."""
-    return unit.saved.at(candidate.micro_batch) if candidate.recomputes(unit) else 0.0
-
-
 def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
     """DDP: whole parameters, cast by autocast; gradients a second time in its buckets."""
     samples = candidate.micro_batch
@@ -171,9 +171,12 @@ def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: T
     casts = training.param_dtype not in widths
     cast = profile.numel * DTYPE_BYTES[training.param_dtype] if casts else 0.0
     buckets = sum(gradient_bytes(unit, training) for unit in profile.units)
-    activations = sum(_kept(unit, candidate) for unit in profile.units)
-    for unit in profile.units:
-        extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + _recomputed(unit, candidate)
+    units = list(zip(profile.units, [None, *candidate.again(profile.blocks)], strict=True))
+    activations = sum(unit.kept(again).at(samples) for unit, again in units)
+    for unit, again in units:
+        extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + unit.recomputed(again).at(
+            samples
+        )
         yield _Moment(cast, buckets, activations, extra)
 
 
@@ -182,6 +185,7 @@ class _Walk:
 
     def __init__(self, profile: ModelProfile, candidate: Candidate, training: Training) -> None:
         self.profile, self.candidate = profile, candidate
+        self._blocks = list(zip(profile.blocks, candidate.again(profile.blocks), strict=True))
         self._gather_width = DTYPE_BYTES[training.param_dtype]
         self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
 
@@ -191,6 +195,12 @@ class _Walk:
     def _gradient(self, unit: Unit) -> float:
         return unit.trainable_numel * self._gather_width
 
+    @property
+    def _early_gradient(self) -> float:
+        """What the root has of gradients while those of blocks are made."""
+        root = self.profile.root
+        return (root.trainable_numel if root.early_numel is None else root.early_numel) * self._gather_width
+
     def _message(self, unit: Unit) -> float:
         return unit.gathered_numel(self.candidate.shard_size, only_trainable=True) * self._reduce_width
 
@@ -198,35 +208,34 @@ class _Walk:
         """Yields the moments of the forward, then of the backward pass."""
         candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
         activations, resident = 0.0, self._gathered(root)
-        for unit in self.profile.blocks:
-            kept = _kept(unit, candidate)
-            passing = max(0.0, _recomputed(unit, candidate) - kept)
+        for unit, again in self._blocks:
+            kept = unit.kept(again).at(samples)
             activations += kept
-            extra = unit.forward_extra.at(samples) + passing
-            yield _Moment(resident + 2 * self._gathered(unit), 0.0, activations, extra)
+            extra = unit.checkpoint_extra if again else unit.forward_extra
+            yield _Moment(resident + 2 * self._gathered(unit), 0.0, activations, extra.at(samples))
             if not candidate.reshard_after_forward:
                 resident += self._gathered(unit)
-        activations += _kept(root, candidate)
-        yield _Moment(resident, 0.0, activations, root.forward_extra.at(samples))
+        activations += root.saved.at(samples)
+        yield _Moment(resident, self._early_gradient * root.fuses_backward, activations, root.forward_extra.at(samples))
         yield from self._backward_moments(activations, resident)
 
     def _backward_moments(self, activations: float, resident: float) -> Iterator[_Moment]:
         candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
-        blocks = self.profile.blocks[::-1]
-        again = candidate.reshard_after_forward
-        first = self._gathered(blocks[0]) if blocks and again else 0.0
-        yield _Moment(resident + first, self._gradient(root), activations, root.backward_extra.at(samples))
-        activations -= _kept(root, candidate)
+        blocks = [entry for entry in self._blocks[::-1] if entry[0].runs_backward]
+        reshards = candidate.reshard_after_forward
+        first = self._gathered(blocks[0][0]) if blocks and reshards else 0.0
+        yield _Moment(resident + first, self._early_gradient, activations, root.backward_extra.at(samples))
+        activations -= root.saved.at(samples)
         in_flight = 0.0
-        for unit, following in zip_longest(blocks, blocks[1:]):
-            here, gradients = resident, self._gradient(root) + self._gradient(unit)
-            if again:
-                here += self._gathered(unit) + (self._gathered(following) if following else 0.0)
-            extra = _recomputed(unit, candidate) + unit.backward_extra.at(samples)
+        for (unit, again), following in zip_longest(blocks, blocks[1:]):
+            here, gradients = resident, self._early_gradient + self._gradient(unit)
+            if reshards:
+                here += self._gathered(unit) + (self._gathered(following[0]) if following else 0.0)
+            extra = unit.recomputed(again).at(samples) + unit.backward_extra.at(samples)
             yield _Moment(here, gradients + in_flight, activations, extra)
-            activations -= _kept(unit, candidate)
+            activations -= unit.kept(again).at(samples)
             in_flight = self._message(unit)
             yield _Moment(here, gradients + in_flight, activations, 0.0)
-            if not again:
+            if not reshards:
                 resident -= self._gathered(unit)
         yield _Moment(self._gathered(root), self._gradient(root) + max(in_flight, self._message(root)))

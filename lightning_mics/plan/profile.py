@@ -10,10 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 # Tokens of a sample by default, at most, where a model could take more.
 DEFAULT_LENGTH = 8192
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# What of a block is computed again in the backward pass; selective: all but matrix products and attention.
+Again = Literal["all", "selective"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,13 @@ class Unit:
         backward_flops: The same of its backward pass, without recomputation.
         saved: What its forward pass keeps for the backward pass, without parameters.
         checkpoint: What it keeps with activation checkpointing: its inputs.
+        products: What its matrix products and attention return: kept beside its inputs where the rest is recomputed.
+        rest: What of ``saved`` is none of these.
+        outputs: What it returns and the backward pass does not need; of the root, what a loop may hold.
+        early_numel: Elements whose gradients are there before the backward passes of blocks begin, as those of a head;
+            ``None`` for all.
         forward_extra: Most that is allocated during its forward pass beyond what is kept in the end.
+        checkpoint_extra: The same where it is computed again.
         backward_extra: Most that is allocated during its backward pass beyond what was kept; without gradients of
             parameters.
         can_checkpoint: Whether activation checkpointing applies to it.
@@ -89,11 +98,38 @@ class Unit:
     backward_flops: float
     saved: Amount = field(default_factory=Amount)
     checkpoint: Amount = field(default_factory=Amount)
+    products: Amount = field(default_factory=Amount)
+    rest: Amount = field(default_factory=Amount)
+    outputs: Amount = field(default_factory=Amount)
+    early_numel: int | None = None
     forward_extra: Amount = field(default_factory=Amount)
+    checkpoint_extra: Amount = field(default_factory=Amount)
     backward_extra: Amount = field(default_factory=Amount)
     can_checkpoint: bool = True
     forward_launches: int = 0
     backward_launches: int = 0
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether the backward pass comes here: not where it and all before it are frozen."""
+        return self.backward_flops > 0 or self.trainable_numel > 0
+
+    @property
+    def fuses_backward(self) -> bool:
+        """Whether its gradients are made in its forward pass, as a fused loss does it."""
+        return self.backward_flops == 0 < self.forward_flops and self.trainable_numel > 0
+
+    def kept(self, again: Again) -> Amount:
+        """Returns what is there from its forward pass to its backward pass."""
+        if again is None:
+            return self.saved
+        return self.checkpoint if again == "all" else self.checkpoint + self.products
+
+    def recomputed(self, again: Again) -> Amount:
+        """Returns what computing it again allocates and lets go."""
+        if again is None:
+            return Amount()
+        return self.saved if again == "all" else self.rest
 
     @cached_property
     def numel(self) -> int:
@@ -124,6 +160,7 @@ class ModelProfile:
         buffer_bytes: Memory of the buffers, which every rank holds whole.
         compute_dtype: Dtype in which the trace computed, for example ``"bfloat16"``.
         source: Where the figures are from: ``"trace"``, ``"formula"`` or ``"shapes only"``, without activations.
+        active_numel: Parameters that a token meets, where there are experts; ``None`` for all.
     """
 
     name: str
@@ -133,6 +170,7 @@ class ModelProfile:
     buffer_bytes: int = 0
     compute_dtype: str = "float32"
     source: str = "trace"
+    active_numel: int | None = None
 
     @property
     def units(self) -> Iterator[Unit]:

@@ -14,8 +14,8 @@ from lightning_mics.metrics import Hop, Traffic
 from lightning_mics.plan.evaluate import Plan, evaluate, inter_bytes, partition_inter_bytes
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
-from lightning_mics.plan.profile import ModelProfile
-from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.plan.profile import Amount, ModelProfile
+from lightning_mics.plan.settings import Candidate, Recomputation, Training
 from lightning_mics.text import format_bytes
 from lightning_mics.topology import GroupLayout, OptimizerShardSize
 
@@ -64,8 +64,9 @@ class Choices:
         optimizer_shard_size: Ranks that divide optimizer states, as :class:`~lightning_mics.MiCSConfig` has it; by
             default those of the partition, and all where that does not fit.
         hierarchical: Whether to run partition collectives in two stages; both are tried by default.
-        activation_checkpointing: The same for recomputing blocks in the backward pass.
-        reshard_after_forward: The same for freeing blocks after the forward pass.
+        activation_checkpointing: Which blocks to compute again in the backward pass, as
+            :class:`~lightning_mics.plan.Candidate` has it; none, all, and all but their products are tried by default.
+        reshard_after_forward: Whether to free blocks after the forward pass; both are tried by default.
         memory_limit: Bytes that a rank has; by default those of the accelerator.
         ranking: Among plans whose step times differ by less than the error of the prediction, ``"advice"`` puts those
             first that send the fewest bytes out of a node (in every microstep, then in the step), then small
@@ -76,7 +77,7 @@ class Choices:
     shard_sizes: Sequence[int] | None = None
     optimizer_shard_size: OptimizerShardSize | None = None
     hierarchical: bool | None = None
-    activation_checkpointing: bool | None = None
+    activation_checkpointing: Recomputation | None = None
     reshard_after_forward: bool | None = None
     memory_limit: float | None = None
     ranking: str = "advice"
@@ -237,7 +238,7 @@ def _simplicity(candidate: Candidate) -> tuple[int, ...]:
     return (
         candidate.shard_size,
         candidate.slices,
-        candidate.activation_checkpointing,
+        0 if not candidate.recomputation else 2 if candidate.activation_checkpointing == 1 else 1,
         not candidate.reshard_after_forward,
         candidate.hierarchical,
         -candidate.micro_batch,
@@ -248,7 +249,7 @@ def _candidates(profile: ModelProfile, cluster: Cluster, choices: Choices) -> It
     topology = cluster.topology
     sizes = choices.shard_sizes or topology.valid_shard_sizes()
     # What makes no difference to a model is not tried.
-    recomputes = _both(choices.activation_checkpointing, any(block.can_checkpoint for block in profile.blocks))
+    recomputes = _recomputations(profile, choices)
     reshards_or_not = _both(choices.reshard_after_forward, bool(profile.blocks), otherwise=True)
     for size, batch, checkpoints, reshards in itertools.product(sizes, choices.batches, recomputes, reshards_or_not):
         layout = topology.layout(size)
@@ -276,6 +277,15 @@ def _optimizer_shard_sizes(layout: GroupLayout, choices: Choices) -> list[int | 
         asked = [choices.optimizer_shard_size]
     sizes = dict.fromkeys(map(layout.resolve_optimizer_shard_size, asked))
     return [None if size == layout.shard_size else size for size in sizes]
+
+
+def _recomputations(profile: ModelProfile, choices: Choices) -> list[Recomputation]:
+    if choices.activation_checkpointing is not None:
+        return [choices.activation_checkpointing]
+    blocks = [block for block in profile.blocks if block.can_checkpoint]
+    if all(block.products == Amount() for block in blocks):  # nothing is known of what products return
+        return [False, True] if blocks else [False]
+    return [False, "selective", True]
 
 
 def _both(choice: bool | None, matters: bool, otherwise: bool = False) -> list[bool]:
@@ -366,7 +376,8 @@ def describe(candidate: Candidate) -> str:
     """Returns a candidate in words, for example ``"p=8 with micro-batches of 2"``."""
     own = f" and optimizer states over {candidate.optimizer_shard_size} ranks" if candidate.slices > 1 else ""
     words = f"p={candidate.shard_size}{own} with micro-batches of {candidate.micro_batch}"
-    words += " and activation checkpointing" if candidate.activation_checkpointing else ""
+    how = candidate.recomputation
+    words += (" and activation checkpointing" + (f" ({how})" if how != "all" else "")) if how else ""
     return words + ("" if candidate.reshard_after_forward else " and blocks kept gathered")
 
 
@@ -376,7 +387,8 @@ def apart_from(other: Candidate, candidate: Candidate) -> str:
     if candidate.micro_batch != other.micro_batch:
         said.append(f"micro-batches of {candidate.micro_batch}")
     if candidate.activation_checkpointing != other.activation_checkpointing:
-        said.append("recomputation" if candidate.activation_checkpointing else "nothing recomputed")
+        how = candidate.recomputation
+        said.append({"": "nothing recomputed", "all": "recomputation"}.get(how, f"recomputation ({how})"))
     if candidate.reshard_after_forward != other.reshard_after_forward:
         said.append(f"blocks {'freed after' if candidate.reshard_after_forward else 'kept after'} the forward pass")
     if candidate.slices != other.slices and candidate.slices > 1:
@@ -401,7 +413,7 @@ def what_helps(planning: Planning, misfit: Misfit) -> list[str]:
     if size:
         helps.append(f"micro-batches of {size}")
     changes: dict[str, dict[str, Any]] = {}
-    if not candidate.activation_checkpointing:
+    if candidate.recomputation != "all":
         changes["activation_checkpointing=True"] = {"activation_checkpointing": True}
     if candidate.slices == 1 and candidate.shard_size < planning.cluster.world_size:
         changes["optimizer_shard_size='world'"] = {"optimizer_shard_size": planning.cluster.world_size}

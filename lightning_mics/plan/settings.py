@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_mics.plan.profile import DTYPE_BYTES, Unit
+from lightning_mics.errors import MiCSConfigError
+from lightning_mics.plan.profile import DTYPE_BYTES, Again, Unit
 from lightning_mics.precision import PRECISIONS, find_precision
-from lightning_mics.topology import ClusterTopology, GroupLayout
+from lightning_mics.topology import ClusterTopology, GroupLayout, Recomputation, check_positive_int
 
 Scheme = Literal["mics", "full-sharding", "mesh-2d", "ddp"]
 SCHEME_NAMES: dict[Scheme, str] = {
@@ -17,6 +20,45 @@ SCHEME_NAMES: dict[Scheme, str] = {
     "ddp": "DDP",
 }
 _SHORT_NAMES: dict[Scheme, str] = {**SCHEME_NAMES, "full-sharding": "full sharding", "mesh-2d": "2-D mesh"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What differs from a model as its configuration has it.
+
+    Attributes:
+        loss_chunks: Pieces in which a micro-batch's logits are computed, turned into gradients and let go, as fused
+            cross-entropy does it; ``None`` for all at once.
+        lora_rank: Rank of low-rank adapters, beside which everything else is frozen; ``None`` for none.
+        lora_targets: Which layers get adapters, by the last part of their name or a pattern; by default all linear
+            ones but the head.
+        frozen: Patterns of parameters' names that are not trained.
+        attention: Name of the attention in transformers, for example ``"eager"``; ``None`` for its default.
+
+    Raises:
+        MiCSConfigError: If a number is none that works, or targets are named without a rank.
+    """
+
+    loss_chunks: int | None = None
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, example in (("loss_chunks", 8), ("lora_rank", 16)):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name), example)
+        if self.lora_targets and self.lora_rank is None:
+            raise MiCSConfigError("lora_targets names layers for adapters of no rank. Add lora_rank=16.")
+
+    @property
+    def words(self) -> list[str]:
+        """What to say of it."""
+        words = [f"LoRA of rank {self.lora_rank}"] * (self.lora_rank is not None)
+        words += [f"frozen {', '.join(self.frozen)}"] * bool(self.frozen)
+        words += [f"loss in {self.loss_chunks} chunks"] * (self.loss_chunks is not None)
+        return words + [f"{self.attention} attention"] * (self.attention is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +73,10 @@ class Training:
         replication_reduce_dtype: Dtype in which replicas exchange gradients; ``None`` for ``reduce_dtype``.
         replication_gather_dtype: Dtype in which slices come together after a step; ``None`` for that of the shards.
         master_weights: ``"owners"`` keeps shards in ``param_dtype``, and float32 beside sliced optimizer states.
+        variant: What differs from the model as its configuration has it.
+        compile_gain: How many times as fast blocks compute because they are compiled; stated, not predicted.
+        holds_outputs: Whether the loop holds the model's outputs until those of the next microstep, as
+            ``outputs = model(...)`` does; ``model(...).loss`` does not.
     """
 
     param_dtype: str = "bfloat16"
@@ -40,6 +86,9 @@ class Training:
     replication_reduce_dtype: str | None = None
     replication_gather_dtype: str | None = None
     master_weights: str = "partition"
+    variant: Variant = field(default_factory=Variant)
+    compile_gain: float = 1.0
+    holds_outputs: bool = True
 
     @property
     def exchanged_width(self) -> int:
@@ -91,7 +140,8 @@ class Candidate:
         hierarchical: Whether collectives of a partition that spans nodes run in two stages.
         micro_batch: Samples of a rank in a microstep.
         accumulation: Microsteps of an optimizer step.
-        activation_checkpointing: Whether blocks are computed again in the backward pass.
+        activation_checkpointing: Which blocks are computed again in the backward pass: ``False`` for none, ``True`` for
+            all, a number for every so-many-th; or ``"selective"`` for all but their matrix products and attention.
         reshard_after_forward: Whether blocks are freed between forward and backward.
         optimizer_shard_size: Ranks that divide optimizer states; ``None`` for those of a partition.
     """
@@ -101,7 +151,7 @@ class Candidate:
     hierarchical: bool = False
     micro_batch: int = 1
     accumulation: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputation = False
     reshard_after_forward: bool = True
     optimizer_shard_size: int | None = None
 
@@ -121,9 +171,26 @@ class Candidate:
         """Number of slices into which the optimizer states of a shard are divided."""
         return (self.optimizer_shard_size or self.shard_size) // self.shard_size
 
-    def recomputes(self, unit: Unit) -> bool:
-        """Returns whether a unit is computed again in the backward pass."""
-        return self.activation_checkpointing and unit.can_checkpoint
+    def again(self, blocks: Sequence[Unit]) -> list[Again]:
+        """Returns for each block what of it is computed again in the backward pass."""
+        how, number = self.activation_checkpointing, itertools.count()
+
+        def of(block: Unit) -> Again:
+            if not how or not block.can_checkpoint:
+                return None
+            if isinstance(how, str):
+                return how
+            return "all" if next(number) % how == 0 else None
+
+        return [of(block) for block in blocks]
+
+    @property
+    def recomputation(self) -> str:
+        """What of blocks is computed again, for example ``"every 2nd"``; empty for nothing."""
+        how = self.activation_checkpointing
+        if not how or isinstance(how, str):
+            return how or ""
+        return "all" if how == 1 else f"1 of {how}"
 
     @property
     def label(self) -> str:

@@ -87,6 +87,7 @@ class UnitTimes:
         slices: What brings its slices together after a step on them.
         forward_host: What the host does for its forward pass.
         backward_host: What the host does for its backward pass.
+        runs_backward: Whether the backward pass comes here.
     """
 
     name: str
@@ -99,6 +100,7 @@ class UnitTimes:
     slices: Cost = FREE
     forward_host: float = 0.0
     backward_host: float = 0.0
+    runs_backward: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +331,7 @@ class _Run:
 
     def _backward(self, number: int, *, replicates: bool) -> None:
         self._where = ("backward", number)
-        root, blocks = self.work.root, self.work.blocks[::-1]
+        root, blocks = self.work.root, [unit for unit in self.work.blocks[::-1] if unit.runs_backward]
         coming = self._first_gather(blocks) if self.work.gathers_again else 0.0
         self._compute(root.name, root.backward, root.backward_host)
         self._reduced = self._replicated = 0.0

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mics.core._needs import require_in_source
-from lightning_mics.core._torch import forget_dtensor_meshes, unit_param_groups
+from lightning_mics.core._torch import forget_dtensor_meshes, products, tree_leaves, unit_param_groups
 
 # Imported late, where something is traced.
 require_in_source("torch.testing._internal.distributed.fake_pg", "FakeStore")
@@ -30,6 +31,9 @@ require_in_source(
     *("_fsdp_state_pre_forward", "_fsdp_state_post_forward"),
     *("_fsdp_param_group_pre_backward", "_fsdp_param_group_post_backward"),
 )
+
+# Products of rows with one of several matrices; older versions have none.
+GROUPED_PRODUCT: Any = getattr(torch, "_grouped_mm", None)
 
 _Tracker: Any = object  # becomes PyTorch's, which is imported late
 
@@ -90,6 +94,8 @@ class Storage:
     """Memory that a tracked pass allocated."""
 
     is_activation: bool = True  # or gradients of activations; known after the pass
+    is_product: bool = False  # of matrices, or attention
+    is_gradient: bool = False  # of parameters; known after the pass, too
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,25 @@ class Event:
     module: nn.Module | None = None
     storage: Storage | None = None
     change: int = 0
+
+
+class Returned:
+    """What a module returned last: tells how much of it nobody else keeps, once it is let go."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._storages: list[tuple[StorageWeakRef, int]] = []
+        module.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        storages = {
+            storage.data_ptr() or id(storage): storage for storage in (leaf.untyped_storage() for leaf in leaves)
+        }
+        self._storages = [(StorageWeakRef(storage), storage.nbytes()) for storage in storages.values()]
+
+    def dropped_bytes(self) -> int:
+        """Returns the bytes of what is gone."""
+        return sum(size for storage, size in self._storages if storage.expired())
 
 
 def track_activations(root: nn.Module, record: Callable[[Event], None]) -> Any:
@@ -133,6 +158,7 @@ class _Telling(_Tracker):
         self._record = record
         self._storages: dict[Any, Storage] = {}
         self._communicating = 0
+        self._multiplies = False
 
     @property
     def communicates(self) -> bool:
@@ -141,10 +167,18 @@ class _Telling(_Tracker):
     def classify(self) -> None:
         for info, storage in self._storages.items():
             storage.is_activation = storage.is_activation and info.reftype.name in ("ACT", "TEMP", "INP")
+            storage.is_gradient = info.reftype.name == "UNSHARDED_GRAD"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._multiplies = getattr(func, "overloadpacket", None) in products()
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._multiplies = False
 
     def _update_snap(self, u_type: Any, winfo: Any, old_mem_consumed: Any = None, old_reftype: Any = None) -> None:
         if winfo not in self._storages:
-            self._storages[winfo] = Storage(is_activation=not self._communicating)
+            self._storages[winfo] = Storage(is_activation=not self._communicating, is_product=self._multiplies)
         change = {
             "ADD": winfo.mem_consumed,
             "DEL": -winfo.mem_consumed,
@@ -271,8 +305,8 @@ class FakeAttention(torch.autograd.Function):
         return *kernel(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale), None, None, None
 
 
-def attention_flops() -> dict[Any, Callable[..., int]]:
-    """Returns formulas that PyTorch's counter lacks: attention on CPU tensors, whole even where causal.
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Returns formulas that PyTorch's counter lacks: attention on CPU tensors, whole even where causal, and experts.
 
     Shapes as :class:`FakeAttention` takes them. PyTorch's own formula refuses grouped queries in torch 2.11.
     """
@@ -285,8 +319,13 @@ def attention_flops() -> dict[Any, Callable[..., int]]:
         # The kernel computes the scores again; that is no work of the model.
         return 2 * forward(query, key, value)
 
+    def grouped(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+        # Either each row is multiplied with one of several matrices, or rows are divided over several products.
+        return int(2 * left[-2] * left[-1] * right[-1])
+
     aten = torch.ops.aten
     return {
+        **({aten._grouped_mm: grouped} if GROUPED_PRODUCT else {}),
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

@@ -105,6 +105,7 @@ def _block(shape: _Shape, params: Sequence[Param], tokens: int, width: int) -> U
         saved=saved,
         checkpoint=hidden,
         forward_extra=wide,
+        checkpoint_extra=saved - hidden + wide,
         backward_extra=hidden + 2 * wide,
     )
 

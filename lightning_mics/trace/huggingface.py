@@ -25,6 +25,15 @@ def longest_sequence(model: nn.Module) -> int | None:
     return next((length for length in lengths if isinstance(length, int)), None)
 
 
+def share_of_experts(model: nn.Module) -> tuple[int, float]:
+    """Returns how many experts a model's layers have, and which share of them a token meets; 0 and 1 without any."""
+    config = text_config(model)
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    experts = next((count for count in counts if isinstance(count, int) and count > 1), 0)
+    used = getattr(config, "num_experts_per_tok", None)
+    return (experts, used / experts) if experts and isinstance(used, int) else (0, 1.0)
+
+
 def without_idle_mask(model: nn.Module, sample: Sample) -> Sample:
     """Leaves out a mask that masks nothing: models look into it and pass none on, which fake tensors cannot tell."""
     mask = sample.get("attention_mask") if isinstance(sample, Mapping) and hasattr(model, "config") else None

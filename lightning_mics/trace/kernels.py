@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_mics.trace._torch import FakeAttention
+from lightning_mics.trace._torch import GROUPED_PRODUCT, FakeAttention
 
 
 class LikeKernels(TorchFunctionMode):
-    """A context in which attention and dropout are those of a kind of device."""
+    """A context in which attention, experts and dropout are those of a kind of device."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -23,6 +23,9 @@ class LikeKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return _attention(self._on_cpu, *args, **kwargs)
+        if func is GROUPED_PRODUCT and args[0].dtype != torch.bfloat16:
+            # On tensors without values it takes no other dtype. One matrix for all rows costs the same.
+            return args[0] @ args[1][0]
         if func is functional.dropout and not self._on_cpu:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)

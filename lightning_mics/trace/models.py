@@ -75,6 +75,10 @@ def _llama(
     }
 
 
+def _experts(family: str, shape: dict[str, Any], used: int, **settings: Any) -> dict[str, Any]:
+    return {**shape, "architectures": [f"{family}ForCausalLM"], "num_experts_per_tok": used, **settings}
+
+
 # Shapes as published, except for gpt3-13b, whose heads would not divide the width (5140 in the paper's table). The
 # large BERTs have the sizes of those in the MiCS paper (Zhang et al., VLDB 2022); their shapes were not checked.
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -100,6 +104,22 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": _llama(32, 4096, 32, 14336, key_value_heads=8, positions=8192, vocabulary=128256),
     "llama-3-70b": _llama(80, 8192, 64, 28672, key_value_heads=8, positions=8192, vocabulary=128256),
     "mistral-7b": _llama(32, 4096, 32, 14336, key_value_heads=8, positions=32768, family="Mistral"),
+    "mixtral-8x7b": _experts(
+        "Mixtral",
+        _llama(32, 4096, 32, 14336, key_value_heads=8, positions=32768),
+        used=2,
+        model_type="mixtral",
+        num_local_experts=8,
+    ),
+    "qwen3-30b-a3b": _experts(
+        "Qwen3Moe",
+        _llama(48, 2048, 32, 6144, key_value_heads=4, positions=40960, vocabulary=151936),
+        used=8,
+        model_type="qwen3_moe",
+        num_experts=128,
+        moe_intermediate_size=768,
+        head_dim=128,
+    ),
     "tinyllama": _llama(22, 2048, 32, 5632, key_value_heads=4, positions=2048),
 }
 
@@ -110,7 +130,7 @@ def known_models() -> list[str]:
 
 
 def build_model(
-    name_or_path: str | os.PathLike[str], *, sequence_length: int | None = None
+    name_or_path: str | os.PathLike[str], *, sequence_length: int | None = None, attention: str | None = None
 ) -> tuple[nn.Module, Sample | Any, str]:
     """Builds a model without memory.
 
@@ -119,6 +139,7 @@ def build_model(
             folder, or ``"module:factory"``, a function that returns a module, or a module and a sample.
         sequence_length: Tokens of the sample; by default the longest that the model takes, but at most 8192 where its
             positions have no table.
+        attention: Name of the attention in transformers; by default its own choice.
 
     Returns:
         The model on the meta device; a batch of one sample as the model takes it, on the meta device (what a factory
@@ -132,12 +153,15 @@ def build_model(
         raise MiCSConfigError(f"sequence_length={sequence_length} must be at least 1. Try sequence_length=1024.")
     name = os.fspath(name_or_path)
     key = name.lower().replace("_", "-")
+    chosen = {} if attention is None else {"attn_implementation": attention}
     if key in _SHAPES:
-        return _from_config(dict(_SHAPES[key]), key, key, sequence_length)
+        return _from_config({**_SHAPES[key], **chosen}, key, key, sequence_length)
     path = Path(name).expanduser()
     if path.exists() or path.suffix == ".json" or not isinstance(name_or_path, str):
-        return _from_file(path, sequence_length)
+        return _from_file(path, sequence_length, chosen)
     if ":" in name:
+        if chosen:
+            raise MiCSConfigError(f"attention={attention!r} is a setting of transformers' models. Set it in {name}().")
         return _from_factory(name)
     raise MiCSConfigError(
         f"Model {name!r} is not known, and no such file exists. {did_you_mean(key, _SHAPES, cutoff=0.5)} Values that "
@@ -146,7 +170,7 @@ def build_model(
     )
 
 
-def _from_file(path: Path, sequence_length: int | None) -> tuple[nn.Module, Sample, str]:
+def _from_file(path: Path, sequence_length: int | None, chosen: dict[str, str]) -> tuple[nn.Module, Sample, str]:
     file = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(file.read_text())
@@ -162,7 +186,7 @@ def _from_file(path: Path, sequence_length: int | None) -> tuple[nn.Module, Samp
             '"model_type": "llama".'
         )
     name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return _from_config(values, name, str(file), sequence_length)
+    return _from_config({**values, **chosen}, name, str(file), sequence_length)
 
 
 def _from_config(

@@ -59,8 +59,9 @@ def optimizer_footprint(
     """Measures what an optimizer needs for parameters.
 
     Args:
-        optimizer: Name of a class in ``torch.optim`` in any case, a class, or an instance, whose settings are used (of
-            its first parameter group) and which is not touched.
+        optimizer: Name of a class in ``torch.optim`` in any case, or ``"AdamW8bit"``, which torchao and bitsandbytes
+            have; a class, or an instance, whose settings are used (of its first parameter group), and which is not
+            touched.
         params: Shapes and dtypes, of shards where parameters are sharded. What gets no gradient or has no elements does
             not count.
         foreach: Whether it steps over many parameters at once, as it does on accelerators. That costs memory.
@@ -88,6 +89,32 @@ class _Ones(TorchFunctionMode):
 
 
 _VALUES: dict[Any, type] = {Tensor.item: float, Tensor.__float__: float, Tensor.__int__: int, Tensor.__bool__: bool}
+
+
+class AdamW8bit(Optimizer):
+    """Holds what the AdamW with 8-bit states of torchao and bitsandbytes holds; computes nothing.
+
+    Two states of a byte an element, with a scale for each block; float32 for small parameters.
+    """
+
+    _BLOCK, _SMALL = 256, 4096
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Makes the states."""
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self.state[param] = self.state.get(param) or {"first": self._states(param), "second": self._states(param)}
+
+    def _states(self, param: Tensor) -> tuple[Tensor, ...]:
+        if param.numel() < self._SMALL:
+            return (torch.empty_like(param, dtype=torch.float32),)
+        return torch.empty_like(param, dtype=torch.uint8), torch.empty(-(-param.numel() // self._BLOCK))
+
+
+class Adam8bit(AdamW8bit):
+    """The same without decoupled weight decay."""
 
 
 class _Options(dict[str, Any]):
@@ -118,6 +145,7 @@ def _by_name(name: str) -> type[Optimizer]:
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
     }
+    known |= {kind.__name__.lower(): kind for kind in (AdamW8bit, Adam8bit)}
     found = known.get(name.removeprefix("torch.optim.").lower())
     if found is None:
         hint = did_you_mean(name.lower(), known, show=lambda key: repr(known[key].__name__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +15,14 @@ from lightning_mics.plan.batch import divide_batch
 from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
 from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile
 from lightning_mics.plan.search import Choices, Planning, search
-from lightning_mics.plan.settings import Training
+from lightning_mics.plan.settings import Recomputation, Training, Variant
 from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
 from lightning_mics.trace import profile_model
+from lightning_mics.trace.losses import ChunkedLoss
 from lightning_mics.trace.models import build_model
 from lightning_mics.trace.optimizers import optimizer_footprint
 from lightning_mics.trace.structure import dtype_name
+from lightning_mics.trace.variants import apply_variant
 
 
 def plan(
@@ -36,7 +39,7 @@ def plan(
     optimizer: str = "AdamW",
     shard_size: ShardSize | None = None,
     hierarchical: bool | None = None,
-    activation_checkpointing: bool | None = None,
+    activation_checkpointing: Recomputation | None = None,
     reshard_after_forward: bool | None = None,
     memory_limit: float | None = None,
     ranking: str = "advice",
@@ -44,6 +47,13 @@ def plan(
     replication_reduce_dtype: str | None = None,
     replication_gather_dtype: str | None = None,
     master_weights: str = "partition",
+    loss_chunks: int | None = None,
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] = (),
+    frozen: Sequence[str] = (),
+    attention: str | None = None,
+    compile_gain: float = 1.0,
+    holds_outputs: bool = True,
 ) -> Planning:
     """Predicts memory, time and traffic of training a model, and ranks what fits.
 
@@ -63,7 +73,8 @@ def plan(
         optimizer: Name of a class in ``torch.optim``.
         shard_size: Fixes the partition size; all that work are tried by default.
         hierarchical: Fixes whether collectives across nodes run in two stages.
-        activation_checkpointing: Fixes whether blocks are computed again in the backward pass.
+        activation_checkpointing: Fixes which blocks are computed again in the backward pass: ``False`` for none,
+            ``True`` for all, a number for every so-many-th, ``"selective"`` for all but matrix products and attention.
         reshard_after_forward: Fixes whether blocks are freed after the forward pass.
         memory_limit: Bytes that a rank may use; by default the accelerator's memory.
         ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
@@ -72,6 +83,13 @@ def plan(
         replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
         replication_gather_dtype: Dtype in which what others have stepped on is fetched; by default that of the shards.
         master_weights: ``"owners"`` keeps shards in 16 bits where optimizer states are divided over more ranks.
+        loss_chunks: Pieces in which a fused cross-entropy computes a micro-batch's logits; by default all at once.
+        lora_rank: Rank of adapters (LoRA), beside which everything else is frozen.
+        lora_targets: Names or patterns of the layers that get adapters; by default all linear ones but the head.
+        frozen: Names or patterns of parameters that are not trained.
+        attention: Name of the attention in transformers, for example ``"eager"``; by default its own choice.
+        compile_gain: How many times as fast blocks compute because they are compiled.
+        holds_outputs: Whether the training loop holds the model's outputs, as ``outputs = model(...)`` does.
 
     Returns:
         The ranked plans, what does not fit, and other ways to train to compare with.
@@ -93,7 +111,23 @@ def plan(
     )
     names = ("replication_reduce_dtype", "replication_gather_dtype")
     wires = {name: dtype_name(wire) for name in names if (wire := getattr(config, name)) is not None}
-    training = replace(Training.in_precision(precision, optimizer), **wires, master_weights=master_weights)
+    variant = Variant(
+        loss_chunks=loss_chunks,
+        lora_rank=lora_rank,
+        lora_targets=tuple(lora_targets),
+        frozen=tuple(frozen),
+        attention=attention,
+    )
+    if not compile_gain > 0:
+        raise MiCSConfigError(f"compile_gain={compile_gain!r} must be positive. Try compile_gain=1.15.")
+    training = replace(
+        Training.in_precision(precision, optimizer),
+        **wires,
+        master_weights=master_weights,
+        variant=variant,
+        compile_gain=compile_gain,
+        holds_outputs=holds_outputs,
+    )
     if master_weights == "owners" and (DTYPE_BYTES[training.param_dtype] != 2 or training.state_dtype is not None):
         raise MiCSConfigError(
             f"master_weights='owners' has nothing to act on in {precision}: float32 is kept beside shards in 16 "
@@ -119,7 +153,8 @@ def plan(
         memory_limit=memory_limit,
         ranking=ranking,
     )
-    profile = profile_of(model, sample, sequence_length, training.param_dtype, hardware.node.accelerator.device_type)
+    device_type = hardware.node.accelerator.device_type
+    profile = profile_of(model, sample, sequence_length, training.param_dtype, device_type, variant)
     if profile.trainable_numel == 0:
         raise MiCSConfigError(f"{profile.name} has no parameter that is trained, so there is nothing to plan.")
     return search(profile, hardware, training, choices)
@@ -134,18 +169,24 @@ def _hardware(cluster: Cluster | str | os.PathLike[str], num_nodes: int | None) 
 
 
 def profile_of(
-    model: Any, sample: Any, sequence_length: int | None, param_dtype: str, device_type: str
+    model: Any, sample: Any, sequence_length: int | None, param_dtype: str, device_type: str, variant: Variant
 ) -> ModelProfile:
     """Returns the profile of what :func:`plan` takes as a model, in a dtype and on a kind of device."""
-    if isinstance(model, ModelProfile):
-        return model
     name = None
     if isinstance(model, str | os.PathLike):
-        model, sample, name = build_model(model, sequence_length=sequence_length)
+        model, sample, name = build_model(model, sequence_length=sequence_length, attention=variant.attention)
+        apply_variant(model, variant)
+    elif replace(variant, loss_chunks=None) != Variant():
+        raise MiCSConfigError(
+            f"{', '.join(variant.words)}: only a model that is named is changed. Change your own before you pass it."
+        )
+    if isinstance(model, ModelProfile):
+        return model
     return profile_model(
         model,
         sample,
         param_dtype=None if param_dtype == "float32" else param_dtype,
+        loss=None if variant.loss_chunks is None else ChunkedLoss(variant.loss_chunks),
         name=name,
         sequence_length=sequence_length,
         device_type="cpu" if device_type == "cpu" else "cuda",

@@ -82,7 +82,7 @@ def _measure(
                 if twins and not _compute_alike(structure, one):
                     break
                 kept = run(structure, twins, sample, step, device_type, checkpoints=True)
-                return _expand(structure, twins, _fit([one, two], kept))
+                return _expand(structure, twins, _fit([one, two], kept, structure.compute_dtype.itemsize))
             except MiCSConfigError:
                 raise
             except Exception as error:
@@ -100,8 +100,11 @@ def _compute_alike(structure: Structure, counts: Trace) -> bool:
     return all(len({counts[(member,)].forward_flops for member in group}) == 1 for group in structure.stand_ins)
 
 
-def _fit(traces: list[Trace], kept: list[Trace]) -> dict[Key, Unit]:
-    """Makes lines of the counts for one and for two samples, in the order of the forward pass."""
+def _fit(traces: list[Trace], kept: list[Trace], width: int) -> dict[Key, Unit]:
+    """Makes lines of the counts for one and for two samples, in the order of the forward pass.
+
+    An element of a gradient has ``width`` bytes.
+    """
 
     def line(key: Key, name: str, of: list[Trace] = traces) -> Amount:
         one, two = (max(0, getattr(trace.get(key, Counts()), name)) for trace in of)
@@ -118,7 +121,12 @@ def _fit(traces: list[Trace], kept: list[Trace]) -> dict[Key, Unit]:
             backward_flops=line(key, "backward_flops").at(1),
             saved=line(key, "saved"),
             checkpoint=line(key, "saved", kept if key is not None and recomputes(key) else traces),
+            products=line(key, "products"),
+            rest=line(key, "rest"),
+            outputs=line(key, "outputs"),
+            early_numel=traces[0][key].early_gradients // width if key is None else None,
             forward_extra=line(key, "forward_extra"),
+            checkpoint_extra=line(key, "forward_extra", kept),
             backward_extra=line(key, "backward_extra"),
             forward_launches=traces[0][key].forward_launches,
             backward_launches=traces[0][key].backward_launches,

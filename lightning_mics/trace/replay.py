@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.trace._torch import Event, Launches, Storage, attention_flops, track_activations
+from lightning_mics.trace._torch import Event, Launches, Returned, Storage, flop_formulas, track_activations
 from lightning_mics.trace.structure import Key
 
 # Losses and the like are no part of what grows with samples; they would hide that layers are equal.
@@ -31,6 +31,10 @@ class Counts:
     forward_flops: int = 0
     backward_flops: int = 0
     saved: int = 0
+    products: int = 0
+    rest: int = 0
+    outputs: int = 0
+    early_gradients: int = 0
     forward_extra: int = 0
     backward_extra: int = 0
     forward_launches: int = 0
@@ -43,15 +47,21 @@ _Record = list[tuple[Event, _Done]]  # with what was done before each event
 
 
 def trace(
-    root: nn.Module, unit_of: Mapping[nn.Module, Modules], batch: Any, gradient_sizes: set[int], *, backward: bool
+    root: nn.Module,
+    model: nn.Module,
+    unit_of: Mapping[nn.Module, Modules],
+    batch: Any,
+    gradient_sizes: set[int],
+    *,
+    backward: bool,
 ) -> Trace:
-    """Runs a sharded module from a batch to a loss, and perhaps back, and returns what that counts.
+    """Runs a sharded module from a batch to the loss of a model in it, and perhaps back; returns what that counts.
 
     Raises:
         MiCSConfigError: If there is no loss.
     """
     events: _Record = []
-    flops = FlopCounterMode(display=False, custom_mapping=attention_flops())
+    flops = FlopCounterMode(display=False, custom_mapping=flop_formulas())
 
     def record(event: Event) -> None:
         events.append((event, (0, 0) if event.kind == "memory" else (flops.get_total_flops(), launches.count)))
@@ -59,9 +69,11 @@ def trace(
     tracker = track_activations(root, record)
     launches = Launches(tracker)
     tracker.track_inputs((batch,))
+    returned = Returned(model)
     with tracker, flops, launches:
         loss = root(batch)
         record(Event("loss"))
+        outputs = returned.dropped_bytes()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise MiCSConfigError("The loss is not a tensor that needs a gradient. Return such a one from loss=.")
         if backward:
@@ -69,7 +81,9 @@ def trace(
         record(Event("end"))
     tracker.classify()
     _leave_out_partial_gradients([event for event, _ in events], gradient_sizes)
-    return _Replay(unit_of, _kept_storages(event for event, _ in events)).run(events)
+    counts = _Replay(unit_of, _kept_storages(event for event, _ in events)).run(events)
+    counts[None].outputs = outputs
+    return counts
 
 
 def _leave_out_partial_gradients(events: Sequence[Event], gradient_sizes: set[int]) -> None:
@@ -87,7 +101,7 @@ def _leave_out_partial_gradients(events: Sequence[Event], gradient_sizes: set[in
             if event.change in gradient_sizes:
                 waiting[id(event.storage)] = event.storage
     for storage in waiting.values():
-        storage.is_activation = False
+        storage.is_activation, storage.is_gradient = False, True
 
 
 def _kept_storages(events: Iterable[Event]) -> set[int]:
@@ -115,7 +129,7 @@ class _Replay:
         self._unit_of, self._kept_storages = unit_of, kept_storages
         self._counts: Trace = {None: Counts()}
         self._passes = [_Pass(None)]
-        self._in_backward = False
+        self._in_backward = self._reached_blocks = False
         # Bytes alive, and those of them that stay until the backward pass.
         self._live = self._kept = 0
         self._done: _Done = (0, 0)
@@ -126,6 +140,8 @@ class _Replay:
             if event.storage is not None:
                 if event.storage.is_activation and abs(event.change) > _SCALAR_BYTES:
                     self._change(event.storage, event.change)
+                elif event.storage.is_gradient and not self._reached_blocks:
+                    self._counts[None].early_gradients += event.change
                 continue
             self._charge(done)
             if event.kind == "loss":
@@ -155,6 +171,8 @@ class _Replay:
             counts.backward_extra = max(counts.backward_extra, self._live - current.kept_before)
         else:
             counts.saved += change * is_kept
+            counts.rest += change * (is_kept and not storage.is_product)
+            counts.products += max(0, change) * storage.is_product
             current.peak = max(current.peak, self._live)
 
     def _move(self, kind: str, unit: Modules) -> None:
@@ -164,6 +182,7 @@ class _Replay:
         elif kind == "forward_end" and not self._in_backward:
             self._end_forward(unit)
         elif kind == "backward" and all(other.unit != unit for other in self._passes):
+            self._reached_blocks = True
             self._passes.append(_Pass(unit, kept_before=self._kept))
         elif kind == "backward_end":
             self._passes = [other for other in self._passes if other.unit != unit]

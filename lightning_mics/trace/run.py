@@ -47,7 +47,8 @@ def run(
                 root, unit_of = _build(structure, twins, step, mode, mesh, checkpoints)
                 with plain_sequences(), LikeKernels(device_type):
                     batch = _resize(sample, samples)
-                    traces.append(trace(root, unit_of, batch, structure.root_sizes(), backward=not checkpoints))
+                    sizes = structure.root_sizes()
+                    traces.append(trace(root, root.model, unit_of, batch, sizes, backward=not checkpoints))
     refuse_leaks(structure.model, modes)
     return traces
 
@@ -65,7 +66,7 @@ class _Step(nn.Module):
 
 def _build(
     structure: Structure, twins: Twins, step: Loss, mode: Any, mesh: DeviceMesh, checkpoints: bool
-) -> tuple[nn.Module, dict[nn.Module, Modules]]:
+) -> tuple[_Step, dict[nn.Module, Modules]]:
     """Returns a sharded fake copy, and which unit its modules belong to."""
     copied, copies = _copy(structure.model, mode, twins)
     unit_of: dict[nn.Module, Modules] = {}

@@ -17,6 +17,7 @@ from lightning_mics.core.apply import recomputes, units_of
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.plan.profile import ModelProfile, Param, Unit
 from lightning_mics.trace._torch import hooks_of
+from lightning_mics.trace.huggingface import share_of_experts
 
 # A unit; ``None`` is the root.
 Key = Modules | None
@@ -77,7 +78,17 @@ class Structure:
             buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in self.model.buffers()),
             compute_dtype=dtype_name(self.compute_dtype),
             source=source,
+            active_numel=self._active_numel(),
         )
+
+    def _active_numel(self) -> int | None:
+        """Returns the parameters that a token meets; weights of experts are those of all of them in one tensor."""
+        experts, share = share_of_experts(self.model)
+        if not experts:
+            return None
+        params = [param for unit in self.params.values() for param in unit]
+        routed = sum(p.numel for p in params if len(p.shape) == 3 and p.shape[0] == experts)
+        return round(sum(p.numel for p in params) - (1 - share) * routed)
 
     def root_sizes(self) -> set[int]:
         """Returns the sizes of the root's gradients in bytes."""

@@ -122,3 +122,10 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         optimizer_footprint("qqq", PARAMS, foreach=True)
     with pytest.raises(MiCSConfigError, match="Pass a name such as"):
         optimizer_footprint(3, PARAMS, foreach=True)  # type: ignore[arg-type]
+
+
+def test_states_of_8_bits_have_scales_and_small_parameters_wide_ones() -> None:
+    large, small = (optimizer_footprint("adamw8bit", [Param(shape=(size,))], foreach=True) for size in (2**20, 4095))
+    assert large.state_bytes == 2 * (2**20 + 4 * 2**20 // 256)
+    assert small.state_bytes == 2 * 4 * 4095
+    assert large.step_extra_bytes == 0

@@ -45,10 +45,28 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="tokens of a sample (default: the longest that the model takes)",
     )
     add("--precision", default="bf16-mixed", help="as Lightning names it (default: %(default)s)")
-    add("--optimizer", default="AdamW", metavar="NAME", help="a class of torch.optim (default: %(default)s)")
+    add(
+        "--optimizer",
+        default="AdamW",
+        metavar="NAME",
+        help="a class of torch.optim, or AdamW8bit (default: %(default)s)",
+    )
     add("--global-batch", type=int, metavar="N", help="samples of an optimizer step, of all ranks")
     add("--micro-batch", type=int, metavar="N", help="samples of a rank in a microstep")
     add("--accumulation", type=int, metavar="N", help="microsteps of an optimizer step")
+    about = "logits are computed in N pieces of a micro-batch, as fused cross-entropy does it (default: at once)"
+    add("--loss-chunks", type=int, metavar="N", help=about)
+    add("--lora-rank", type=int, metavar="R", help="train adapters of this rank (LoRA); the rest is frozen")
+    about = "names or patterns of layers that get adapters (default: all linear ones but the head)"
+    add("--lora-targets", nargs="+", default=[], metavar="NAME", help=about)
+    add("--freeze", nargs="+", default=[], metavar="NAME", help="names or patterns of parameters that are not trained")
+    add("--attention", metavar="NAME", help="attention of transformers, for example eager (default: its own choice)")
+    about = "how many times as fast blocks compute because they are compiled (default: %(default)s, not compiled)"
+    add("--compile-gain", type=float, default=1.0, metavar="X", help=about)
+    about = (
+        "whether the loop holds the model's outputs, as outputs = model(...) does, model(...).loss not (default: yes)"
+    )
+    add("--hold-outputs", action=argparse.BooleanOptionalAction, help=about)
 
 
 def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +94,11 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     about_masters = "'owners' keeps shards in 16 bits, and float32 beside divided optimizer states"
     add("--master-weights", choices=("partition", "owners"), default="partition", help=about_masters)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
-    add("--activation-checkpointing", action=switch, help="compute blocks again in the backward pass")
+    about = (
+        "compute blocks again in the backward pass: all, N for every Nth, or selective (not matrix products, attention)"
+    )
+    add("--activation-checkpointing", nargs="?", const="all", type=int_or_word, metavar="HOW", help=about)
+    add("--no-activation-checkpointing", dest="activation_checkpointing", action="store_const", const="none")
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")
 
 

@@ -18,18 +18,27 @@ from lightning_mics.cli.plan.report import to_html
 from lightning_mics.cli.plan.screen import print_planning
 from lightning_mics.cli.plan.write import to_json, write_plan
 from lightning_mics.config import as_bytes
+from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.scaling import ScalingPoint, default_nodes, weak_scaling
 from lightning_mics.plan.search import Planning
+from lightning_mics.plan.settings import Recomputation
 from lightning_mics.trace.planning import plan
 
 _ASKED = (
     *("model", "sequence", "precision", "optimizer", "global_batch", "micro_batch", "accumulation"),
+    *("loss_chunks", "lora_rank", "lora_targets", "freeze", "attention", "compile_gain", "hold_outputs"),
     *("instance", "cluster", "nodes", "memory_limit", "shard_size", "optimizer_shard_size"),
     *("replication_reduce_dtype", "replication_gather_dtype", "hierarchical", "activation_checkpointing"),
     *("reshard_after_forward", "rank"),
 )
-_DEFAULTS = {("precision", "bf16-mixed"), ("optimizer", "AdamW"), ("hierarchical", "auto"), ("rank", "advice")}
+_DEFAULTS = {
+    ("precision", "bf16-mixed"),
+    ("optimizer", "AdamW"),
+    ("hierarchical", "auto"),
+    ("rank", "advice"),
+    ("compile_gain", 1.0),
+}
 
 
 def plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
@@ -73,11 +82,30 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         replication_gather_dtype=options.replication_gather_dtype,
         master_weights=options.master_weights,
         hierarchical={"auto": None, "true": True, "false": False}[options.hierarchical],
-        activation_checkpointing=options.activation_checkpointing,
+        activation_checkpointing=_recomputation(options.activation_checkpointing),
         reshard_after_forward=options.reshard_after_forward,
         memory_limit=None if limit is None else as_bytes(limit, "--memory-limit"),
         ranking=options.rank,
+        loss_chunks=options.loss_chunks,
+        lora_rank=options.lora_rank,
+        lora_targets=options.lora_targets,
+        frozen=options.freeze,
+        attention=options.attention,
+        compile_gain=options.compile_gain,
+        holds_outputs=options.hold_outputs is not False,
     )
+
+
+def _recomputation(asked: int | str | None) -> Recomputation | None:
+    words: dict[Any, Recomputation] = {"none": False, "all": True, "selective": "selective"}
+    if asked is None or (isinstance(asked, int) and asked > 0):
+        return asked
+    if asked not in words:
+        raise MiCSConfigError(
+            f"--activation-checkpointing {asked} is unknown. Values that work: all, selective, none, or 2 for every "
+            "second block."
+        )
+    return words[asked]
 
 
 def _assumed(options: argparse.Namespace) -> set[str]:
@@ -98,6 +126,8 @@ def _command(options: argparse.Namespace, **changes: Any) -> str:
         option = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{option}")
+        elif isinstance(value, list):
+            words += [shlex.join([f"--{option}", *value])] * bool(value)
         elif value is not None and (name, value) not in _DEFAULTS:
             words.append(f"--{option} {shlex.quote(str(value))}")
     return " ".join(words)

@@ -56,6 +56,8 @@ _PARTS = {
     "communication": "#e69f00",
     "activations": "#d55e00",
     "temporaries": "#f0b48a",
+    "outputs": "#f7d9c4",
+    "workspaces": "#dddddd",
     "reserve": "#bdbdbd",
 }
 _WIDTH = 9.0

@@ -26,7 +26,7 @@ from lightning_mics.plan.search import (
     what_helps,
 )
 from lightning_mics.plan.sensitivity import RATES, explain_assumptions, sensitivity
-from lightning_mics.plan.settings import Candidate
+from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.text import format_bytes, format_number
 
 _GIB = 2**30
@@ -83,10 +83,10 @@ def question(planning: Planning, assumed: Collection[str]) -> dict[str, str]:
     source = {"trace": "a trace", "formula": "a formula"}.get(profile.source, profile.source)
     kept_free = "" if profile.knows_activations else f" ({UNKNOWN_ACTIVATIONS:.0%} are kept free for activations)"
     return {
-        "model": f"{profile.name}: {format_short(profile.numel)} parameters, {len(profile.blocks)} blocks "
-        f"(figures from {source})",
+        "model": f"{profile.name}: {format_short(profile.numel)} parameters{_used(planning)}, "
+        f"{len(profile.blocks)} blocks (figures from {source})",
         "samples": _samples(planning, "sequence" in assumed),
-        "training": f"{planning.training.precision}, {planning.training.optimizer}",
+        "training": ", ".join(_training(planning.training)),
         "hardware": f"{format_count(cluster.num_nodes, 'node')} x {node.num_accelerators} {node.accelerator.name}"
         f" ({node.name}), {cluster.world_size} ranks",
         "links": f"inside a node {format_rate(node.intra.rate)} for each rank, between nodes "
@@ -94,6 +94,22 @@ def question(planning: Planning, assumed: Collection[str]) -> dict[str, str]:
         "batch": _batch(planning, "batch" in assumed),
         "memory": f"{format_bytes(planning.memory_limit)} for each rank{kept_free}",
     }
+
+
+def _used(planning: Planning) -> str:
+    profile = planning.profile
+    words = []
+    if profile.active_numel is not None:
+        words.append(f"{format_short(profile.active_numel)} for each token")
+    if profile.trainable_numel < profile.numel:
+        words.append(f"{format_short(profile.trainable_numel)} trained")
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _training(training: Training) -> list[str]:
+    words = [training.precision, str(training.optimizer), *training.variant.words]
+    words += [f"blocks compiled, {training.compile_gain:g} times as fast"] * (training.compile_gain != 1)
+    return words + ["outputs dropped before the backward pass"] * (not training.holds_outputs)
 
 
 def _samples(planning: Planning, assumed: bool) -> str:
@@ -127,8 +143,9 @@ def _print_ranking(planning: Planning, page: Page, top: int) -> None:
     more = len(planning.plans) - top
     page.say(
         "p: ranks of a partition group (8/64: and 64 divide the optimizer states). Stages of a collective: 2 across "
-        "nodes, then inside them. Micro-batch: samples of a rank x microsteps. Reshard: blocks are freed after the "
-        f"forward pass. Waits: exposed communication. {_about_conditions(planning)}"
+        "nodes, then inside them. Micro-batch: samples of a rank x microsteps. Recompute: blocks in the backward pass; "
+        "sel.: all but matrix products and attention. Reshard: blocks are freed after the forward pass. Waits: exposed "
+        f"communication. {_about_conditions(planning)}"
         + (f" {format_count(more, 'more plan')} fit: --top." if more > 0 else "")
     )
     for reason in reasons(planning):
@@ -147,7 +164,7 @@ def _ranked(plan: Plan, planning: Planning) -> list[str]:
         str(candidate.shard_size) + (f"/{candidate.optimizer_shard_size}" if candidate.slices > 1 else ""),
         "-" if candidate.shard_size == 1 else "2" if candidate.hierarchical else "1",
         f"{candidate.micro_batch} x {candidate.accumulation}",
-        "yes" if candidate.activation_checkpointing else "no",
+        {"": "no", "all": "yes", "selective": "sel."}.get(candidate.recomputation, candidate.recomputation),
         "yes" if candidate.reshard_after_forward else "no",
         _gib(plan.memory.total),
         format_number(plan.samples_per_second),
@@ -206,7 +223,8 @@ def _by_size(entries: Iterable[_Entry]) -> defaultdict[int, list[_Entry]]:
 def settings(candidate: Candidate, *, microsteps: bool = False) -> str:
     """Returns what a rank does with its samples, in few words; with the number of ``microsteps`` if asked for."""
     words = [f"micro-batches of {candidate.micro_batch}{f' x {candidate.accumulation}' * microsteps}"]
-    words += ["recompute"] * candidate.activation_checkpointing
+    how = candidate.recomputation
+    words += ["recompute" if how == "all" else f"recompute {how}"] * bool(how)
     words += ["no reshard"] * (not candidate.reshard_after_forward)
     return ", ".join(words)
 

@@ -50,7 +50,7 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
-        settings["activation_checkpointing"] = True
+        settings["activation_checkpointing"] = candidate.activation_checkpointing
     return settings
 
 
@@ -120,11 +120,13 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         mixed_precision=_mixed_precision(planning.training),
         cpu=planning.cluster.node.accelerator.device_type == "cpu",
         reshard_after_forward=candidate.reshard_after_forward,
-        activation_checkpointing=candidate.activation_checkpointing,
+        activation_checkpointing=candidate.activation_checkpointing is True,
     )
     wires = ("replication_reduce_dtype", "replication_gather_dtype")
     names = ("hierarchical", "optimizer_shard_size", *wires, "master_weights")
     beside = {name: mics_settings(planning).get(name) for name in names}
+    if candidate.activation_checkpointing is not settings.activation_checkpointing:
+        beside["activation_checkpointing"] = candidate.activation_checkpointing  # the file knows all and nothing
     variables = {f"MICS_{name.upper()}": str(value).lower() for name, value in beside.items() if value is not None}
     write_launch_file(path, settings, environment=variables, force=force)
     use = f"Start a script with it: {launch_commands(path, variables, machines)[0]}"
