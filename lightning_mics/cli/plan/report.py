@@ -16,6 +16,7 @@ from lightning_mics.cli.plan.screen import misfit_rows, question, reasons, setti
 from lightning_mics.cli.plan.write import accelerate_code, trainer_code
 from lightning_mics.plan.evaluate import Plan, peak_flops
 from lightning_mics.plan.hardware import Link
+from lightning_mics.plan.host import explain_host
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
 from lightning_mics.plan.search import ERROR, Planning, explain_misfit
 from lightning_mics.plan.sensitivity import RATES, contenders_of, sensitivity
@@ -104,6 +105,8 @@ def _row(planning: Planning, plan: Plan, counts: Sequence[int], ask: Callable[..
         "memory": plan.memory.parts(),
         "seconds": plan.time.seconds,
         "waiting": plan.time.waiting,
+        "idle": plan.time.idle / plan.time.seconds,
+        "host": explain_host(plan, planning.cluster.node.host),
         "samples_per_second": plan.samples_per_second,
         "model_flops": plan.model_flops,
         "mfu": plan.mfu,
@@ -158,6 +161,9 @@ def _assumptions(planning: Planning) -> Iterator[list[str]]:
         f"{accelerator.compute_efficiency:.0%}; {format_rate(accelerator.memory_bandwidth)} of memory",
         accelerator.source,
     ]
+    if node.host.launch:
+        launch, unit = (format_number(seconds * 1e6) for seconds in (node.host.launch, node.host.unit))
+        yield [f"host, {node.host.name}", f"{launch} us for an operation, {unit} us for a gather", node.host.source]
     yield ["inside a node", _describe(node.intra), node.intra.source]
     if planning.cluster.num_nodes > 1:
         yield ["between nodes", _describe(node.inter), node.inter.source]

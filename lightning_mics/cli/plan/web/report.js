@@ -141,8 +141,8 @@ function timeline(row) {
   const lanes = Object.entries(row.timeline.lanes).filter(([, events]) => events.length);
   const span = row.timeline.seconds;
   const whole = row.accumulation === 1 ? "the step" : `the last of ${row.accumulation} microsteps`;
-  caption("timeline", `A step ${row.fits ? "takes" : "would take"} ${duration(row.seconds)}; compute waits for ${percent(row.waiting, 1)} of it`,
-    `${whole}, with the optimizer: ${duration(span)}`);
+  caption("timeline", `A step ${row.fits ? "takes" : "would take"} ${duration(row.seconds)}; compute waits for ${percent(row.waiting + row.idle, 1)} of it`,
+    `${row.host} ${whole[0].toUpperCase()}${whole.slice(1)}, with the optimizer: ${duration(span)}`);
   place("timeline", 34 * lanes.length + 24, (picture, width) => {
     const left = 74, scale = (width - left) / data.ticks;
     lanes.forEach(([lane, events], index) => {
@@ -159,7 +159,8 @@ function timeline(row) {
     picture.append(draw("text", { x: left, y: bottom }, "0"), draw("text", { x: width, y: bottom, "text-anchor": "end" }, duration(span)));
   });
   const kinds = new Set(lanes.flatMap(([, events]) => events.map(([kind]) => kind)));
-  const waits = row.waiting > 0 ? [{ colour: "wait", label: "compute waits", value: percent(row.waiting, 1) }] : [];
+  const waited = [[row.waiting, "communication"], [row.idle, "the host"]].filter(([share]) => share >= 5e-4);
+  const waits = waited.map(([share, what]) => ({ colour: "wait", label: `compute waits for ${what}`, value: percent(share, 1) }));
   legend("timeline", [...[...kinds].map((kind) => ({ colour: kind, label: KINDS[kind] })), ...waits]);
 }
 
