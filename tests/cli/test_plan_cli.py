@@ -1,6 +1,8 @@
 """``mics plan`` from its words to its screen, its files and its exit code."""
 
+import argparse
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from plan_examples import make_cluster, make_profile
 
 from lightning_mics.accelerate.launch_file import check_launch_file
 from lightning_mics.cli import main
+from lightning_mics.cli.plan import answer, configure
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import find_instance, load_cluster
 from lightning_mics.trace.links import LinkFit, Measurement
@@ -146,6 +149,30 @@ def test_a_page_is_written_with_the_command_that_asked_for_it(capsys):
     assert "--shard-size 8 --no-activation-checkpointing --no-reshard-after-forward --rank throughput --write" in page
     code, _, err = run(capsys, "--memory-limit", "100 MiB", "--report", "none.html")
     assert code == 2 and "does not fit" in err and "too much" in Path("none.html").read_text()
+
+
+def test_the_command_of_a_page_asks_the_same():
+    parser = argparse.ArgumentParser()
+    asked = configure(parser).args[0]
+    given = {"lora_targets": ["q", "v*"], "freeze": ["a b"], "activation_checkpointing": "selective"}
+    words = ["--no-reshard-after-forward", "--no-hold-outputs"]
+    choices = {"master_weights": "owners", "hierarchical": "true", "rank": "throughput"}
+    beside = {"list", "measure", "save_cluster", "reshard_after_forward", "hold_outputs"}
+    for name in asked.keys() - beside:
+        value = (choices | given).get(name, 7)
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    options = parser.parse_args(words)
+    assert all(getattr(options, name) != asked[name] for name in asked.keys() - {"list", "measure", "save_cluster"})
+    again = shlex.split(answer._command(options, asked))
+    assert again[:2] == ["mics", "plan"] and vars(parser.parse_args(again[2:])) == vars(options)
+    options.measure, options.save_cluster = True, Path("c.yaml")
+    measured = parser.parse_args(shlex.split(answer._command(options, asked, shard_size=2))[2:])
+    assert (measured.cluster, measured.instance, measured.measure, measured.shard_size) == (
+        Path("c.yaml"),
+        None,
+        False,
+        2,
+    )
 
 
 @pytest.mark.usefixtures("no_trace")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import int_or_word
@@ -30,8 +31,10 @@ def configure(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace],
     _add_model_options(parser)
     _add_hardware_options(parser)
     _add_fixed_options(parser)
+    asked = vars(parser.parse_args([]))
     _add_output_options(parser)
-    return _run
+    asked["rank"] = parser.get_default("rank")
+    return functools.partial(_run, asked)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +137,8 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace files that exist")
 
 
-def _run(options: argparse.Namespace) -> int | None:
+def _run(asked: Mapping[str, Any], options: argparse.Namespace) -> int | None:
+    """Runs the command; ``asked`` is what an answer depends on, by option, with its defaults."""
     if options.list:
         from lightning_mics.cli.plan.known import print_known
 
@@ -149,7 +153,7 @@ def _run(options: argparse.Namespace) -> int | None:
     if cluster is not None:
         from lightning_mics.cli.plan.answer import plan_on
 
-        plan_on(options, cluster)
+        plan_on(options, cluster, asked)
     return None
 
 

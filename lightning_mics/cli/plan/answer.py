@@ -6,7 +6,7 @@ import argparse
 import functools
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,14 @@ from lightning_mics.plan.search import Planning
 from lightning_mics.plan.settings import Recomputation
 from lightning_mics.trace.planning import plan
 
-_ASKED = (
-    *("model", "sequence", "precision", "optimizer", "global_batch", "micro_batch", "accumulation"),
-    *("loss_chunks", "lora_rank", "lora_targets", "freeze", "attention", "compile_gain", "hold_outputs"),
-    *("instance", "cluster", "nodes", "memory_limit", "shard_size", "optimizer_shard_size"),
-    *("replication_reduce_dtype", "replication_gather_dtype", "hierarchical", "activation_checkpointing"),
-    *("reshard_after_forward", "rank"),
-)
-_DEFAULTS = {
-    ("precision", "bf16-mixed"),
-    ("optimizer", "AdamW"),
-    ("hierarchical", "auto"),
-    ("rank", "advice"),
-    ("compile_gain", 1.0),
-}
 
-
-def plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
+def plan_on(options: argparse.Namespace, cluster: Cluster, asked: Mapping[str, Any]) -> None:
     """Plans for a cluster, and prints and writes what is found.
+
+    Args:
+        options: Those of the command.
+        cluster: The hardware.
+        asked: Those of them that an answer depends on, with their defaults.
 
     Raises:
         MiCSConfigError: If a setting cannot work, or nothing fits (after what there is to say was printed).
@@ -58,7 +48,9 @@ def plan_on(options: argparse.Namespace, cluster: Cluster) -> None:
     if options.json is not None:
         _write_json(to_json(planning, scaling, events=options.events), options)
     if options.report is not None:
-        page = to_html(planning, functools.partial(_command, options), top=options.top, assumed=_assumed(options))
+        page = to_html(
+            planning, functools.partial(_command, options, asked), top=options.top, assumed=_assumed(options)
+        )
         write_text(options.report, page, force=options.force)
     _ = planning.best  # says why, if nothing fits
     for line in _write(options, planning, scaling):
@@ -116,21 +108,21 @@ def _assumed(options: argparse.Namespace) -> set[str]:
     return assumed
 
 
-def _command(options: argparse.Namespace, **changes: Any) -> str:
+def _command(options: argparse.Namespace, asked: Mapping[str, Any], **changes: Any) -> str:
     """Returns the command that asks the same, or with other values, without what says where the answer goes."""
-    asked = {name: getattr(options, name) for name in _ASKED} | changes
+    values = {name: getattr(options, name) for name in asked} | changes
     if options.measure:
-        asked |= {"instance": None, "cluster": options.save_cluster}
-    words = ["mics plan"]
-    for name, value in asked.items():
+        values |= {"measure": False, "save_cluster": None, "instance": None, "cluster": options.save_cluster}
+    words = ["mics", "plan"]
+    for name, value in values.items():
         option = name.replace("_", "-")
+        if value is None or value == asked[name]:
+            continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no-'}{option}")
-        elif isinstance(value, list):
-            words += [shlex.join([f"--{option}", *value])] * bool(value)
-        elif value is not None and (name, value) not in _DEFAULTS:
-            words.append(f"--{option} {shlex.quote(str(value))}")
-    return " ".join(words)
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def _write_json(text: str, options: argparse.Namespace) -> None:
