@@ -395,7 +395,8 @@ def apart_from(other: Candidate, candidate: Candidate) -> str:
         said.append(f"optimizer states over {candidate.optimizer_shard_size} ranks")
     if candidate.hierarchical != other.hierarchical and candidate.shard_size == other.shard_size:
         said.append("collectives in two stages" if candidate.hierarchical else "collectives in one stage")
-    return " and ".join([f"p={candidate.shard_size}{' with ' * bool(said)}{said[0] if said else ''}", *said[1:]])
+    told = " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+    return f"p={candidate.shard_size}{' with ' * bool(said)}{told}"
 
 
 def largest_micro_batch(planning: Planning, candidate: Candidate) -> int:

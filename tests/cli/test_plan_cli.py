@@ -160,7 +160,8 @@ def test_the_command_of_a_page_asks_the_same():
     beside = {"list", "measure", "save_cluster", "reshard_after_forward", "hold_outputs"}
     for name in asked.keys() - beside:
         value = (choices | given).get(name, 7)
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [] if asked[name] is False else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
     options = parser.parse_args(words)
     assert all(getattr(options, name) != asked[name] for name in asked.keys() - {"list", "measure", "save_cluster"})
     again = shlex.split(answer._command(options, asked))

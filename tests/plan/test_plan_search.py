@@ -9,7 +9,7 @@ from lightning_mics.metrics import CommLedger, Hop
 from lightning_mics.plan.evaluate import evaluate, predict_traffic
 from lightning_mics.plan.hardware import Link
 from lightning_mics.plan.memory import predict_memory
-from lightning_mics.plan.search import ERROR, Choices, explain_advice, largest_micro_batch, search
+from lightning_mics.plan.search import ERROR, Choices, apart_from, explain_advice, largest_micro_batch, search
 from lightning_mics.plan.settings import Candidate, Training
 
 TRAINING = Training(param_dtype="bfloat16", optimizer="AdamW")
@@ -253,3 +253,13 @@ def test_sixteen_bits_stand_for_each_other_but_not_for_float32():
     only = dataclasses.replace(accelerator, peak_flops={"bfloat16": 1e14})
     with pytest.raises(MiCSConfigError, match="float32"):
         only.peak_in("float32")
+
+
+def test_candidates_are_told_apart_by_what_differs():
+    ours = Candidate(shard_size=8, micro_batch=4)
+    assert apart_from(ours, dataclasses.replace(ours, shard_size=2)) == "p=2"
+    assert apart_from(ours, dataclasses.replace(ours, micro_batch=2)) == "p=8 with micro-batches of 2"
+    other = dataclasses.replace(ours, micro_batch=2, activation_checkpointing=True, reshard_after_forward=False)
+    words = "p=8 with micro-batches of 2, recomputation and blocks kept after the forward pass"
+    assert apart_from(ours, other) == words
+    assert apart_from(other, ours).endswith("of 4, nothing recomputed and blocks freed after the forward pass")
