@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
 from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.metrics import format_bytes
-from lightning_mics.plan import Candidate, Training, evaluate
-from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
+from lightning_mics.plan import Candidate, Training, predict_memory
+from lightning_mics.plan.hardware import Accelerator
 from lightning_mics.trace import profile_model
 
 _PARAM_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
@@ -121,14 +121,10 @@ def predict(combination: Combination) -> dict[str, float]:
     """Returns the planner's memory by part, in bytes."""
     training = replace(Training.in_precision(combination.precision, combination.optimizer), holds_outputs=False)
     profile = profile_model(build(combination.model), sample(1), param_dtype=training.param_dtype, device_type="cpu")
-    link = Link(bandwidth=1e9, efficiency=1.0, latency=1e-6)
     cpu = Accelerator(
         name="CPU", memory=2**40, peak_flops={"float32": 1e11}, memory_bandwidth=1e10, compute_efficiency=1.0,
         device_type="cpu",
     )  # fmt: skip
-    cluster = Cluster(
-        node=Node(name="node", accelerator=cpu, num_accelerators=combination.ranks, intra=link, inter=link), num_nodes=1
-    )
     candidate = Candidate(
         shard_size=combination.shard_size,
         optimizer_shard_size=combination.optimizer_shard_size,
@@ -137,7 +133,7 @@ def predict(combination: Combination) -> dict[str, float]:
         activation_checkpointing=combination.checkpointing,
         reshard_after_forward=combination.reshard,
     )
-    memory = evaluate(profile, cluster, candidate, training).memory
+    memory = predict_memory(profile, candidate, training, cpu)
     # Between steps partial sums are gone, and gradients are those of the rows that a rank steps on.
     gone = memory.partial_sums + memory.gradients * (1 - 1 / candidate.slices)
     return {**memory.parts(), "states": memory.states - gone, "total": memory.total}
@@ -220,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, nargs="+", default=list(range(len(COMBINATIONS))), metavar="N")
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines")
+    parser.add_argument("--measured", type=Path, help="take what was measured from JSON lines of all combinations")
     parser.add_argument("--table", type=Path, help="write a Markdown table")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -227,7 +224,9 @@ def main() -> None:
         work(options.worker, options.only)
         return
     measured: dict[int, dict[str, Any]] = {}
-    for ranks in sorted({COMBINATIONS[number].ranks for number in options.only}):
+    if options.measured is not None:
+        measured = dict(enumerate(json.loads(line)["measured"] for line in options.measured.read_text().splitlines()))
+    for ranks in sorted({COMBINATIONS[number].ranks for number in options.only if number not in measured}):
         measured |= measure([number for number in options.only if COMBINATIONS[number].ranks == ranks], ranks)
     rows = []
     for number in options.only:
