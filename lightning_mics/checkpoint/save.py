@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -277,9 +279,20 @@ def _dump(content: Any, stream: Any) -> None:
         torch.save(content, stream)
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, which says in the index that the save returns where everything is.
+
+    Some versions of PyTorch (2.11) say so only in a copy of it.
+    """
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {part.index: part.storage_data for parts in results for part in parts}
+        super().finish(metadata, results)
+
+
 def _write(temporary: Path, state: dict[str, Any], rest: Any) -> dict[str, Facts]:
     """Writes this rank's shards and, on rank 0, the rest. Returns what was written."""
-    writer = dcp.FileSystemWriter(temporary, sync_files=True)
+    writer = _Writer(temporary, sync_files=True)
     writer.fs = noting = NotingFileSystem()
     alone = not ranks.is_distributed()
     with ranks.quiet_dcp(alone):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from checkpoint_tools import PLAIN, equal, everything, load_anew, save_new, trained
 from lightning_tools import Net, cross_entropy
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
@@ -29,6 +32,23 @@ def test_round_trip(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
         assert equal(loaded, saved)
         assert meta["seed"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+
+
+def save_where_a_copy_is_finished(path: str) -> dict[str, Tensor]:
+    """Saves with a writer that tells a copy of the index where everything is, as that of torch 2.11 does."""
+    finish = dcp.FileSystemWriter.finish
+
+    def of_a_copy(writer: Any, metadata: Any, results: Any) -> None:
+        finish(writer, dataclasses.replace(metadata), results)
+
+    with mock.patch.object(dcp.FileSystemWriter, "finish", of_a_copy):
+        return save_new(path, 1, True)
+
+
+def test_the_index_says_where_everything_is(pool: WorkerPool, tmp_path: Path) -> None:
+    path = str(tmp_path / "saved")
+    saved = pool.run(save_where_a_copy_is_finished, path, world_size=2)[0]
+    assert all(equal(loaded, saved) for loaded, _ in pool.run(load_anew, path, world_size=2))
 
 
 def written() -> int:
