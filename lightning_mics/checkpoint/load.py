@@ -43,8 +43,9 @@ from lightning_mics.checkpoint.trust import read_file, unpickle
 from lightning_mics.core._torch import load_own_entries, local_tensor, plain_name
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.log import inform
-from lightning_mics.core.masters import has_master, write_master
+from lightning_mics.core.masters import has_master, tell_of_16_bits, write_master
 from lightning_mics.core.runtime import adopt_masters
+from lightning_mics.core.slices import is_slice
 from lightning_mics.errors import CheckpointError
 
 _NAMED = 5  # how many names of missing or unexpected entries a message lists
@@ -277,6 +278,8 @@ class _Targets:
                 check_shape(self._path, name, entry.size, target.shape)
                 if is_lossy(entry.properties.dtype, target.dtype):
                     rounded[name] = (entry.properties.dtype, target.dtype)
+                if is_slice(target):
+                    tell_of_16_bits(entry.properties.dtype)
             self.flat[f"{key}.{name}"] = target
         tell_rounding(self._path, "weights", rounded, exact)
 

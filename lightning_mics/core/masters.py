@@ -138,9 +138,11 @@ def settle(param: Tensor) -> None:
 
 @torch.no_grad()
 def write_master(param: Tensor, value: Tensor) -> None:
-    """Puts a whole tensor, or a shard laid out as the parameter is, into a master and its shard."""
-    shard = value if isinstance(value, DTensor) else shard_like(value, param)
-    local = local_tensor(shard)
+    """Puts a whole tensor, or one that is divided in any way, into a master and its shard."""
+    tell_of_16_bits(value.dtype)
+    if isinstance(value, DTensor) and not _are_alike(value, param):
+        value = value.full_tensor()
+    local = local_tensor(value if isinstance(value, DTensor) else shard_like(value, param))
     master: _Master = _MASTERS[param]
     local_tensor(master.rows).copy_(local[_slices(param).rows(len(local))])
     local_tensor(param.detach()).copy_(local)  # behind rows that are under way
@@ -215,7 +217,7 @@ def _own_shards(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def _put_masters(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, param in _own_shards(module, prefix).items():
-        if name in state:
+        if name in state and state[name] is not param:  # which keep_vars=True asks for
             state[name] = master_of(param)
 
 
@@ -224,18 +226,24 @@ def _take_values(module: nn.Module, state: dict[str, Any], prefix: str, *unused:
         value = state.get(name)
         if not isinstance(value, Tensor) or value.shape != param.shape:
             continue  # PyTorch says so
-        if is_slice(value):
-            rows = local_tensor(_MASTERS[param].rows)
+        rows = _MASTERS[param].rows
+        if is_slice(value) and _are_alike(value, rows):
             with torch.no_grad():
-                rows.copy_(local_tensor(value))
+                local_tensor(rows).copy_(local_tensor(value))
             changed([param])
         else:
             write_master(param, value)
-        _tell_of_16_bits(value.dtype)
         state[name] = param
 
 
+def _are_alike(first: Tensor, second: Tensor) -> bool:
+    """Returns whether tensors of one shape are divided in the same way."""
+    pair = [(tensor.device_mesh.shape, tensor.placements) for tensor in (first, second) if isinstance(tensor, DTensor)]
+    return len(pair) == 2 and pair[0] == pair[1]
+
+
 @functools.cache
-def _tell_of_16_bits(dtype: torch.dtype) -> None:
+def tell_of_16_bits(dtype: torch.dtype) -> None:
+    """Says, once, that float32 masters are made of what has 16 bits."""
     if dtype.itemsize == 2:
         inform(f"float32 masters (master_weights='owners') were made of weights in {dtype}: as they are.")

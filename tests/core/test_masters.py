@@ -136,6 +136,16 @@ def write_in_all_ways() -> list[str]:
     shards = mics_shard(net(5), PARTITION)
     model.load_state_dict(shards.state_dict())
     check("load_state_dict of shards", full_state_dict(shards))
+    wider = mics_shard(net(6), MiCSConfig(shard_size=4, node_size=4))
+    model.load_state_dict(wider.state_dict())
+    check("load_state_dict of larger partitions", full_state_dict(wider))
+    by_two = mics_shard(net(7), OWNERS.replace(shard_size=1, node_size=1, optimizer_shard_size=2))
+    model.load_state_dict(by_two.state_dict())
+    check("load_state_dict of other slices", full_state_dict(by_two))
+    if any(
+        value is not dict(model.named_parameters())[name] for name, value in model.state_dict(keep_vars=True).items()
+    ):
+        wrong.append("keep_vars")
     before = full_state_dict(model)
     with torch.no_grad():
         for param in model.parameters():
