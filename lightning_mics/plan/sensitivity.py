@@ -106,9 +106,8 @@ def explain_assumptions(planning: Planning) -> str:
     if without is not None:
         parts.append(f"if nothing overlaps, {without}")
     elif parts:
-        parts.append(
-            "the same holds if nothing overlaps" if lost is None else "if nothing overlaps, no other is faster"
-        )
+        same = f"if nothing overlaps, no other is more than {ERROR:.0%} faster"
+        parts.append("the same holds if nothing overlaps" if lost is None else same)
     else:
         parts.append(f"{ours} stays within {ERROR:.0%} of the fastest if nothing overlaps")
     begin = f"The advice rests on {' and on '.join(rests)}" if rests else "The advice is sturdy"
