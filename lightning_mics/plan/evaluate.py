@@ -233,7 +233,7 @@ class _Step:
         """An optimizer is bound by memory: it reads gradients, and reads and writes parameters and states."""
         stepped = memory.gradients / self._candidate.slices
         moved = stepped + 2 * (stepped + memory.optimizer)  # frozen parameters stay
-        return moved / self._accelerator.memory_bandwidth
+        return moved / (self._accelerator.memory_bandwidth * self._accelerator.optimizer_efficiency)
 
 
 def predict_traffic(

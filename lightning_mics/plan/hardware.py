@@ -31,6 +31,7 @@ _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
     "latency": ("s", "20 us", 0.0),
     "launch": ("s", "10 us", 0.0),
     "memory": ("B", "40 GiB", 1.0),
+    "optimizer_efficiency": ("", "0.8", None),
     "memory_bandwidth": ("B/s", "1555 GB/s", None),
     "unit": ("s", "500 us", 0.0),
     "unit_overhead": ("s", "1 ms", 0.0),
@@ -74,6 +75,7 @@ class Accelerator:
         unit_overhead: Seconds of host time in each pass of an FSDP unit that compute waits for. Accelerators hide it:
             their host runs ahead.
         workspace: Bytes of scratch memory that PyTorch gives cuBLAS, for each thread that multiplies matrices.
+        optimizer_efficiency: Share of the bandwidth that an optimizer's step reaches, above 0 and at most 1.
         source: Where the figures are from.
     """
 
@@ -85,6 +87,7 @@ class Accelerator:
     device_type: str = "cuda"
     unit_overhead: float = 0.0
     workspace: float = 8.125 * 2**20
+    optimizer_efficiency: float = 1.0
     source: str = ""
 
     def peak_in(self, dtype: str) -> float:

@@ -61,6 +61,21 @@ def one_rank_mesh() -> Iterator[DeviceMesh]:
 
 
 @contextmanager
+def fake_world(ranks: int) -> Iterator[None]:
+    """Makes this process rank 0 of a world of which no other rank is there; collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    excepthook = sys.excepthook
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = excepthook
+        forget_dtensor_meshes()
+
+
+@contextmanager
 def fake_tensors() -> Iterator[Any]:
     """Makes every new tensor a fake one, without memory; gives the mode."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -130,9 +130,14 @@ def known_models() -> list[str]:
 
 
 def build_model(
-    name_or_path: str | os.PathLike[str], *, sequence_length: int | None = None, attention: str | None = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    sequence_length: int | None = None,
+    attention: str | None = None,
+    device: str = "meta",
+    layers: int | None = None,
 ) -> tuple[nn.Module, Sample | Any, str]:
-    """Builds a model without memory.
+    """Builds a model, by default without memory.
 
     Args:
         name_or_path: A built-in name (see :func:`known_models`), the path of a Hugging Face ``config.json`` or of its
@@ -140,9 +145,11 @@ def build_model(
         sequence_length: Tokens of the sample; by default the longest that the model takes, but at most 8192 where its
             positions have no table.
         attention: Name of the attention in transformers; by default its own choice.
+        device: Where it is built.
+        layers: How many layers it gets at most, where it is described by a configuration.
 
     Returns:
-        The model on the meta device; a batch of one sample as the model takes it, on the meta device (what a factory
+        The model on the device; a batch of one sample as the model takes it, on the meta device (what a factory
         returned, ``None`` if it returned none); and the model's name.
 
     Raises:
@@ -155,14 +162,14 @@ def build_model(
     key = name.lower().replace("_", "-")
     chosen = {} if attention is None else {"attn_implementation": attention}
     if key in _SHAPES:
-        return _from_config({**_SHAPES[key], **chosen}, key, key, sequence_length)
+        return _from_config({**_SHAPES[key], **chosen}, key, key, sequence_length, device, layers)
     path = Path(name).expanduser()
     if path.exists() or path.suffix == ".json" or not isinstance(name_or_path, str):
-        return _from_file(path, sequence_length, chosen)
+        return _from_file(path, sequence_length, chosen, device, layers)
     if ":" in name:
         if chosen:
             raise MiCSConfigError(f"attention={attention!r} is a setting of transformers' models. Set it in {name}().")
-        return _from_factory(name)
+        return _from_factory(name, device)
     raise MiCSConfigError(
         f"Model {name!r} is not known, and no such file exists. {did_you_mean(key, _SHAPES, cutoff=0.5)} Values that "
         f"work: {', '.join(_SHAPES)}; the path of a Hugging Face config.json; or 'module:factory', a function that "
@@ -170,7 +177,9 @@ def build_model(
     )
 
 
-def _from_file(path: Path, sequence_length: int | None, chosen: dict[str, str]) -> tuple[nn.Module, Sample, str]:
+def _from_file(
+    path: Path, sequence_length: int | None, chosen: dict[str, str], device: str, layers: int | None
+) -> tuple[nn.Module, Sample, str]:
     file = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(file.read_text())
@@ -186,11 +195,11 @@ def _from_file(path: Path, sequence_length: int | None, chosen: dict[str, str]) 
             '"model_type": "llama".'
         )
     name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return _from_config({**values, **chosen}, name, str(file), sequence_length)
+    return _from_config({**values, **chosen}, name, str(file), sequence_length, device, layers)
 
 
 def _from_config(
-    values: dict[str, Any], name: str, where: str, sequence_length: int | None
+    values: dict[str, Any], name: str, where: str, sequence_length: int | None, device: str, layers: int | None
 ) -> tuple[nn.Module, Sample, str]:
     transformers = _transformers()
     kind = values.pop("model_type")
@@ -204,7 +213,9 @@ def _from_config(
     try:
         config = transformers.AutoConfig.for_model(kind, **values)
         config.use_cache = False
-        with torch.device("meta"):
+        if layers is not None and isinstance(getattr(config, "num_hidden_layers", None), int):
+            config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        with torch.device(device):
             model = _build(transformers, config)
     except MiCSConfigError:
         raise
@@ -302,15 +313,19 @@ def _positions(model: nn.Module) -> int | None:
     return None
 
 
-def _from_factory(name: str) -> tuple[nn.Module, Any, str]:
+def _from_factory(name: str, device: str) -> tuple[nn.Module, Any, str]:
     factory = _load(name)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             result = factory()
     except Exception as error:
         raise MiCSConfigError(
             f"{name}() failed with {type(error).__name__}: {_first_line(error)}. It is called without arguments, and "
-            "its tensors are on the meta device, without values."
+            + (
+                "its tensors are on the meta device, without values."
+                if device == "meta"
+                else f"on the device {device}."
+            )
         ) from error
     model, sample = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):

@@ -1,6 +1,7 @@
 """``mics plan`` from its words to its screen, its files and its exit code."""
 
 import argparse
+import dataclasses
 import json
 import shlex
 import socket
@@ -14,10 +15,11 @@ import torch
 from plan_examples import make_cluster, make_profile
 
 from lightning_mics.accelerate.launch_file import check_launch_file
+from lightning_mics.bench.calibration import Calibration
 from lightning_mics.cli import main
 from lightning_mics.cli.plan import answer, configure
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.plan.hardware import find_instance, load_cluster
+from lightning_mics.plan.hardware import Host, find_instance, load_cluster
 from lightning_mics.trace.links import LinkFit, Measurement
 
 HARDWARE = ["--instance", "p4d.24xlarge", "--nodes", "2"]
@@ -343,3 +345,47 @@ def test_the_file_with_measured_links_is_not_replaced_by_accident(capsys):
     code, _, err = run(capsys, "--measure", hardware=[])
     assert code == 2 and "cluster.yaml exists" in err and "--save-cluster" in err
     assert Path("cluster.yaml").read_text() == "mine"
+
+
+# Calibrating.
+
+
+CPUS = """
+accelerator: {name: CPU, memory: 8 GiB, peak_flops: {float32: 60 GFLOP/s}, memory_bandwidth: 10 GB/s,
+  compute_efficiency: 0.8, device_type: cpu}
+num_accelerators: 2
+num_nodes: 2
+intra: {bandwidth: 1 GB/s, efficiency: 1, latency: 50 us}
+inter: {bandwidth: 1 Gbit/s, efficiency: 0.9, latency: 100 us}
+"""
+
+
+def test_what_is_calibrated_is_shown_beside_the_assumption_saved_and_used(capsys, no_trace, monkeypatch):
+    Path("cpus.yaml").write_text(CPUS)
+    unit = dataclasses.replace(make_profile().blocks[0], name="block.1", forward_launches=10, backward_launches=20)
+    found = Calibration(
+        **{"device": "CPU", "micro_batch": 2, "forward_rate": 30e9, "backward_rate": 20e9, "unit": unit},
+        **{"host": Host(launch=12e-6, unit=1e-3, name="calibrated"), "host_seconds": 4e-3},
+        **{"kept": 3 * 2**20, "predicted": 2 * 2**20, "optimizer_rate": 5e9},
+    )
+    calibrate = Mock(return_value=found)
+    monkeypatch.setattr("lightning_mics.cli.plan.calibrate.calibrate", calibrate)
+    words = ("--precision", "32-true", "--micro-batch", 2)
+    code, out, err = run(capsys, "--calibrate", *words, hardware=["--cluster", "cpus.yaml"])
+    assert code == 0, err
+    assert calibrate.call_args.kwargs["micro_batch"] == 2 and calibrate.call_args.kwargs["device_type"] == "cpu"
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "both passes, a second 48 GFLOP 22.5 GFLOP" in rows and "host: an operation 10 us 12 us" in rows
+    assert "kept for the backward pass 2.0 MiB 3.0 MiB" in rows
+    accelerator = load_cluster("calibrated.yaml").node.accelerator
+    assert accelerator.peak_in("float32") * accelerator.compute_efficiency == pytest.approx(found.rate)
+    assert accelerator.optimizer_efficiency == 0.5 and load_cluster("calibrated.yaml").node.host == found.host
+    code, later, err = run(capsys, *words, hardware=["--cluster", "calibrated.yaml"])
+    assert code == 0 and later.strip() in out
+
+
+def test_calibrating_needs_the_device_that_is_planned_for(capsys, monkeypatch):
+    assert "is a card, of which none is here" in run(capsys, "--calibrate")[2]
+    assert "Measure first, then --calibrate --cluster cluster.yaml" in run(capsys, "--calibrate", "--measure")[2]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "Start it without torchrun" in run(capsys, "--calibrate")[2]

@@ -77,7 +77,10 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
     add("--instance", metavar="NAME", help="a cloud instance, for example p4d.24xlarge")
     add("--cluster", type=Path, metavar="FILE", help="a YAML file that describes the nodes and their links")
     add("--measure", action="store_true", help="measure the links of this cluster; start it by torchrun on all nodes")
-    add("--save-cluster", type=Path, metavar="FILE", help="where --measure writes them (default: cluster.yaml)")
+    about = "run the model's own block on the device at hand for up to a minute, and plan with what it takes"
+    add("--calibrate", action="store_true", help=about)
+    about = "where --measure and --calibrate write what they find (default: cluster.yaml, calibrated.yaml)"
+    add("--save-cluster", type=Path, metavar="FILE", help=about)
     add("--host", metavar="NAME", help="what launches the devices' work: ordinary (default) or fast")
     add("--nodes", type=int, metavar="N", help="number of nodes (default: what the file says, else 1)")
     add("--memory-limit", metavar="SIZE", help='what a rank may use, for example "36 GiB" (default: all of its memory)')
@@ -166,4 +169,8 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
     from lightning_mics.cli.plan.checks import check_options, given_cluster
 
     check_options(options)
-    return given_cluster(options)
+    if not options.calibrate:
+        return given_cluster(options)
+    from lightning_mics.cli.plan.calibrate import calibrated
+
+    return calibrated(options, given_cluster(options))

@@ -31,8 +31,13 @@ def check_options(options: argparse.Namespace) -> None:
             "The hardware is missing. Name a cloud instance (--instance p4d.24xlarge --nodes 2), a file (--cluster "
             "my.yaml), or measure where this runs (--measure). mics plan --list shows all instances that are known."
         )
-    if options.save_cluster is not None and not options.measure:
-        raise MiCSConfigError("--save-cluster writes what --measure finds. Add --measure, or leave it out.")
+    if options.measure and options.calibrate:
+        raise MiCSConfigError(
+            "--measure needs all ranks, and --calibrate one process. Measure first, then --calibrate --cluster "
+            "cluster.yaml."
+        )
+    if options.save_cluster is not None and not options.measure and not options.calibrate:
+        raise MiCSConfigError("--save-cluster writes what --measure and --calibrate find. Add one, or leave it out.")
     if options.events and options.json is None:
         raise MiCSConfigError("--events adds to the JSON. Add --json, or leave it out.")
     for name, example in _EXAMPLES.items():
@@ -71,8 +76,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
         outputs.append(("--json", Path(options.json)))
     if options.report is not None:
         outputs.append(("--report", options.report))
-    if options.measure:
-        options.save_cluster = options.save_cluster or Path("cluster.yaml")
+    if options.measure or options.calibrate:
+        options.save_cluster = options.save_cluster or Path("cluster.yaml" if options.measure else "calibrated.yaml")
         outputs.append(("--save-cluster", options.save_cluster))
     if options.plot is not None:
         outputs.append(("--plot", options.plot))
