@@ -97,6 +97,7 @@ def calibrate(
     training: Training,
     *,
     sequence_length: int | None = None,
+    attention: str | None = None,
     micro_batch: int = 1,
     device_type: str = "cpu",
     seconds: float = 40.0,
@@ -108,6 +109,7 @@ def calibrate(
         model: A name or path, as for :func:`~lightning_mics.trace.models.build_model`.
         training: Dtypes and the optimizer.
         sequence_length: Tokens of a sample.
+        attention: As for :func:`~lightning_mics.trace.models.build_model`.
         micro_batch: Samples of a pass.
         device_type: ``"cpu"`` or ``"cuda"``.
         seconds: How long it may take, beside building the model.
@@ -118,7 +120,9 @@ def calibrate(
     """
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     tell = progress or (lambda share: None)
-    built, sample, _ = build_model(model, sequence_length=sequence_length, device=device_type, layers=BLOCKS)
+    built, sample, _ = build_model(
+        model, sequence_length=sequence_length, attention=attention, device=device_type, layers=BLOCKS
+    )
     if sample is None:
         raise MiCSConfigError("The factory returned no sample, so nothing can be run. Return (model, sample).")
     dtype = None if training.param_dtype == "float32" else training.param_dtype

@@ -162,6 +162,11 @@ def _run(asked: Mapping[str, Any], options: argparse.Namespace) -> int | None:
 
 def _cluster(options: argparse.Namespace) -> Cluster | None:
     """Returns the hardware; ``None`` on ranks that have only measured."""
+    if options.measure and options.calibrate:
+        raise MiCSConfigError(
+            "--measure needs all ranks, and --calibrate one process. Measure first, then --calibrate --cluster "
+            "cluster.yaml."
+        )
     if options.measure:
         from lightning_mics.cli.plan.measure import measure
 

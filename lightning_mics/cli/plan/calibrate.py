@@ -34,6 +34,7 @@ def calibrated(options: argparse.Namespace, cluster: Cluster) -> Cluster:
             options.model,
             training,
             sequence_length=options.sequence,
+            attention=options.attention,
             micro_batch=options.micro_batch or 1,
             device_type=accelerator.device_type,
             progress=progress,

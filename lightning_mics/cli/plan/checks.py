@@ -31,11 +31,6 @@ def check_options(options: argparse.Namespace) -> None:
             "The hardware is missing. Name a cloud instance (--instance p4d.24xlarge --nodes 2), a file (--cluster "
             "my.yaml), or measure where this runs (--measure). mics plan --list shows all instances that are known."
         )
-    if options.measure and options.calibrate:
-        raise MiCSConfigError(
-            "--measure needs all ranks, and --calibrate one process. Measure first, then --calibrate --cluster "
-            "cluster.yaml."
-        )
     if options.save_cluster is not None and not options.measure and not options.calibrate:
         raise MiCSConfigError("--save-cluster writes what --measure and --calibrate find. Add one, or leave it out.")
     if options.events and options.json is None:
