@@ -159,23 +159,21 @@ def test_the_command_of_a_page_asks_the_same():
     given = {"lora_targets": ["q", "v*"], "freeze": ["a b"], "activation_checkpointing": "selective"}
     words = ["--no-reshard-after-forward", "--no-hold-outputs"]
     choices = {"master_weights": "owners", "hierarchical": "true", "rank": "throughput"}
-    beside = {"list", "measure", "save_cluster", "reshard_after_forward", "hold_outputs"}
+    measuring = {"list", "measure", "calibrate", "save_cluster"}
+    beside = {*measuring, "reshard_after_forward", "hold_outputs"}
     for name in asked.keys() - beside:
         value = (choices | given).get(name, 7)
         values = value if isinstance(value, list) else [] if asked[name] is False else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     options = parser.parse_args(words)
-    assert all(getattr(options, name) != asked[name] for name in asked.keys() - {"list", "measure", "save_cluster"})
+    assert all(getattr(options, name) != asked[name] for name in asked.keys() - measuring)
     again = shlex.split(answer._command(options, asked))
     assert again[:2] == ["mics", "plan"] and vars(parser.parse_args(again[2:])) == vars(options)
-    options.measure, options.save_cluster = True, Path("c.yaml")
-    measured = parser.parse_args(shlex.split(answer._command(options, asked, shard_size=2))[2:])
-    assert (measured.cluster, measured.instance, measured.measure, measured.shard_size) == (
-        Path("c.yaml"),
-        None,
-        False,
-        2,
-    )
+    options.save_cluster = Path("c.yaml")
+    for options.measure, options.calibrate in ((True, False), (False, True)):
+        measured = parser.parse_args(shlex.split(answer._command(options, asked, shard_size=2))[2:])
+        assert (measured.cluster, measured.shard_size) == (Path("c.yaml"), 2)
+        assert not any((measured.instance, measured.host, measured.measure, measured.calibrate))
 
 
 @pytest.mark.usefixtures("no_trace")

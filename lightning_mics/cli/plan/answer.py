@@ -111,8 +111,9 @@ def _assumed(options: argparse.Namespace) -> set[str]:
 def _command(options: argparse.Namespace, asked: Mapping[str, Any], **changes: Any) -> str:
     """Returns the command that asks the same, or with other values, without what says where the answer goes."""
     values = {name: getattr(options, name) for name in asked} | changes
-    if options.measure:
-        values |= {"measure": False, "save_cluster": None, "instance": None, "cluster": options.save_cluster}
+    if options.measure or options.calibrate:  # what was found is in a file
+        found = {"instance": None, "cluster": options.save_cluster, "host": None}
+        values |= {"measure": False, "calibrate": False, "save_cluster": None, **found}
     words = ["mics", "plan"]
     for name, value in values.items():
         option = name.replace("_", "-")
