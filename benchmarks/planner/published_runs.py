@@ -1,0 +1,174 @@
+"""Published training runs with full sharding or HSDP against the planner's predictions, none tuned by row.
+
+python benchmarks/planner/published_runs.py --table docs/results/planner-runs.md
+
+The rows are all those of the sources that FSDP ran in bfloat16 without float8, compilation or other parallelism; of
+MosaicML's, those of models of 7 billion parameters and more with 2,048 tokens. Hardware and its constants are those of the
+catalogue, which was there before the rows. What the sources do not say is assumed: MPT has GPT-2's blocks in MosaicML's
+sizes; IBM's nodes are joined by 400 Gbit/s, torchtitan's A100 by EFA (p4de); torchtitan's selection of operations, which
+keeps every second matrix product, counts as ``"selective"``, which keeps them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mics.plan import Candidate, ModelProfile, Plan, Training, evaluate, find_instance
+from lightning_mics.trace import models, profile_model
+
+_HEADER = ["run", "tokens/s a GPU", "predicted", "error"]
+_TRAINING = Training(param_dtype="bfloat16", reduce_dtype="bfloat16")
+_SHAPES: dict[str, dict[str, Any]] = {
+    "mpt-7b": models._gpt(32, 4096, 32, 2048, 50368),
+    "mpt-13b": models._gpt(40, 5120, 40, 2048, 50368),
+    "mpt-30b": models._gpt(48, 7168, 56, 2048, 50368),
+    "mpt-70b": models._gpt(80, 8192, 64, 2048, 50368),
+    "llama-2-34b": models._llama(48, 8192, 64, 22016, key_value_heads=8),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: who reports it, what was trained on which nodes and how, and what is reported."""
+
+    source: str
+    model: str
+    sequence: int
+    instance: str
+    gpus: int
+    micro_batch: int
+    reported: float
+    accumulation: int = 1
+    recompute: Any = False
+    shard_size: int | None = None
+    memory: float | None = None
+
+    @property
+    def label(self) -> str:
+        recomputed = {False: "", True: ", recomputed", 2: ", every 2nd recomputed"}.get(self.recompute, ", selective")
+        batch = f"{self.micro_batch} x {self.accumulation}" if self.accumulation > 1 else str(self.micro_batch)
+        accelerator = find_instance(self.instance, 1).node.accelerator.name
+        return f"{self.source}: {self.model}, {self.gpus} {accelerator}, {batch} x {self.sequence}{recomputed}"
+
+
+def _mosaic(instance: str, rows: list[tuple[str, int, int, int, bool, int]]) -> list[Run]:
+    """Rows are size, GPUs, micro-batch, accumulation, whether blocks are recomputed, tokens/s a GPU."""
+    return [
+        Run("MosaicML", f"mpt-{size}", 2048, instance, gpus, batch, tokens, steps, recompute)
+        for size, gpus, batch, steps, recompute, tokens in rows
+    ]
+
+
+_TITAN, _IBM = "torchtitan", "IBM"
+RUNS = [
+    Run(_TITAN, "llama-3-8b", 8192, "8xH100-96GB-roce-3200g", 8, 2, 5762, recompute="selective", memory=82.4),
+    Run(_TITAN, "llama-3-8b", 8192, "8xH100-96GB-roce-3200g", 128, 2, 5605, recompute="selective", memory=67.0),
+    Run(_TITAN, "llama-3-8b", 8192, "p4de.24xlarge", 64, 1, 2904, recompute=2),
+    Run(_TITAN, "llama-3-8b", 8192, "p4de.24xlarge", 64, 1, 2973, recompute="selective"),
+    Run(_TITAN, "llama-3-70b", 8192, "p4de.24xlarge", 64, 1, 331, recompute=True),
+    Run(_IBM, "llama-2-7b", 4096, "8xA100-roce-400g", 128, 2, 3760, shard_size=8),
+    Run(_IBM, "llama-2-13b", 4096, "8xA100-roce-400g", 128, 1, 1700, shard_size=8),
+    Run(_IBM, "llama-2-34b", 4096, "8xA100-roce-400g", 128, 8, 772, recompute=True),
+    Run(_IBM, "llama-2-70b", 4096, "8xA100-roce-400g", 128, 6, 380, recompute=True),
+    *_mosaic(
+        "8xA100-roce-1600g",
+        [
+            ("70b", 64, 8, 4, True, 410),
+            ("70b", 32, 2, 16, True, 373),
+            ("30b", 8, 3, 21, True, 916),
+            ("13b", 8, 2, 3, False, 2262),
+            ("7b", 8, 6, 2, False, 4641),
+        ],
+    ),
+    *_mosaic(
+        "8xA100-40GB-roce-1600g",
+        [
+            ("70b", 128, 4, 1, True, 376),
+            ("70b", 64, 2, 1, True, 276),
+            ("30b", 128, 6, 1, True, 865),
+            ("30b", 32, 4, 1, True, 857),
+            ("13b", 128, 16, 1, True, 1972),
+            ("13b", 64, 16, 1, True, 1976),
+            ("13b", 32, 14, 1, True, 1998),
+            ("13b", 16, 10, 1, True, 1993),
+            ("13b", 8, 4, 16, True, 1668),
+            ("7b", 128, 18, 1, True, 3623),
+            ("7b", 64, 18, 1, True, 3665),
+            ("7b", 32, 18, 1, True, 3725),
+            ("7b", 16, 16, 1, True, 3645),
+            ("7b", 8, 12, 4, True, 3679),
+        ],
+    ),
+    *_mosaic(
+        "8xH100-roce-3200g",
+        [
+            ("70b", 64, 8, 4, True, 1039),
+            ("70b", 32, 2, 16, True, 882),
+            ("30b", 32, 14, 3, True, 2308),
+            ("30b", 16, 10, 3, True, 2263),
+            ("30b", 8, 3, 21, True, 2002),
+            ("13b", 64, 2, 1, False, 4800),
+            ("13b", 32, 2, 1, False, 4811),
+            ("13b", 16, 2, 1, False, 4767),
+            ("13b", 8, 2, 1, False, 4792),
+            ("7b", 8, 6, 1, False, 10643),
+        ],
+    ),
+]
+
+
+@functools.cache
+def _profile(name: str, sequence: int) -> ModelProfile:
+    models._SHAPES.update(_SHAPES)
+    model, sample, _ = models.build_model(name, sequence_length=sequence)
+    return profile_model(model, sample, param_dtype="bfloat16", name=name)
+
+
+def predict(run: Run) -> Plan:
+    """Returns what the planner predicts of a run."""
+    candidate = Candidate(
+        scheme="mesh-2d" if run.shard_size else "full-sharding",
+        shard_size=run.shard_size or run.gpus,
+        micro_batch=run.micro_batch,
+        accumulation=run.accumulation,
+        activation_checkpointing=run.recompute,
+    )
+    return evaluate(_profile(run.model, run.sequence), find_instance(run.instance, run.gpus // 8), candidate, _TRAINING)
+
+
+def main() -> None:
+    """Predicts and compares."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, help="write a Markdown table")
+    options = parser.parse_args()
+    rows, errors = [], []
+    for run in RUNS:
+        plan = predict(run)
+        tokens = plan.samples_per_second * run.sequence / run.gpus
+        errors.append(tokens / run.reported - 1)
+        rows.append([run.label, f"{run.reported:,.0f}", f"{tokens:,.0f}", f"{errors[-1]:+.1%}"])
+        if run.memory is not None:
+            gib = plan.memory.total / 2**30
+            rows.append([f"{run.label}: memory", f"{run.memory} GiB", f"{gib:.1f} GiB", f"{gib / run.memory - 1:+.1%}"])
+    sizes = [abs(error) for error in errors]
+    summary = f"{len(errors)} speeds: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}, "
+    summary += f"mean of signed errors {statistics.mean(errors):+.1%}."
+    table = Table(*_HEADER)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table, summary)
+    if options.table is not None:
+        lines = [_HEADER, ["---", *["---:"] * 3], *rows]
+        options.table.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n{summary}\n")
+
+
+if __name__ == "__main__":
+    main()
