@@ -3,10 +3,13 @@
 python benchmarks/planner/published_runs.py --table docs/results/planner-runs.md
 
 The rows are all those of the sources that FSDP ran in bfloat16 without float8, compilation or other parallelism; of
-MosaicML's, those of models of 7 billion parameters and more with 2,048 tokens. Hardware and its constants are those of the
-catalogue, which was there before the rows. What the sources do not say is assumed: MPT has GPT-2's blocks in MosaicML's
-sizes; IBM's nodes are joined by 400 Gbit/s, torchtitan's A100 by EFA (p4de); torchtitan's selection of operations, which
-keeps every second matrix product, counts as ``"selective"``, which keeps them all.
+MosaicML's, those of models of 7 billion parameters and more with 2,048 tokens. Hardware and its constants are those of
+the catalogue, which was there before the rows. What the sources do not say is assumed: MPT has GPT-2's blocks in
+MosaicML's sizes; IBM's nodes are joined by 400 Gbit/s, torchtitan's A100 by EFA (p4de). Torchtitan's selection of
+operations, which keeps every second matrix product, counts as ``"selective"``, which keeps them all.
+
+Sources: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md; foundation-model-stack/
+fms-fsdp, README.md; mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
 """
 
 from __future__ import annotations
