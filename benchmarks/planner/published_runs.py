@@ -8,8 +8,8 @@ the catalogue, which was there before the rows. What the sources do not say is a
 MosaicML's sizes; IBM's nodes are joined by 400 Gbit/s, torchtitan's A100 by EFA (p4de). Torchtitan's selection of
 operations, which keeps every second matrix product, counts as ``"selective"``, which keeps them all.
 
-Sources: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md; foundation-model-stack/
-fms-fsdp, README.md; mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
+Sources: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md;
+foundation-model-stack/fms-fsdp, README.md; mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
 """
 
 from __future__ import annotations
