@@ -48,6 +48,19 @@ def test_true_low_precision_halves_the_states_and_keeps_wide_partial_sums():
     assert found.partial_sums == PROFILE.numel * 4 / 2
 
 
+@pytest.mark.parametrize("slices", [1, 4])
+def test_masters_are_with_those_who_step_on_them(slices):
+    training = Training(param_dtype="bfloat16", optimizer="AdamW", master_weights="owners")
+    found = memory(2, training=training, optimizer_shard_size=2 * slices)
+    if slices == 1:  # nobody owns less than a shard
+        assert (found.parameters, found.masters) == (PROFILE.numel * 4 / 2, 0)
+        return
+    assert found.parameters == PROFILE.numel * 2 / 2
+    assert found.gradients == PROFILE.numel * 4 / 2
+    assert found.masters == PROFILE.numel * 4 / 8
+    assert found.optimizer == pytest.approx(PROFILE.numel * 8 / 8, rel=1e-3)
+
+
 def test_the_peak_is_that_of_the_last_blocks_backward_pass_where_activations_are_large():
     found = memory(2, micro_batch=64)
     block, root = PROFILE.blocks[0], PROFILE.root
