@@ -59,7 +59,8 @@ class Examination:
         except RuntimeError as error:
             raise MiCSError(
                 f"Rank {launch.rank} on {socket.gethostname()} does not reach rank 0 at {launch.address} within "
-                f"{patience:.0f} s. Look whether rank 0 was started there, and at firewalls between the nodes."
+                f"{patience:.0f} s ({error}). Look whether rank 0 was started there, and at firewalls "
+                "between the nodes."
             ) from error
 
     @property

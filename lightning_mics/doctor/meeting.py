@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,16 +77,31 @@ class Launch:
             RuntimeError: If rank 0 does not answer.
         """
         host, _, port = self.address.rpartition(":")
-        is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not serves:
+            _wait_for_server(host, int(port), timeout)
         store = dist.TCPStore(
             host,
             int(port),
-            is_master=serve and not is_served,
+            is_master=serves,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
         )
         return dist.PrefixStore(f"mics-doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_server(host: str, port: int, timeout: float) -> None:
+    """Waits until a store answers; PyTorch would print pages of C++ frames meanwhile."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(str(error)) from error
+        time.sleep(0.1)
 
 
 class Meeting:

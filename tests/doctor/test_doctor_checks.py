@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,10 @@ def test_launchers_that_say_half_of_it() -> None:
         Launch.from_env({"RANK": "1", "WORLD_SIZE": "2"})
     with pytest.raises(MiCSConfigError, match="no whole number"):
         Launch.from_env({**whole, "RANK": "x"})
+
+
+def test_a_rank_that_does_not_reach_rank_0_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free, pytest.raises(RuntimeError, match="refused"):
+        free.bind(("127.0.0.1", 0))  # nobody listens
+        Launch(1, 2, 0, 1, f"127.0.0.1:{free.getsockname()[1]}").connect(0.0)
+    assert capfd.readouterr() == ("", "")
