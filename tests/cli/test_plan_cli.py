@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from plan_examples import make_cluster, make_profile
 
 from lightning_mics.accelerate.launch_file import check_launch_file
@@ -138,6 +139,34 @@ def test_figures_go_where_they_are_asked_for(capsys):
     assert code == 0 and "Drew figures/scaling.png, figures/sensitivity.png, figures/timeline.png, f" in out
     code, out, _ = run(capsys, "--plot", "plan.svg")
     assert code == 0 and Path("plan.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_what_differs_from_a_model_is_said_written_and_asked_for_again(capsys):
+    words = ["--loss-chunks", 8, "--lora-rank", 16, "--lora-targets", "q_proj", "v_proj", "--optimizer", "AdamW8bit"]
+    words += ["--compile-gain", 1.2, "--no-hold-outputs", "--activation-checkpointing", "selective"]
+    code, out, err = run(
+        capsys, *words, "--report", "--write", "--write", "my.yaml", "--format", "accelerate", "--format", "mics"
+    )
+    assert code == 0, err
+    said = (
+        "bf16-mixed, AdamW8bit, LoRA of rank 16, loss in 8 chunks, blocks compiled, 1.2 times as fast, outputs dropped"
+    )
+    assert said in " ".join(out.split())
+    asked = (
+        "--loss-chunks 8 --lora-rank 16 --lora-targets q_proj v_proj --compile-gain 1.2 --no-hold-outputs --instance"
+    )
+    page = Path("plan.html").read_text()
+    assert asked in page and "--activation-checkpointing selective" in page
+    assert "MICS_ACTIVATION_CHECKPOINTING=selective" in out
+    assert yaml.safe_load(Path("my.yaml").read_text())["activation_checkpointing"] == "selective"
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize("how", ["some", "0", "-2"])
+def test_recomputation_is_refused_by_name(how, capsys):
+    code, _, err = run(capsys, f"--activation-checkpointing={how}")
+    assert code == 2 and f"--activation-checkpointing {how} is unknown. Values that work: all, selective, none" in err
 
 
 @pytest.mark.usefixtures("no_trace")

@@ -23,6 +23,7 @@ from lightning_mics.core._torch import local_tensor
 from lightning_mics.metrics import Hop
 from lightning_mics.plan import Candidate, MemoryBreakdown, ModelProfile, Training, predict_memory
 from lightning_mics.plan.evaluate import predict_traffic
+from lightning_mics.plan.search import Choices, search
 from lightning_mics.plan.settings import Variant
 from lightning_mics.testing import WorkerPool
 from lightning_mics.trace.losses import ChunkedLoss
@@ -217,3 +218,13 @@ def test_experts_count_whole_in_memory_and_by_use_in_operations() -> None:
     expected = 2 * TOKENS * (used + attention) + 4 * TOKENS**2 * 64
     assert whole.blocks[0].forward_flops == narrow.blocks[0].forward_flops == expected
     assert whole.numel - whole.active_numel == 2 * 6 * 3 * 64 * 128
+
+
+def test_selective_recomputation_is_among_the_plans_and_costs_time_between_the_others() -> None:
+    planning = search(small(), make_cluster(), Training(), Choices(batches=[(SAMPLES, 1)], shard_sizes=[4]))
+    seconds = {
+        plan.candidate.activation_checkpointing: plan.time.seconds
+        for plan in planning.plans
+        if plan.candidate.reshard_after_forward
+    }
+    assert seconds[False] < seconds["selective"] < seconds[True]
