@@ -90,11 +90,9 @@ def keep_masters(model: nn.Module, groups: Iterable[UnitParamGroup], slices: Sli
     """
     made = 0
     for group in groups:
-        dtype = group.compute_dtype
-        if dtype is None:
-            continue
         for param in group.params:
-            if param.sharded.dtype not in (torch.float32, dtype):
+            dtype = param.compute_dtype
+            if dtype is None or param.sharded.dtype not in (torch.float32, dtype):
                 continue
             made += param.sharded.dtype == dtype
             master = slices.like(param.sharded, slices.local(param.sharded).detach().to(torch.float32, copy=True))

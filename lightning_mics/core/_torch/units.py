@@ -31,7 +31,7 @@ require(FSDPModule, "_get_fsdp_state", "_set_unshard_async_op", "reshard")
 require(
     _fsdp_param.FSDPParam,
     *("sharded_param", "_unsharded_param", "unsharded_accumulated_grad", "to_sharded_dtensor"),
-    *("sharded_size", "padded_sharded_param_size", "_param_fqn", "_module_info", "free_unsharded_param"),
+    *("mp_policy", "sharded_size", "padded_sharded_param_size", "_param_fqn", "_module_info", "free_unsharded_param"),
 )
 require(
     _fsdp_param_group.FSDPParamGroup,
@@ -56,6 +56,12 @@ class UnitParam:
     def sharded(self) -> nn.Parameter:
         """The sharded parameter, a DTensor that the optimizer owns."""
         return self._fsdp_param.sharded_param
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype in which it is gathered; ``None`` for its own."""
+        dtype: torch.dtype | None = self._fsdp_param.mp_policy.param_dtype
+        return dtype
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -186,12 +192,6 @@ class UnitParamGroup:
         self._watched: dict[int, Any] = {}
         self._waits: Callable[[], bool] = lambda: False
         self._gathered_of: list[tuple[int, int, int]] | None = None
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """Dtype in which parameters are gathered; ``None`` for their own."""
-        dtype: torch.dtype | None = self._group.mp_policy.param_dtype
-        return dtype
 
     @property
     def device(self) -> torch.device:
