@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Any, Literal, TypedDict, TypeGuard, TypeVar, get_type_hints
 
 import torch
 
@@ -21,6 +21,7 @@ from lightning_mics.topology import OptimizerShardSize, Recomputation, ShardSize
 from lightning_mics.yaml_text import parse_yaml, read_yaml
 
 Wrap = str | type[torch.nn.Module] | Collection[str | type[torch.nn.Module]] | Callable[[torch.nn.Module], bool]
+ActivationCheckpointing = Recomputation | Wrap
 _DTYPES: dict[str, torch.dtype] = {
     alias: getattr(torch, name) for name, aliases in DTYPE_NAMES.items() for alias in (name, *aliases)
 }
@@ -76,8 +77,9 @@ class MiCSConfig:
         cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``; ``"units"`` leaves out
             the root's inputs.
         activation_checkpointing: Which blocks recompute their activations in the backward pass: all (``True``), every
-            so-many-th (a number, counted from the first), or all but the results of matrix products and attention
-            (``"selective"``).
+            so-many-th (a number, counted from the first), all but the results of matrix products and attention
+            (``"selective"``), or those that classes, class names or a function choose, as for ``wrap``, whether they
+            are units or not. Of those inside each other the outermost count.
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         verify: Whether the first accumulation window is checked (groups, counts, sharded gradients, equal replicas),
             and each one after a change of what wants gradients, of what an optimizer steps on, or of the model's mode.
@@ -120,7 +122,7 @@ class MiCSConfig:
     reduce_dtype: torch.dtype | str | None = torch.float32
     output_dtype: torch.dtype | str | None = None
     cast_forward_inputs: bool | Literal["units"] = True
-    activation_checkpointing: Recomputation = False
+    activation_checkpointing: ActivationCheckpointing = False
     cpu_offload: bool = False
     verify: bool = True
     memory_limit: int | str | None = None
@@ -158,7 +160,7 @@ class MiCSConfig:
                 )
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", as_bytes(self.memory_limit, "memory_limit"))
-        self._check_wrap()
+        self._check_modules("wrap", "'auto'")
         self._check_ignore()
         if self.verify_every is not None and self.verify_every != 0:
             check_positive_int("verify_every", self.verify_every, 100)
@@ -201,15 +203,20 @@ class MiCSConfig:
 
     def _check_recomputation(self) -> None:
         how = self.activation_checkpointing
-        if how != "selective" and not (isinstance(how, bool) or (isinstance(how, int) and how > 0)):
-            raise MiCSConfigError(
-                f"activation_checkpointing={how!r} says of no block whether it is recomputed. Values that work: True, "
-                "False, 'selective', or a number such as 2 for every second block.",
-                setting="activation_checkpointing",
-            )
+        others = "True, False, 'selective', a number such as 2 for every second block"
+        if isinstance(how, int) or (isinstance(how, str) and how.islower()):  # a class of such a name fits into a list
+            if how != "selective" and not (isinstance(how, int) and (how > 0 or how is False)):
+                raise MiCSConfigError(
+                    f"activation_checkpointing={how!r} says of no block whether it is recomputed. Values that work: "
+                    f"{others}, or module classes and names of classes, such as ['Block'].",
+                    setting="activation_checkpointing",
+                )
+        else:
+            self._check_modules("activation_checkpointing", others)
 
-    def _check_wrap(self) -> None:
-        entries = [self.wrap] if isinstance(self.wrap, str | type) or callable(self.wrap) else self.wrap
+    def _check_modules(self, setting: str, others: str) -> None:
+        value = getattr(self, setting)
+        entries = [value] if isinstance(value, str | type) or callable(value) else value
         if isinstance(entries, Collection) and not isinstance(entries, Mapping) and entries:
             for entry in entries:
                 is_class = isinstance(entry, type) and issubclass(entry, torch.nn.Module)
@@ -218,12 +225,12 @@ class MiCSConfig:
             else:
                 if not isinstance(entries, Sequence):  # ranks must go through it in the same order
                     by_name = sorted(entries, key=lambda entry: getattr(entry, "__qualname__", str(entry)))
-                    object.__setattr__(self, "wrap", tuple(by_name))
+                    object.__setattr__(self, setting, tuple(by_name))
                 return
         raise MiCSConfigError(
-            f"wrap={self.wrap!r} is not usable. Values that work: 'auto', a module class, a class name, a list or "
-            "set of those, or a function that takes a module and returns True for a unit.",
-            setting="wrap",
+            f"{setting}={value!r} is not usable. Values that work: {others}, a module class, a class name, a list or "
+            "set of those, or a function that takes a module and returns True for those that it chooses.",
+            setting=setting,
         )
 
     def _check_ignore(self) -> None:
@@ -355,7 +362,7 @@ class Settings(TypedDict, total=False):
     reduce_dtype: torch.dtype | str | None
     output_dtype: torch.dtype | str | None
     cast_forward_inputs: bool | Literal["units"] | None
-    activation_checkpointing: Recomputation | None
+    activation_checkpointing: ActivationCheckpointing | None
     cpu_offload: bool | None
     verify: bool | None
     memory_limit: int | str | None
@@ -428,6 +435,11 @@ def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCS
         )
     given = {name: value for name, value in settings.items() if value is not None}
     return (config or MiCSConfig()).replace(**given)
+
+
+def chooses_modules(how: ActivationCheckpointing) -> TypeGuard[Wrap]:
+    """Returns whether ``activation_checkpointing`` names modules, rather than saying how many blocks recompute what."""
+    return not isinstance(how, int) and how != "selective"
 
 
 def check_switch(name: str, value: object, works: str = "True or False") -> None:

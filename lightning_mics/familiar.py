@@ -37,7 +37,6 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "cpu_ram_efficient_loading": ((False,), "every rank reads pretrained weights. Leave it out"),
     "activation_checkpointing_offload": ((False,), "activations stay on the device. Leave it out"),
 }
-_RECOMPUTE = "activation_checkpointing=True recomputes every unit (2 every second), and wrap= chooses the units"
 _ELSEWHERE = {
     "accelerator": "Give it to the Trainer or to Fabric, as accelerator='cuda'",
     "parallel_devices": "Give devices= to the Trainer or to Fabric",
@@ -54,7 +53,6 @@ _ELSEWHERE = {
     "param_init_fn": "Modules on the meta device are filled by their reset_parameters()",
     "state_dict_config": "Whole weights always come on the CPU of rank 0. Leave it out",
     "optim_state_dict_config": "Optimizer states are saved with the model. Leave it out",
-    "activation_checkpointing_policy": _RECOMPUTE,
     "shard_placement_fn": "Parameters are sharded over their first dimension",
     "module": "Give the module to mics_shard, the Trainer, Fabric or prepare",
 }
@@ -108,9 +106,7 @@ def _is_foreign(name: str, value: object) -> bool:
     """Returns whether an argument has a name of ours, and a value of another library's."""
     if name == "cpu_offload":
         return isinstance(value, CPUOffload | OffloadPolicy)
-    if name == "reshard_after_forward":
-        return _word(value) in _STRATEGIES
-    return name == "activation_checkpointing" and value is not None and not isinstance(value, int | str)
+    return name == "reshard_after_forward" and _word(value) in _STRATEGIES
 
 
 def _meaning(name: str, value: Any, known: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -203,7 +199,9 @@ def _offload(name: str, value: Any) -> dict[str, Any]:
 
 
 def _recompute(name: str, value: Any) -> dict[str, Any]:
-    raise _refusal(name, value, _RECOMPUTE)
+    if isinstance(value, str):
+        raise _refusal(name, value, "Use activation_checkpointing= with classes, names, or a function of a module")
+    return {"activation_checkpointing": _wrap(name, value)["wrap"]}
 
 
 def _dtypes(name: str, value: Any) -> dict[str, Any]:
@@ -241,7 +239,7 @@ _MEANINGS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "mesh": _mesh,
     "cpu_offload": _offload,
     "offload_policy": _offload,
-    "activation_checkpointing": _recompute,
+    "activation_checkpointing_policy": _recompute,
     "mixed_precision": _dtypes,
     "mixed_precision_policy": _dtypes,
     "mp_policy": _dtypes,

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mics.config import MiCSConfig
+from lightning_mics.config import MiCSConfig, chooses_modules
 from lightning_mics.core.apart import meet
-from lightning_mics.core.apply import checkpoint_activations, shard_units, units_of
+from lightning_mics.core.apply import shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
 from lightning_mics.core.connect import connect
 from lightning_mics.core.gradients.outside import hooks_in
@@ -29,6 +29,7 @@ from lightning_mics.core.mesh import (
 )
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
 from lightning_mics.core.plain import adopt_beside_shards, note_replaced, watch
+from lightning_mics.core.recompute import blocks_to_recompute, checkpoint_activations
 from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.runtime import prepare_generation
 from lightning_mics.core.self_check import check_groups
@@ -93,11 +94,12 @@ def mics_shard(
     asked, whole = config, whole_parameters(model, config)
     config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
     units = _check_alone(model, config, topology, entries, bound)
+    blocks = blocks_to_recompute(model, units, config, entries)
     meet("sharding a model with MiCS")
     topology = topology or detect_topology()
     layout = check_layout(config, topology)
     device = communication_device(device_type)
-    _check_together(model, config, units, layout or topology, device)
+    _check_together(model, config, units, blocks, layout or topology, device)
     choice, check = None, None
     if layout is None:
         choice, check = _decide(model, config, topology, device_type, optimizers, sample)
@@ -107,8 +109,7 @@ def mics_shard(
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
         check_groups(mesh)
-    if config.activation_checkpointing:
-        checkpoint_activations([unit for unit in units if unit[0] not in entries], config.activation_checkpointing)
+    checkpoint_activations(blocks, config)
     hooks = hooks_in(model)
     sharded = ShardedParams()
     note_replaced(model)
@@ -146,13 +147,21 @@ def _check_alone(
 
 
 def _check_together(
-    model: nn.Module, config: MiCSConfig, units: Sequence[Unit], groups: object, device: torch.device
+    model: nn.Module,
+    config: MiCSConfig,
+    units: Sequence[Unit],
+    blocks: Sequence[nn.Module],
+    groups: object,
+    device: torch.device,
 ) -> None:
     """Checks that all ranks shard the same model in the same way. Collective over the world."""
     # A function's repr holds its address; what it selects is compared instead. Ranks may differ in memory.
+    chooses = chooses_modules(config.activation_checkpointing)
+    alike = config.replace(activation_checkpointing=True) if chooses else config
     values = {
-        "settings": (repr(config.replace(wrap="auto", memory_limit=None)), groups),
+        "settings": (repr(alike.replace(wrap="auto", memory_limit=None)), groups),
         "the units that wrap= selects": unit_names(model, units),
+        "the modules that activation_checkpointing= selects": unit_names(model, [(block,) for block in blocks]),
         "the model's parameters": [
             f"{name} {tuple(param.shape)} {param.dtype} grad={param.requires_grad}"
             for name, param in model.named_parameters()

@@ -18,7 +18,7 @@ OTHER_VALUES: dict[str, Any] = {
     "reduce_dtype": "bfloat16",
     "output_dtype": "float16",
     "cast_forward_inputs": "units",
-    "activation_checkpointing": True,
+    "activation_checkpointing": ["Block", "Linear"],
     "cpu_offload": True,
     "verify": False,
     "memory_limit": "36GiB",

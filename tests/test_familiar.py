@@ -79,6 +79,7 @@ MEANS: list[tuple[str, Any, dict[str, Any]]] = [
     ("cpu_ram_efficient_loading", False, {}),
     ("activation_checkpointing_offload", False, {}),
     ("min_num_params", 0, {}),
+    ("activation_checkpointing_policy", {Block}, {"activation_checkpointing": {Block}}),
 ]
 REFUSED: list[tuple[str, Any, str]] = [
     ("sharding_strategy", "HALF_SHARD", "Known are FULL_SHARD"),
@@ -90,8 +91,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("auto_wrap_policy", CustomPolicy(lambda module: False), "Use wrap="),
     ("min_num_params", 100_000, "Use wrap="),
     ("state_dict_type", "LOCAL_STATE_DICT", "Use 'full' or 'sharded'"),
-    ("activation_checkpointing", [Block], "activation_checkpointing=True"),
-    ("activation_checkpointing_policy", {Block}, "activation_checkpointing=True"),
     ("mixed_precision", "bf16", "Use param_dtype="),
     ("mixed_precision", MixedPrecision(buffer_dtype=bf16), "Use param_dtype="),
     ("use_orig_params", False, "own names and shapes"),

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from lightning_mics.auto.activations import profile_with
 from lightning_mics.auto.sample import Sample
 from lightning_mics.config import MiCSConfig
+from lightning_mics.core.apply import units_of
+from lightning_mics.core.recompute import planned_recomputation
 from lightning_mics.plan.evaluate import inter_bytes, predict_traffic
 from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
@@ -54,6 +56,12 @@ class Forecast:
         self._cluster = _cluster(topology, device_type)
         self._micro_batch = 1 if sample is None else sample.micro_batch
         self._profile, self.notes = profile_with(model, sample, config, device_type)
+        recomputation = planned_recomputation(model, units_of(model, config), config)
+        if recomputation is None:
+            self.notes.append(
+                "Nothing is taken to be recomputed: plans know blocks, and activation_checkpointing= chooses others."
+            )
+        self._recomputation = recomputation or False
         self._optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
         self._training = self._make_training(optimizers)
 
@@ -116,7 +124,7 @@ class Forecast:
             shard_size=shard_size,
             optimizer_shard_size=divided if divided > shard_size else None,
             micro_batch=self._micro_batch,
-            activation_checkpointing=self._config.activation_checkpointing,
+            activation_checkpointing=self._recomputation,
             reshard_after_forward=self._config.reshard_after_forward,
         )
 

@@ -1,4 +1,4 @@
-"""FSDP2 on the units of a model: what becomes a unit, in which dtypes it is gathered, what it recomputes.
+"""FSDP2 on the units of a model: what becomes a unit, and in which dtypes it is gathered.
 
 Trainer and tracer share it: a model is traced as it would be trained.
 """
@@ -14,14 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_mics.config import MiCSConfig, Recomputation, as_dtype
-from lightning_mics.core._torch import checkpoint, keep_products, uncompiled
+from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core.class_names import keep_class_names
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.units import Unit, is_batch_norm, plan_units, separate_batch_norms
 from lightning_mics.core.whole import compute_in_param_dtype, whole_parameters
-from lightning_mics.errors import MiCSConfigError
 
 
 def units_of(model: nn.Module, config: MiCSConfig, entries: Sequence[nn.Module] = ()) -> list[Unit]:
@@ -78,36 +76,6 @@ def _make_contiguous(unit: Unit) -> None:
         for param in module.parameters():
             if not isinstance(param, DTensor) and not param.is_contiguous():
                 param.data = param.data.contiguous()
-
-
-def recomputes(unit: Unit) -> bool:
-    """Returns whether activation checkpointing applies to a unit: to blocks, not to single layers."""
-    return len(unit) == 1 and any(uncompiled(unit[0]).children())
-
-
-def checkpoint_activations(units: Sequence[Unit], how: Recomputation) -> None:
-    """Makes blocks recompute their activations in the backward pass.
-
-    Args:
-        units: The units.
-        how: ``True`` for all blocks, a number for every so-many-th; ``"selective"`` for all but what products return.
-
-    Raises:
-        MiCSConfigError: If none of the units is one.
-    """
-    blocks = [unit[0] for unit in units if recomputes(unit)]
-    if not blocks:
-        raise MiCSConfigError(
-            f"activation_checkpointing={how!r}, but no unit of the model is a block whose activations could be "
-            "recomputed. Name the blocks with wrap=, or use activation_checkpointing=False.",
-            setting="activation_checkpointing",
-        )
-    if how == "selective":
-        for block in blocks:
-            checkpoint(block, context_fn=keep_products)
-    else:
-        for block in blocks[::how]:
-            checkpoint(block)
 
 
 def shard_units(

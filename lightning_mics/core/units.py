@@ -22,6 +22,8 @@ Unit = tuple[nn.Module, ...]
 # A unit by size holds at least this share of the model, and at least this many elements.
 _SIZE_SHARE = 8
 _MIN_UNIT_NUMEL = 2**16
+# What makes a setting choose modules by itself.
+_OF_ITSELF = {"wrap": "wrap='auto'", "activation_checkpointing": "activation_checkpointing=True"}
 _CONTAINERS = (
     nn.ModuleList,
     nn.ModuleDict,
@@ -110,17 +112,34 @@ def unit_names(model: nn.Module, units: Iterable[Unit]) -> list[str]:
 def _choose(model: nn.Module, wrap: Wrap) -> list[nn.Module]:
     if isinstance(wrap, str) and wrap == "auto":
         return _huggingface_blocks(model) or _repeated_blocks(model) or _by_size(model)
-    if callable(wrap) and not isinstance(wrap, type):
-        chosen = _selected(model, wrap)
-    else:
-        entries = [wrap] if isinstance(wrap, str | type) else list(wrap)
-        chosen = [module for entry in entries for module in _instances(model, entry)]
+    return [module for module in _named(model, wrap, "wrap") if _has_parameters(module)]
+
+
+def chosen_modules(model: nn.Module, choice: Wrap, setting: str) -> list[nn.Module]:
+    """Returns the modules that classes, names or a function choose, without those inside others of them.
+
+    Args:
+        model: The model, not sharded.
+        choice: What ``wrap`` takes, except ``"auto"``.
+        setting: The setting whose value it is.
+
+    Raises:
+        MiCSConfigError: If it names a class that the model does not contain, or selects nothing.
+    """
+    return _outermost(model, _outside_graphs(model, _named(model, choice, setting)))
+
+
+def _named(model: nn.Module, choice: Wrap, setting: str) -> list[nn.Module]:
+    entries = [choice] if isinstance(choice, str | type) or callable(choice) else list(choice)
+    chosen = [module for entry in entries for module in _instances(model, entry, setting)]
     for module in chosen:
         if not _has_forward(module):
             raise MiCSConfigError(
-                f"wrap= selected a {type(module).__name__}, which has no forward of its own. Select the modules in it."
+                f"{setting}= selected a {type(module).__name__}, which has no forward of its own. Select the modules "
+                "in it.",
+                setting=setting,
             )
-    return [module for module in dict.fromkeys(chosen) if _has_parameters(module)]
+    return list(dict.fromkeys(chosen))
 
 
 def _outside_graphs(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
@@ -135,9 +154,9 @@ def _outside_graphs(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Mo
     return [module for module in (outside.get(module, module) for module in chosen) if module is not model]
 
 
-def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]) -> list[nn.Module]:
+def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool], setting: str) -> list[nn.Module]:
     if callable(entry) and not isinstance(entry, type):
-        return _selected(model, entry)
+        return _selected(model, entry, setting)
     if isinstance(entry, str):
         found = [m for m in _inner_modules(model) if entry in {cls.__name__ for cls in type(m).__mro__}]
         name = entry
@@ -148,17 +167,19 @@ def _instances(model: nn.Module, entry: str | type | Callable[[nn.Module], bool]
         names = sorted({type(module).__name__ for module in _inner_modules(model) if _has_parameters(module)})
         hint = did_you_mean(name, names, f"It contains: {', '.join(names[:12])}.")
         raise MiCSConfigError(
-            f"wrap={name!r}: the model contains no module of that class. {hint} Or use wrap='auto'.", setting="wrap"
+            f"{setting}={name!r}: the model contains no module of that class. {hint} Or use {_OF_ITSELF[setting]}.",
+            setting=setting,
         )
     return found
 
 
-def _selected(model: nn.Module, is_unit: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    chosen = [module for module in _inner_modules(model) if is_unit(module)]
+def _selected(model: nn.Module, is_chosen: Callable[[nn.Module], bool], setting: str) -> list[nn.Module]:
+    chosen = [module for module in _inner_modules(model) if is_chosen(module)]
     if not chosen:
         raise MiCSConfigError(
-            "wrap= selected no module: the function returned False for every module. Let it return True for some, or "
-            "use wrap='auto'."
+            f"{setting}= selected no module: the function returned False for every module. Let it return True for "
+            f"some, or use {_OF_ITSELF[setting]}.",
+            setting=setting,
         )
     return chosen
 
@@ -259,7 +280,7 @@ def _merge_tied(model: nn.Module, units: list[set[nn.Module]], whole: Collection
         merged = crossing.union(*(unit for unit in units if unit & crossing))
         units = [merged, *(unit for unit in units if not unit & crossing)]
     order = {module: index for index, module in enumerate(model.modules())}
-    return [tuple(sorted(_outermost_of(list(unit)), key=order.__getitem__)) for unit in units]
+    return [tuple(sorted(outermost_of(list(unit)), key=order.__getitem__)) for unit in units]
 
 
 def _find_crossing(
@@ -338,7 +359,7 @@ def _minority_units(unit: Unit, inside: list[nn.Module], whole: Collection[nn.Pa
                     f"({', '.join(sorted(map(str, others | {dtype, kept})))}), which cannot be reduced together. "
                     f"Cast the module to one dtype, for example with module.to({kept})."
                 )
-        result.append(tuple(_outermost_of(owners)))
+        result.append(tuple(outermost_of(owners)))
     return result
 
 
@@ -356,13 +377,14 @@ def _largest_dtype(modules: Iterable[nn.Module], whole: Collection[nn.Parameter]
     return max(sizes, key=sizes.__getitem__)
 
 
-def _outermost_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+def outermost_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Returns the modules that are not inside others of them."""
     inner = {sub for module in modules for sub in module.modules() if sub is not module}
     return [module for module in modules if module not in inner]
 
 
 def _outermost(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    chosen = set(_outermost_of(modules))
+    chosen = set(outermost_of(modules))
     return [module for module in model.modules() if module in chosen]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import format_bytes, format_number
-from lightning_mics.topology import Recomputation
 
 # Settings of a candidate that a run has, too; where stages are left to a measurement, both are candidates.
 _SETTINGS = ("shard_size", "optimizer_shard_size", "accumulation", "activation_checkpointing", "reshard_after_forward")
@@ -25,7 +24,8 @@ class Run:
         shard_size: Ranks of a partition group.
         optimizer_shard_size: Ranks that divide optimizer states; ``None`` for those of a partition.
         accumulation: Microsteps of an optimizer step.
-        activation_checkpointing: Which blocks are computed again in the backward pass.
+        activation_checkpointing: Which blocks are computed again in the backward pass; no plan has another than a
+            :data:`~lightning_mics.topology.Recomputation`.
         reshard_after_forward: Whether blocks are freed between forward and backward.
     """
 
@@ -33,7 +33,7 @@ class Run:
     shard_size: int
     optimizer_shard_size: int | None
     accumulation: int
-    activation_checkpointing: Recomputation
+    activation_checkpointing: object
     reshard_after_forward: bool
 
 

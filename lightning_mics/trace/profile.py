@@ -7,8 +7,8 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_mics.config import MiCSConfig, Wrap
-from lightning_mics.core.apply import recomputes
 from lightning_mics.core.checks import check_model
+from lightning_mics.core.recompute import recomputes
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.profile import Amount, ModelProfile, Unit

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_mics.core._torch import checkpoint, tree_map_only
-from lightning_mics.core.apply import apply_unit, recomputes
+from lightning_mics.core.apply import apply_unit
+from lightning_mics.core.recompute import recomputes
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.trace._torch import copy_as_fake, fake_tensors, one_rank_mesh
 from lightning_mics.trace.huggingface import plain_sequences

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core.apply import recomputes, units_of
+from lightning_mics.core.apply import units_of
+from lightning_mics.core.recompute import recomputes
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.plan.profile import ModelProfile, Param, Unit
 from lightning_mics.trace._torch import hooks_of

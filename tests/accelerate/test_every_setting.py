@@ -37,7 +37,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "reduce_dtype": (torch.bfloat16, "bf16"),
     "output_dtype": (torch.float64, "float64"),
     "cast_forward_inputs": ("units", "units"),
-    "activation_checkpointing": (True, "true"),
+    "activation_checkpointing": (["GPT2Block"], "[GPT2Block]"),
     "cpu_offload": (True, "true"),
     "verify": (False, "false"),
     "memory_limit": (2**33, "8GiB"),
@@ -62,7 +62,6 @@ FLAGS = {
     "reshard_after_forward": ["--no-reshard-after-forward"],
     "param_dtype": ["--mixed-precision", "bf16"],
     "reduce_dtype": ["--reduce-dtype", "bf16"],
-    "activation_checkpointing": ["--activation-checkpointing"],
     "cpu_offload": ["--cpu-offload"],
 }
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory_tools import most_allocated
 from plan_examples import make_cluster
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_mics import MiCSConfig, MiCSConfigError, mics_shard
@@ -103,20 +100,6 @@ def peak_of(variant: Variant, how: Any, loss: Callable[[nn.Module, Tensor], Tens
     states = [local_tensor(param) for param in model.parameters()]
     states += [local_tensor(state) for param in trained for state in optimizer.state[param].values() if state.dim()]
     return sum(state.nbytes for state in states) + most_allocated(step)
-
-
-def most_allocated(run: Callable[[], None]) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    sizes: dict[int, int] = {}  # by address: what another thread frees is not on record, and its place is taken again
-    most = 0
-    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
-        sizes[event["args"]["Addr"]] = max(0, event["args"]["Bytes"])
-        most = max(most, sum(sizes.values()))
-    return most
 
 
 def predicted(variant: Variant, how: Any) -> float:

@@ -63,6 +63,12 @@ from lightning_mics.core._torch.modules import (
 )
 from lightning_mics.core._torch.notes import apply_to_shards, notes_by_shard
 from lightning_mics.core._torch.reads import before_reads
+from lightning_mics.core._torch.recomputation import (
+    before_checkpoints,
+    is_checkpointed,
+    repeated_by_another,
+    will_recompute,
+)
 from lightning_mics.core._torch.root import (
     ForwardHooks,
     FSDPState,
@@ -108,6 +114,7 @@ __all__ = [
     "apply_to_shards",
     "average_gradients_over",
     "batched",
+    "before_checkpoints",
     "before_destroying_world",
     "before_reads",
     "begin_label",
@@ -130,6 +137,7 @@ __all__ = [
     "held_gradients",
     "implicit_replication",
     "in_function_transform",
+    "is_checkpointed",
     "is_compiled",
     "is_gloo",
     "is_newer",
@@ -157,6 +165,7 @@ __all__ = [
     "reduce_scatter_single",
     "reduce_unused_params",
     "registered_hooks",
+    "repeated_by_another",
     "run_backward_passes_by",
     "sequence_number",
     "shard_like",
@@ -169,5 +178,6 @@ __all__ = [
     "unscale_and_check",
     "wait_for_gloo_threads",
     "watch_base",
+    "will_recompute",
     "with_local",
 ]
