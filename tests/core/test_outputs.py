@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import UserDict, deque
+import types
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -74,10 +75,10 @@ class BalancedBlock(Block):
 
 
 class HidingBlock(Block):
-    """Returns nothing, and adds to a list that it was given."""
+    """Returns nothing, and adds to a list in what it was given."""
 
     def forward(self, hidden: Any) -> Any:
-        hidden.append(super().forward(hidden.pop()))
+        hidden.items.append(super().forward(hidden.items.pop()))
 
 
 class ViewBlock(Block):
@@ -132,10 +133,12 @@ class Hiding(Net):
         super().__init__(HidingBlock)
 
     def hidden(self, rows: Tensor) -> Tensor:
-        hidden = deque([self.first(rows)])  # in the place of a list FSDP2 hands a unit another one
+        # In the place of a list, in torch 2.11 also of a deque, FSDP2 hands a unit another one.
+        hidden = types.SimpleNamespace(items=[self.first(rows)])
         for block in self.blocks:
             block(hidden)
-        return hidden[0]
+        output: Tensor = hidden.items[0]
+        return output
 
 
 class InPlace(Net):
