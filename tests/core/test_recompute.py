@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate_tools import make_accelerator
 from memory_tools import most_allocated
 from models import Block, Regressor, microbatch, regression_loss, tiny_gpt2
 from torch import Tensor, nn
@@ -128,11 +129,11 @@ class Wide(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))).tanh().sigmoid())
 
 
-def peaks(ways: dict[str, Any]) -> dict[str, int]:
+def peaks(ways: dict[str, Any], shard: Callable[[nn.Module, dict[str, Any]], nn.Module]) -> dict[str, int]:
     found = {}
     for name, how in ways.items():
-        model = nn.Sequential(*(Wide() for _ in range(4)))
-        mics_shard(model, MiCSConfig(shard_size=1, node_size=1, wrap=Wide, activation_checkpointing=how))
+        settings = {"shard_size": 1, "node_size": 1, "wrap": Wide, "activation_checkpointing": how}
+        model = shard(nn.Sequential(*(Wide() for _ in range(4))), settings)
         rows = torch.ones(512, 32)
         model(rows).sum().backward()
         found[name] = most_allocated(lambda: model(rows).sum().backward())  # noqa: B023
@@ -142,8 +143,18 @@ def peaks(ways: dict[str, Any]) -> dict[str, int]:
 WAYS: dict[str, Any] = {"none": False, "all": True, "second": 2, "selective": "selective", "class": [Wide]}
 
 
-def test_activations_take_less_in_each_way(pool: WorkerPool) -> None:
-    (found,) = pool.run(peaks, WAYS, world_size=1)
+def bare(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    return mics_shard(model, MiCSConfig(**settings))
+
+
+def by_accelerate(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    prepared: nn.Module = make_accelerator(settings=settings).prepare(model)
+    return prepared
+
+
+@pytest.mark.parametrize("shard", [bare, by_accelerate])
+def test_activations_take_less_in_each_way(pool: WorkerPool, shard: Any) -> None:
+    (found,) = pool.run(peaks, WAYS, shard, world_size=1)
     assert found["all"] == found["class"] < found["selective"] < found["none"], found
     assert found["all"] < found["second"] < 0.8 * found["none"], found
 

@@ -101,8 +101,9 @@ def test_clipping_equals_one_process(pool: WorkerPool, algorithm: str) -> None:
     pool.run(check_fit, {"shard_size": 2, "node_size": 2}, 4, 2, **clip, world_size=4)
 
 
-def test_activation_checkpointing_equals_one_process(pool: WorkerPool) -> None:
-    pool.run(check_fit, {"shard_size": 2, "node_size": 2, "activation_checkpointing": True}, 4, 2, world_size=4)
+@pytest.mark.parametrize("how", [True, "selective", ["Linear", "LayerNorm"]], ids=["all", "selective", "by name"])
+def test_activation_checkpointing_equals_one_process(pool: WorkerPool, how: Any) -> None:
+    pool.run(check_fit, {"shard_size": 2, "node_size": 2, "activation_checkpointing": how}, 4, 2, world_size=4)
 
 
 def count_hops(accumulate: int, num_batches: int) -> None:
