@@ -6,6 +6,7 @@ python examples/fabric_gpt2.py --accelerator cpu --devices 4 --node-size 2
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 from data import LENGTH, VOCABULARY, byte_loader
@@ -20,8 +21,8 @@ ACCUMULATE = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=os.environ.get("LOCAL_WORLD_SIZE", 4))  # as torchrun says
+    parser.add_argument("--num-nodes", type=int, default=os.environ.get("GROUP_WORLD_SIZE", 1))
     parser.add_argument("--shard-size", type=int, default=2, help="ranks that share one replica of the model")
     parser.add_argument("--node-size", type=int, help="ranks on a node, if not --devices")
     parser.add_argument("--precision", default="32-true")

@@ -10,6 +10,7 @@ any BERT folder or name on the Hugging Face hub works as well:
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -56,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder or a hub name; the bundled MiniLM by default")
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=os.environ.get("LOCAL_WORLD_SIZE", 4))  # as torchrun says
+    parser.add_argument("--num-nodes", type=int, default=os.environ.get("GROUP_WORLD_SIZE", 1))
     parser.add_argument("--shard-size", type=int, default=2, help="ranks that share one replica of the model")
     parser.add_argument("--node-size", type=int, help="ranks on a node, if not --devices")
     parser.add_argument("--precision", default="32-true")

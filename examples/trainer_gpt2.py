@@ -13,6 +13,7 @@ On two nodes of eight GPUs, see examples/launch/. Later, go on with another shar
 from __future__ import annotations
 
 import argparse
+import os
 
 import lightning.pytorch as pl
 import torch
@@ -53,8 +54,8 @@ class GPT2(pl.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=os.environ.get("LOCAL_WORLD_SIZE", 4))  # as torchrun says
+    parser.add_argument("--num-nodes", type=int, default=os.environ.get("GROUP_WORLD_SIZE", 1))
     parser.add_argument("--shard-size", type=int, default=2, help="ranks that share one replica of the model")
     parser.add_argument("--node-size", type=int, help="ranks on a node, if not --devices")
     parser.add_argument("--precision", default="32-true")

@@ -57,7 +57,8 @@ def test_trainer_bert_is_better_than_chance(tmp_path: Path, real: bool) -> None:
 
 
 def test_fabric_gpt2(tmp_path: Path, real: bool) -> None:
-    screen = lightning(tmp_path, EXAMPLES / "fabric_gpt2.py", *CPU, "--steps", 10, real=real)
+    cpu = CPU if real else CPU[:2]  # forked processes have torchrun's variables, which tell the devices
+    screen = lightning(tmp_path, EXAMPLES / "fabric_gpt2.py", *cpu, "--steps", 10, real=real)
     first, last = losses(screen)[0], losses(screen)[-1]
     assert last < first
     assert (tmp_path / "runs" / "fabric.ckpt").is_dir()
@@ -65,7 +66,7 @@ def test_fabric_gpt2(tmp_path: Path, real: bool) -> None:
 
 def test_pytorch_loop(tmp_path: Path) -> None:
     # Port 0 lets torchrun choose a free one, which only a single node can do.
-    cluster = {"NODES": "1", "GPUS": "4", "HEAD": "localhost", "PORT": "0"}
+    cluster = {"GPUS": "4", "PORT": "0"}
     environment = {
         **os.environ,
         **cluster,
@@ -154,11 +155,22 @@ def test_accelerate_lora(tmp_path: Path, real: bool) -> None:
     PeftConfig.from_pretrained(tmp_path / "lora")
 
 
-def test_launch_scripts_are_valid_bash_and_name_what_they_miss() -> None:
-    for script in (EXAMPLES / "launch" / "torchrun.sh", EXAMPLES / "launch" / "slurm.sbatch"):
-        subprocess.run(["bash", "-n", script], check=True)
-    environment = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        ["bash", EXAMPLES / "launch" / "torchrun.sh"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "set NODES" in done.stderr
+def launched_by(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a launch script where launchers only say their words."""
+    for name in ("torchrun", "srun"):
+        (folder / name).write_text('#!/bin/sh\necho "$@"\n')
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    command = ["bash", EXAMPLES / "launch" / script, "train.py"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_launch_scripts_are_sized_by_the_number_of_nodes(tmp_path: Path) -> None:
+    one = launched_by("torchrun.sh", tmp_path)
+    assert "--nnodes 1 --nproc-per-node auto" in one.stdout and "localhost:29500" in one.stdout
+    two = launched_by("torchrun.sh", tmp_path, NODES="2", HEAD="node-0")
+    assert "--nnodes 2 --nproc-per-node auto" in two.stdout and "node-0:29500" in two.stdout
+    lost = launched_by("torchrun.sh", tmp_path, NODES="2")
+    assert lost.returncode != 0 and "set HEAD" in lost.stderr
+    slurm = launched_by("slurm.sbatch", tmp_path, SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="8")
+    assert slurm.stdout.endswith("python train.py --num-nodes 2 --devices 8\n")
