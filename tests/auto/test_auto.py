@@ -140,7 +140,7 @@ def test_two_stages_that_were_asked_for_need_a_partition_over_nodes(pool: Worker
         assert failure.kind == "MiCSConfigError" and "hierarchical=True" in failure.message
 
 
-def shard_without_a_fit(limit: int, activation_checkpointing: bool) -> str:
+def shard_without_a_fit(limit: int, activation_checkpointing: bool | str) -> str:
     net = Net()
     config = MiCSConfig(shard_size="auto", memory_limit=limit, activation_checkpointing=activation_checkpointing)
     with pytest.raises(MiCSError) as caught:
@@ -157,6 +157,8 @@ def test_where_nothing_fits_every_rank_says_what_would(pool: WorkerPool) -> None
         assert "activation_checkpointing=True" in message and "nodes, shard_size=" in message
     for message in pool.run(shard_without_a_fit, int(recomputed / 2), True, world_size=WORLD):
         assert "activation_checkpointing=True" not in message
+    for message in pool.run(shard_without_a_fit, int(recomputed / 2), "LayerNorm", world_size=WORLD):
+        assert "Nothing is taken to be recomputed" in message
 
 
 def shard_differently(different: dict[str, Any]) -> None:

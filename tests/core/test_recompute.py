@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from works import works
 
 from lightning_mics import MiCSConfig, MiCSConfigError, mics_shard
-from lightning_mics.core.recompute import planned_recomputation
+from lightning_mics.core.recompute import blocks_to_recompute, planned_recomputation
 from lightning_mics.core.units import plan_units
 from lightning_mics.testing import WorkerPool
 
@@ -157,6 +157,12 @@ def test_activations_take_less_in_each_way(pool: WorkerPool, shard: Any) -> None
     (found,) = pool.run(peaks, WAYS, shard, world_size=1)
     assert found["all"] == found["class"] < found["selective"] < found["none"], found
     assert found["all"] < found["second"] < 0.8 * found["none"], found
+
+
+def test_of_units_inside_each_other_the_outermost_recomputes() -> None:
+    model: Any = new_model()
+    config = MiCSConfig(activation_checkpointing=True)
+    assert blocks_to_recompute(model, plan_units(model, [Stage, Block]), config) == [model.blocks[0]]
 
 
 def test_a_plan_knows_all_blocks_by_any_name() -> None:
