@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -181,6 +182,10 @@ class EmulatedCluster:
         for inside in insides:
             select.select([inside], [], [], 5)
             os.close(inside)
+        # A namespace that was only being made had nothing inside yet; what was dies with its parent, a moment later.
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and not _sessions().isdisjoint(process.pid for process in processes):
+            time.sleep(0.01)
 
     def sent_bytes(self) -> list[int]:
         """Returns how many bytes each node has sent over its link so far, as the kernel counts them.
@@ -274,6 +279,15 @@ def _limit(namespace: str, interface: str, rate: int | None) -> None:
     # about a millisecond under load.
     burst = max(128 * 1024, math.ceil(rate / 8 / 1000))
     batch(["tc", "-n", namespace], [f"qdisc add dev {interface} root tbf rate {rate}bit burst {burst}b latency 200ms"])
+
+
+def _sessions() -> set[int]:
+    """Returns the sessions of all processes."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            found.add(int(entry.read_text().rpartition(")")[2].split()[3]))
+    return found
 
 
 def _open_inside(pid: int) -> int | None:

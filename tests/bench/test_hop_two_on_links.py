@@ -58,7 +58,8 @@ def test_hop_two_sends_what_its_dtypes_say(tmp_path: Path) -> None:
     whole = 4 * 3 * (768 * 768 + 768)  # of two ranks each sends half of it, twice
     for node in range(2):
         found = json.loads(rank_logs(tmp_path / "logs", node, 1)[node, "stdout"].read_text())
-        assert found["all-reduce"] == pytest.approx(whole, rel=0.03)
-        assert found["slices"] == pytest.approx(found["all-reduce"], rel=0.03)
+        # On a busy machine TCP sends smaller packets, of which up to 4.5% are headers.
+        assert whole <= found["all-reduce"] <= 1.05 * whole
+        assert whole <= found["slices"] <= 1.05 * whole
         halves = ("all-reduce of 16-bit pieces", "slices of 16-bit pieces", "slices in 16 bits")
-        assert [found[name] / whole for name in halves] == pytest.approx([0.75] * 3, rel=0.03)
+        assert all(0.75 <= found[name] / whole <= 0.75 * 1.05 for name in halves), found
