@@ -22,6 +22,10 @@ from lightning_mics.checkpoint import background, optimizer_state, ranks
 from lightning_mics.testing import full_state_dict
 
 PLAIN = MiCSConfig(shard_size=2, node_size=2)
+# Of two ranks each has the whole model in 16 bits, and half of float32 and of the states.
+OWN_SCALE = MiCSConfig(
+    shard_size=1, node_size=1, optimizer_shard_size="world", param_dtype="bfloat16", master_weights="owners"
+)
 
 
 @contextmanager
@@ -93,8 +97,8 @@ def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def save_new(path: str, seed: int, sharded: bool = True) -> dict[str, Tensor]:
-    model, optimizer = trained(seed)
+def save_new(path: str, seed: int, sharded: bool = True, config: MiCSConfig = PLAIN) -> dict[str, Tensor]:
+    model, optimizer = trained(seed, config=config)
     save_checkpoint(path, model, optimizer, {"seed": seed}, sharded=sharded)
     return everything(model, optimizer)
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_tools import equal, load_anew, save_new, trained
+from checkpoint_tools import OWN_SCALE, PLAIN, equal, load_anew, save_new, trained
 
-from lightning_mics import save_checkpoint
+from lightning_mics import MiCSConfig, save_checkpoint
 from lightning_mics.checkpoint import files
 from lightning_mics.testing import WorkerPool
 
@@ -146,9 +146,11 @@ def crash_at_moments(
     return index + 1, survivors.count(2)
 
 
-def save_until_killed(path: str, sharded: bool, delays: tuple[float, float], background: bool) -> None:
+def save_until_killed(
+    path: str, sharded: bool, delays: tuple[float, float], background: bool, config: MiCSConfig = PLAIN
+) -> None:
     """Saves the states of two trainings in turn, until each rank is killed after a delay of its own."""
-    trainings = {seed: trained(seed) for seed in (1, 2)}
+    trainings = {seed: trained(seed, config=config) for seed in (1, 2)}
     timer = threading.Timer(delays[dist.get_rank()], os.kill, (os.getpid(), signal.SIGKILL))
     timer.daemon = True
     dist.barrier()
@@ -164,21 +166,38 @@ def save_until_killed(path: str, sharded: bool, delays: tuple[float, float], bac
 def test_kills_at_random_times_keep_a_whole_checkpoint(
     pool: WorkerPool, tmp_path: Path, sharded: bool, background: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    path, generator, kills = tmp_path / "last.ckpt", random.Random(0), 50 if background else 40
-    contents = {seed: pool.run(save_new, str(path), seed, sharded, world_size=2)[0] for seed in (1, 2)}
+    kills = 50 if background else 40
+    kill_savers(pool, tmp_path, kills, sharded, background, PLAIN)
+    record_property("figures", f"{kills} times two saving ranks killed (SIGKILL); a whole checkpoint after each")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_kills_spare_states_at_their_own_scale(
+    pool: WorkerPool, tmp_path: Path, sharded: bool, record_property: Callable[[str, object], None]
+) -> None:
+    kill_savers(pool, tmp_path, 40, sharded, False, OWN_SCALE)
+    record_property("figures", "40 times two saving ranks killed (SIGKILL); a whole checkpoint after each, read at p=2")
+
+
+def kill_savers(
+    pool: WorkerPool, folder: Path, kills: int, sharded: bool, background: bool, config: MiCSConfig
+) -> None:
+    """Kills saving ranks at random times; there is a whole checkpoint after each, which other layouts read, too."""
+    path, generator = folder / "last.ckpt", random.Random(0)
+    contents = {seed: pool.run(save_new, str(path), seed, sharded, config, world_size=2)[0] for seed in (1, 2)}
     survivors = []
     for kill in range(kills):
         first = generator.uniform(0.0, 0.5)
         delays = (first, first + generator.uniform(-0.02, 0.02) * (kill % 2))
-        outcomes = pool.attempt(save_until_killed, str(path), sharded, delays, background, world_size=2)
+        outcomes = pool.attempt(save_until_killed, str(path), sharded, delays, background, config, world_size=2)
         assert -signal.SIGKILL in [outcome.exitcode for outcome in outcomes]
         for loaded, meta in pool.run(load_anew, str(path), world_size=2):
             survivors.append(meta["seed"])
             assert equal(loaded, contents[meta["seed"]]), f"kill {kill}"
     assert set(survivors) == {1, 2}
     pool.run(save_new, str(path), 1, sharded, world_size=2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
-    record_property("figures", f"{kills} times two saving ranks killed (SIGKILL); a whole checkpoint after each")
+    assert [entry.name for entry in folder.iterdir()] == ["last.ckpt"]
 
 
 def fail_to_write(path: str, rank: int) -> None:
