@@ -177,7 +177,7 @@ class DriftCheck(WindowObserver):
     def _answer(self, window: AccumulationWindow, step: int) -> None:
         """Names what differs, and repairs it or raises. Collective over the world."""
         kinds = self._held(window)
-        found = [(kind[index], differs) for kind in kinds for index, differs in self._differences(kind).items()]
+        found = [(kind[index], differs) for kind in kinds if kind for index, differs in self._differences(kind).items()]
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, [difference for _, difference in found])
         # Those of one shard tell the same.
