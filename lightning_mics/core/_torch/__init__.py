@@ -40,7 +40,6 @@ from lightning_mics.core._torch.modules import (
     dtensor_over,
     forget_dtensor_meshes,
     is_compiled,
-    keep_products,
     keystr,
     labelled,
     load_own_entries,
@@ -50,7 +49,6 @@ from lightning_mics.core._torch.modules import (
     parameter_registry,
     persistent_buffers,
     plain_name,
-    products,
     queue_backward_callback,
     shard_like,
     tree_flatten_with_path,
@@ -66,6 +64,8 @@ from lightning_mics.core._torch.reads import before_reads
 from lightning_mics.core._torch.recomputation import (
     before_checkpoints,
     is_checkpointed,
+    keep_products,
+    products,
     repeated_by_another,
     will_recompute,
 )

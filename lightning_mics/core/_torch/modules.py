@@ -25,7 +25,6 @@ try:
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map_only as tree_map_only
     from torch.utils._pytree import tree_map_with_path as tree_map_with_path
-    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 except ImportError as error:
     raise gone(error) from error
 
@@ -44,25 +43,6 @@ unscale_and_check: Callable[..., Any] = torch._amp_foreach_non_finite_check_and_
 
 # Where a module notes what assigning to it adds.
 MODULE_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-@functools.cache
-def products() -> frozenset[Any]:
-    """Returns the operations whose results selective recomputation keeps: matrix products and attention."""
-    kernels = ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
-    names = [f"_scaled_dot_product_{kernel}" for kernel in (*kernels, "flash_attention_for_cpu")]
-    names += ["mm", "addmm", "bmm", "baddbmm", "_grouped_mm"]
-    return frozenset(getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name))
-
-
-def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Returns the contexts of a pass and of its recomputation that keep what products return."""
-
-    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        is_product = getattr(operation, "overloadpacket", None) in products()
-        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,18 +1,44 @@
-"""Recomputation in the backward pass: that of a block, and what users call beside it."""
+"""Recomputation in the backward pass: that of a block, what it keeps, and what users call beside it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import checkpoint as checkpoints
 
-from lightning_mics.core._needs import require
+from lightning_mics.core._needs import gone, require
 from lightning_mics.core._torch.modules import checkpoint, current_backward_id
 
+try:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+except ImportError as error:
+    raise gone(error) from error
+
 require(checkpoints, "_checkpoint_without_reentrant_generator", "CheckpointFunction")
+
+
+@functools.cache
+def products() -> frozenset[Any]:
+    """Returns the operations whose results selective recomputation keeps: matrix products and attention."""
+    kernels = ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
+    names = [f"_scaled_dot_product_{kernel}" for kernel in (*kernels, "flash_attention_for_cpu")]
+    names += ["mm", "addmm", "bmm", "baddbmm", "_grouped_mm"]
+    return frozenset(getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name))
+
+
+def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Returns the contexts of a pass and of its recomputation that keep what products return."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_product = getattr(operation, "overloadpacket", None) in products()
+        return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def is_checkpointed(module: nn.Module) -> bool:
