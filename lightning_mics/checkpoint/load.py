@@ -35,6 +35,7 @@ from lightning_mics.checkpoint.state import (
     empty_like,
     is_extra_state,
     model_state,
+    parameters_by_name,
     shard_like,
     trained_parameters,
 )
@@ -519,13 +520,12 @@ def fill_weights(
     Raises:
         CheckpointError: If names or shapes do not fit.
     """
-    weights = model_state(model)
+    weights, owners = model_state(model), parameters_by_name(model)
     names = _Names.match(weights.keys(), saved.keys())
     saved = {names.to_own(name): value for name, value in saved.items()}
     if strict:
-        missing = weights.keys() - saved.keys() - set(optional) - _other_names(model, saved)
+        missing = weights.keys() - saved.keys() - set(optional) - _other_names(owners, saved)
         check_names(path, missing, saved.keys() - weights.keys())
-    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
     rounded: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     for name in weights.keys() & saved.keys():
         target = weights[name]
@@ -543,8 +543,7 @@ def fill_weights(
     _hand_over(model, weights)
 
 
-def _other_names(model: nn.Module, names: Collection[str]) -> set[str]:
+def _other_names(owners: Mapping[str, nn.Parameter], names: Collection[str]) -> set[str]:
     """Returns all names of those parameters of which one is among ``names``."""
-    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
     there = {owners[name] for name in names if name in owners}
     return {name for name, param in owners.items() if param in there}

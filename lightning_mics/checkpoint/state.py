@@ -41,7 +41,7 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Any]:
 
 def _gathered_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Gathers a state on rank 0. What is one parameter under several names is one tensor again, and travels once."""
-    owners = {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+    owners = parameters_by_name(model)
     by_owner: dict[Any, Any] = {}
     whole: dict[str, Any] = {}
     for name, value in state.items():
@@ -50,6 +50,11 @@ def _gathered_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
             by_owner[owner] = _on_first_rank(value)
         whole[name] = by_owner[owner]
     return whole if ranks.rank() == 0 else {}
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a model by all of their names in its state."""
+    return {plain_name(name): param for name, param in model.named_parameters(remove_duplicate=False)}
 
 
 def is_extra_state(name: Any, value: Any) -> bool:

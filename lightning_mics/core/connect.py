@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from lightning_mics.core.drift import DriftCheck
 from lightning_mics.core.failures import explaining
 from lightning_mics.core.gathers import Gathers
 from lightning_mics.core.gradients.agreement import CollectiveOrder
+from lightning_mics.core.gradients.outside import weakly
 from lightning_mics.core.gradients.second_hop import (
     AllReduce,
     AllReduceOfWideSums,
@@ -156,7 +157,8 @@ def connect(
         observers=[*_checks(found, config, mesh, ledger), *observers, row_norms],
     )
     if slices is not None and slices.with_masters:
-        model.register_load_state_dict_post_hook(_fetching(weakref.WeakMethod(window.fetch_stale)))
+        fetch_stale = weakly(window.fetch_stale)  # what was loaded may be this rank's rows alone
+        model.register_load_state_dict_post_hook(lambda *unused: fetch_stale())
     guard_steps(window)
     answer_for_the_whole(model.parameters(), explaining)
     parameters = Parameters(gathers.groups, list(map(row_norms.owned, gathers.groups)), order)
@@ -169,17 +171,6 @@ def connect(
     attach(model, runtime)
     watch_copies(model)
     return runtime
-
-
-def _fetching(fetch_stale: weakref.WeakMethod[Callable[[], None]]) -> Callable[..., None]:
-    """Returns a hook behind ``load_state_dict``, which may have brought this rank's rows alone."""
-
-    def after_load(*unused: object) -> None:
-        fetch = fetch_stale()
-        if fetch is not None:
-            fetch()
-
-    return after_load
 
 
 def _second_hop(
@@ -269,13 +260,7 @@ def _set_collectives(
 
 def _watch_outputs(found: Sequence[_Unit], units: Sequence[Unit], window: AccumulationWindow) -> None:
     """Lets backward passes find what units leave where FSDP2 does not look."""
-    reference = weakref.ref(window)
-
-    def told() -> None:
-        window = reference()
-        if window is not None:
-            window.begin_backward()
-
+    told = weakly(window.begin_backward)
     for index, unit in enumerate(found):
         modules = owned_modules(unit.modules, units)
         for group in unit.groups:

@@ -110,13 +110,13 @@ def keep_masters(model: nn.Module, groups: Iterable[UnitParamGroup], slices: Sli
 
 def has_master(param: Tensor) -> bool:
     """Returns whether a parameter is a shard in 16 bits whose float32 rows are with their owners."""
-    return bool(_MASTERS) and param in _MASTERS
+    return _found(param) is not None
 
 
 @torch.no_grad()
 def master_of(param: Tensor) -> DTensor | None:
     """Returns the float32 rows of a shard, up to date; ``None`` for one that is kept as it is."""
-    master: _Master | None = _MASTERS.get(param) if _MASTERS else None
+    master = _found(param)
     if master is None:
         return None
     if not master.is_ahead:
@@ -128,7 +128,7 @@ def master_of(param: Tensor) -> DTensor | None:
 @torch.no_grad()
 def settle(param: Tensor) -> None:
     """Puts what a master rounds to into this rank's rows of its shard, if it is ahead."""
-    master: _Master | None = _MASTERS.get(param) if _MASTERS else None
+    master = _found(param)
     if master is not None and master.is_ahead:
         _slices(param).local(param).copy_(local_tensor(master.rows))
         master.is_ahead = False
@@ -161,8 +161,9 @@ def own_rows(param: Tensor) -> tuple[Tensor, int]:
 def changed(params: Iterable[Tensor]) -> None:
     """Says that masters are written: their shards, and those of other ranks, are stale."""
     for param in params:
-        if has_master(param):
-            _MASTERS[param].is_ahead = True
+        master = _found(param)
+        if master is not None:
+            master.is_ahead = True
             _slices(param).stale.add(id(param))
 
 
@@ -198,8 +199,13 @@ def refuse_gradient(param: Tensor, name: str) -> None:
 
 def rows_of(param: Tensor) -> DTensor | None:
     """Returns a shard's master as it is, whatever became of the shard."""
-    master: _Master | None = _MASTERS.get(param) if _MASTERS else None
+    master = _found(param)
     return None if master is None else master.rows
+
+
+def _found(param: Tensor) -> _Master | None:
+    found: _Master | None = _MASTERS.get(param) if _MASTERS else None  # asked for every parameter in every step
+    return found
 
 
 def _slices(param: Tensor) -> Slices:

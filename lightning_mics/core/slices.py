@@ -19,14 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from lightning_mics.core._torch import (
-    AllGather,
-    UnitParam,
-    dtensor_over,
-    local_tensor,
-    notes_by_shard,
-    shard_like,
-)
+from lightning_mics.core._torch import AllGather, UnitParam, dtensor_over, local_tensor, notes_by_shard, shard_like
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.metrics import CommLedger, Hop
 

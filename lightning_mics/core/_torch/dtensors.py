@@ -128,14 +128,17 @@ def _write(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _by_kind(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """Yields the arguments of an operation on lists for shards, and for what is whole beside them."""
-    length = len(args[0])
-    for is_sharded in (True, False):
-        chosen = [index for index, tensor in enumerate(args[0]) if isinstance(tensor, DTensor) is is_sharded]
-        if chosen:
-            yield tuple(
-                [arg[index] for index in chosen] if isinstance(arg, list | tuple) and len(arg) == length else arg
-                for arg in args
-            )
+    sharded = [isinstance(tensor, DTensor) for tensor in args[0]]
+    if all(sharded) or not any(sharded):
+        yield args
+        return
+    for kind in (True, False):
+        yield tuple(
+            [item for item, is_sharded in zip(arg, sharded, strict=True) if is_sharded is kind]
+            if isinstance(arg, list | tuple) and len(arg) == len(sharded)
+            else arg
+            for arg in args
+        )
 
 
 def _refuse_copy(written: Tensor) -> None:

@@ -105,13 +105,13 @@ class OutsideGradients:
         self._before: dict[_Place, tuple[int, ...] | None] = {}
         self.watch()
         for number, unit in enumerate(units):
-            unit.group.when_gathered(functools.partial(_weakly(self._watch_gathered), number))
+            unit.group.when_gathered(functools.partial(weakly(self._watch_gathered), number))
 
     # Watching.
 
     def watch(self) -> None:
         """Watches shards that it does not watch yet: all, and later what replaced one."""
-        arrives = _weakly(self._arrives)
+        arrives = weakly(self._arrives)
         for number, unit in enumerate(self._units):
             if not unit.group.diverts_hooks:
                 for index, param in enumerate(unit.group.params):
@@ -125,7 +125,7 @@ class OutsideGradients:
 
     def _divert(self, place: _Place, param: nn.Parameter, own: Callable[[Tensor], Tensor | None] | None = None) -> None:
         self._carry(place, registered_hooks(param))
-        divert_hooks(param, self._hooks[place], functools.partial(_weakly(self._note_hook), place), own)
+        divert_hooks(param, self._hooks[place], functools.partial(weakly(self._note_hook), place), own)
 
     def carry(self, hooks: ModuleHooks) -> None:
         """Takes over what was registered before the parameters became shards."""
@@ -185,7 +185,7 @@ class OutsideGradients:
         if self._task != current_backward_id():
             self._task = current_backward_id()
             self._before.clear()
-            queue_backward_callback(_weakly(self._after_lone))
+            queue_backward_callback(weakly(self._after_lone))
         self._before.setdefault(place, _state(self._params[place][1]))
 
     def _after_lone(self) -> None:
@@ -259,7 +259,7 @@ def _state(param: UnitParam) -> tuple[int, ...] | None:
     return None if grad is None else (id(grad), grad._version, local_tensor(grad)._version)
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a bound method that does not keep its object alive: parameters outlive the model's runtime."""
     reference = weakref.WeakMethod(method)
 

@@ -113,10 +113,9 @@ class ExactReduction(Reduction):
 
     def applies(self, layout: FlatLayout, *, deferring: bool) -> bool:
         """Returns whether sums of several microsteps would be rounded; not where gradients lie in host memory."""
-        shard = layout.params[0].sharded
-        is_lossy = (
-            self._dtype.itemsize > layout.params[0].grad_dtype.itemsize and shard.device.type == self._group.device.type
-        )
+        param = layout.params[0]
+        is_on_device = param.sharded.device.type == self._group.device.type
+        is_lossy = self._dtype.itemsize > param.grad_dtype.itemsize and is_on_device
         return self._sums is not None or (deferring and is_lossy)
 
     def run(self, layout: FlatLayout, reduce_scatter: Callable[[], None]) -> None:
