@@ -47,6 +47,7 @@ _LATER = (
     "replication_reduce_dtype",
     "replication_gather_dtype",
     "master_weights",
+    "activation_checkpointing_offload",
 )
 _LATER_ARGUMENTS = ("storage_options",)
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -103,6 +104,8 @@ class MiCSConfig:
             and each rank keeps float32 of the slice that it steps on, beside the optimizer's states (2/p + 4/N bytes a
             parameter instead of 4/p). Losses are bitwise the same. What reads a sharded parameter sees 16 bits;
             ``state_dict()`` and checkpoints have float32.
+        activation_checkpointing_offload: Whether what recomputed blocks keep, their inputs, waits for the backward pass
+            in host memory. On CPUs it is there already.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
         async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
@@ -133,6 +136,7 @@ class MiCSConfig:
     replication_reduce_dtype: torch.dtype | str | None = None
     replication_gather_dtype: torch.dtype | str | None = None
     master_weights: Literal["partition", "owners"] = "partition"
+    activation_checkpointing_offload: bool = False
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -145,7 +149,13 @@ class MiCSConfig:
             )
         if self.cast_forward_inputs != "units":
             check_switch("cast_forward_inputs", self.cast_forward_inputs, "True, False or 'units'")
-        for name in ("reshard_after_forward", "cpu_offload", "verify", "async_checkpoint"):
+        for name in (
+            "reshard_after_forward",
+            "cpu_offload",
+            "verify",
+            "async_checkpoint",
+            "activation_checkpointing_offload",
+        ):
             check_switch(name, getattr(self, name))
         self._check_recomputation()
         wires = ("replication_reduce_dtype", "replication_gather_dtype")
@@ -373,6 +383,7 @@ class Settings(TypedDict, total=False):
     replication_reduce_dtype: torch.dtype | str | None
     replication_gather_dtype: torch.dtype | str | None
     master_weights: Literal["partition", "owners"] | None
+    activation_checkpointing_offload: bool | None
 
 
 def takes_settings(init: _Init) -> _Init:
@@ -431,7 +442,9 @@ def build_config(config: MiCSConfig | None, settings: Mapping[str, Any]) -> MiCS
     """Returns ``config`` with the settings that were given explicitly; settings left at ``None`` keep its values."""
     if config is not None and not isinstance(config, MiCSConfig):
         raise MiCSConfigError(
-            f"config={config!r} is not a MiCSConfig. Try config=MiCSConfig(shard_size='node').", setting="config"
+            f"config={config!r} is not a MiCSConfig. Try config=MiCSConfig(shard_size='node'), or "
+            "config=MiCSConfig.from_deepspeed('ds_config.json') for a file of DeepSpeed.",
+            setting="config",
         )
     given = {name: value for name, value in settings.items() if value is not None}
     return (config or MiCSConfig()).replace(**given)

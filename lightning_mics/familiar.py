@@ -1,4 +1,4 @@
-"""Arguments by their names in Lightning's and Accelerate's FSDP: what they are here, or what to use instead."""
+"""Arguments by their names in others' FSDP and in DeepSpeed's strategy: what they are here, or what to use instead."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ _STRATEGIES: dict[str, dict[str, Any]] = {
     "HYBRID_SHARD": {"shard_size": "node"},
     "HYBRID_SHARD_ZERO2": {"shard_size": "node", "reshard_after_forward": False},
 }
+# Of DeepSpeed.
+_STAGES: dict[int, dict[str, Any]] = {
+    0: {"shard_size": 1},
+    1: {"shard_size": 1, "optimizer_shard_size": "world"},
+    2: {"shard_size": "world", "reshard_after_forward": False},
+    3: {"shard_size": "world"},
+}
+# Which values say what is sharded, and leave over how many ranks to a setting beside them.
+_LEAVE_SIZE_OPEN: dict[str, Callable[[Any], bool]] = {
+    "sharding_strategy": lambda value: _word(value).startswith("HYBRID"),
+    "stage": lambda value: value in (2, 3),
+}
 # Values that ask for what MiCS does anyway, and what to do about others.
 _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp_version": ((2,), "MiCS is built on FSDP2"),
@@ -35,7 +47,22 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "backward_prefetch": (("BACKWARD_PRE",), "FSDP2 gathers ahead in the backward pass by itself. Leave it out"),
     "min_num_params": ((0,), "units are chosen by class or by function. Use wrap="),
     "cpu_ram_efficient_loading": ((False,), "every rank reads pretrained weights. Leave it out"),
-    "activation_checkpointing_offload": ((False,), "activations stay on the device. Leave it out"),
+    "zero_optimization": ((True,), "one copy on each rank is shard_size=1. Use that, or Lightning's 'ddp'"),
+    "offload_optimizer_device": (("CPU",), "nothing goes to disks. Use cpu_offload=True"),
+    "offload_params_device": (("CPU",), "nothing goes to disks. Use cpu_offload=True"),
+    "pin_memory": ((False,), "memory of the host is pinned where that helps. Leave it out"),
+    "overlap_comm": ((True,), "communication always overlaps computation. Leave it out"),
+    "contiguous_gradients": ((True,), "gradients of a unit are contiguous. Leave it out"),
+    "allgather_partitions": ((True,), "parameters are always all-gathered. Leave it out"),
+    "reduce_scatter": ((True,), "gradients are always reduce-scattered. Leave it out"),
+    "zero_allow_untested_optimizer": ((True,), "optimizers that cannot work are refused. Leave it out"),
+    "logging_batch_size_per_gpu": (("AUTO",), "batch sizes are the data loader's. Leave it out"),
+    "load_full_weights": ((False, True), "ckpt_path takes folders of shards and whole files. Leave it out"),
+    "exclude_frozen_parameters": ((False,), "checkpoints hold all parameters. Leave it out"),
+    "partition_activations": ((False,), "MiCS has no tensor parallelism. Use activation_checkpointing=True"),
+    "cpu_checkpointing": ((False,), "Use activation_checkpointing=True with activation_checkpointing_offload=True"),
+    "contiguous_memory_optimization": ((False,), "Use activation_checkpointing=True"),
+    "synchronize_checkpoint_boundary": ((False,), "Use activation_checkpointing=True"),
 }
 _ELSEWHERE = {
     "accelerator": "Give it to the Trainer or to Fabric, as accelerator='cuda'",
@@ -55,11 +82,28 @@ _ELSEWHERE = {
     "optim_state_dict_config": "Optimizer states are saved with the model. Leave it out",
     "shard_placement_fn": "Parameters are sharded over their first dimension",
     "module": "Give the module to mics_shard, the Trainer, Fabric or prepare",
+    "remote_device": "Build the model on the meta device, or in configure_model",
+    "logging_level": "Use logging.getLogger('lightning_mics').setLevel(...)",
+    **dict.fromkeys(
+        (
+            *("nvme_path", "params_buffer_count", "params_buffer_size", "max_in_cpu", "optimizer_buffer_count"),
+            *("block_size", "queue_depth", "single_submit", "overlap_events", "thread_count"),
+        ),
+        "nothing goes to disks. Use cpu_offload=True, or a larger shard_size=",
+    ),
+    **dict.fromkeys(
+        ("allgather_bucket_size", "reduce_bucket_size", "sub_group_size"),
+        "units decide what travels together. Choose them by wrap=",
+    ),
+    **dict.fromkeys(
+        ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        "Give precision='16-mixed' to the Trainer, which brings PyTorch's gradient scaler",
+    ),
 }
 
 
 def takes_familiar_names(init: _Init) -> _Init:
-    """Makes a constructor take arguments by their names in the FSDP of Lightning and of Accelerate.
+    """Makes a constructor take arguments by their names in Lightning's and Accelerate's FSDP, and in DeepSpeed.
 
     What means the same is passed on under our name, with a line that says what it became.
 
@@ -77,8 +121,8 @@ def takes_familiar_names(init: _Init) -> _Init:
 
 def _translate(arguments: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     ours = {name: value for name, value in arguments.items() if name in known and not _is_foreign(name, value)}
-    # A hybrid strategy leaves open over how many ranks, so that it comes last.
-    foreign = sorted((name for name in arguments if name not in ours), key=lambda name: name == "sharding_strategy")
+    # These leave open over how many ranks, so that they come last.
+    foreign = sorted((name for name in arguments if name not in ours), key=_LEAVE_SIZE_OPEN.__contains__)
     for name in foreign:
         value = arguments[name]
         became = None if value is None else _meaning(name, value, known, ours)
@@ -121,8 +165,8 @@ def _meaning(name: str, value: Any, known: frozenset[str], given: Mapping[str, A
     if name not in _MEANINGS:
         return None
     meaning = _MEANINGS[name](name, value)
-    if name == "sharding_strategy" and _word(value).startswith("HYBRID") and "shard_size" in given:
-        del meaning["shard_size"]
+    if "shard_size" in given and name in _LEAVE_SIZE_OPEN and _LEAVE_SIZE_OPEN[name](value):
+        meaning.pop("shard_size", None)
     # The strategies of Lightning and the plugin of Accelerate name this switch differently.
     if "full_checkpoint" in meaning and "full_checkpoint" not in known:
         meaning["save_distributed_checkpoint"] = not meaning.pop("full_checkpoint")
@@ -165,6 +209,26 @@ def _strategy(name: str, value: Any) -> dict[str, Any]:
     if word not in _STRATEGIES:
         raise _refusal(name, value, f"Known are {', '.join(_STRATEGIES)}; or use shard_size=")
     return dict(_STRATEGIES[word])
+
+
+def _stage(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, bool) or value not in _STAGES:
+        raise _refusal(name, value, "Known are 0 to 3; or use shard_size=")
+    return dict(_STAGES[value])
+
+
+def _mics_size(name: str, value: Any) -> dict[str, Any]:
+    return {"shard_size": "world"} if value == -1 else _size(name, value)
+
+
+def _in_two_stages(name: str, value: Any) -> dict[str, Any]:
+    check_switch(name, value)
+    return {"hierarchical": "auto" if value else False}
+
+
+def _offload_states(name: str, value: Any) -> dict[str, Any]:
+    check_switch(name, value)
+    return {"cpu_offload": True} if value else {}
 
 
 def _reshard(name: str, value: Any) -> dict[str, Any]:
@@ -235,6 +299,11 @@ _MEANINGS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "state_dict_type": _state_dict_type,
     "save_distributed_checkpoint": _distributed,
     "data_parallel_size": _size,
+    "stage": _stage,
+    "mics_shard_size": _mics_size,
+    "mics_hierarchical_params_gather": _in_two_stages,
+    "offload_optimizer": _offload_states,
+    "offload_parameters": _offload_states,
     "device_mesh": _mesh,
     "mesh": _mesh,
     "cpu_offload": _offload,

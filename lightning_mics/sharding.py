@@ -109,7 +109,7 @@ def mics_shard(
     mesh = build_mesh(config, layout, device_type)
     if config.verify:
         check_groups(mesh)
-    checkpoint_activations(blocks, config)
+    checkpoint_activations(blocks, config, device_type)
     hooks = hooks_in(model)
     sharded = ShardedParams()
     note_replaced(model)

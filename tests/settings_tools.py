@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "replication_reduce_dtype": "bfloat16",
     "replication_gather_dtype": "bfloat16",
     "master_weights": "owners",
+    "activation_checkpointing_offload": True,
 }
 
 

@@ -77,9 +77,21 @@ MEANS: list[tuple[str, Any, dict[str, Any]]] = [
     ("fsdp_version", 2, {}),
     ("tensor_parallel_size", 1, {}),
     ("cpu_ram_efficient_loading", False, {}),
-    ("activation_checkpointing_offload", False, {}),
     ("min_num_params", 0, {}),
     ("activation_checkpointing_policy", {Block}, {"activation_checkpointing": {Block}}),
+    ("stage", 3, {"shard_size": "world"}),
+    ("stage", 2, {"shard_size": "world", "reshard_after_forward": False}),
+    ("stage", 1, {"shard_size": 1, "optimizer_shard_size": "world"}),
+    ("stage", 0, {"shard_size": 1}),
+    ("mics_shard_size", 8, {"shard_size": 8}),
+    ("mics_shard_size", -1, {"shard_size": "world"}),
+    ("mics_hierarchical_params_gather", False, {"hierarchical": False}),
+    ("offload_optimizer", True, {"cpu_offload": True}),
+    ("offload_parameters", False, {}),
+    ("offload_params_device", "cpu", {}),
+    ("overlap_comm", True, {}),
+    ("load_full_weights", True, {}),
+    ("logging_batch_size_per_gpu", "auto", {}),
 ]
 REFUSED: list[tuple[str, Any, str]] = [
     ("sharding_strategy", "HALF_SHARD", "Known are FULL_SHARD"),
@@ -98,12 +110,19 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("backward_prefetch", BackwardPrefetch.BACKWARD_POST, "by itself"),
     ("fsdp_version", 1, "FSDP2"),
     ("cpu_ram_efficient_loading", True, "every rank reads"),
-    ("activation_checkpointing_offload", True, "stay on the device"),
     ("state_dict_config", FullStateDictConfig(), "rank 0"),
     ("param_init_fn", print, "reset_parameters"),
     ("process_group", object(), "shard_size="),
     ("device_id", 0, "devices="),
     ("accelerator", "cpu", "Trainer or to Fabric"),
+    ("stage", 4, "Known are 0 to 3"),
+    ("stage", True, "Known are 0 to 3"),
+    ("offload_optimizer_device", "nvme", "Use cpu_offload=True"),
+    ("nvme_path", "/local_nvme", "Use cpu_offload=True"),
+    ("allgather_bucket_size", 200_000_000, "Choose them by wrap="),
+    ("initial_scale_power", 16, "precision='16-mixed'"),
+    ("exclude_frozen_parameters", True, "all parameters"),
+    ("remote_device", "cpu", "meta device"),
 ]
 
 
@@ -140,6 +159,11 @@ def test_the_kind_of_checkpoint_goes_by_its_familiar_name(word: Any) -> None:
 def test_arguments_that_contradict_each_other_are_refused(way: Any) -> None:
     assert way(sharding_strategy="HYBRID_SHARD", device_mesh=(2, 4)).config == MiCSConfig(shard_size=4)
     assert way(sharding_strategy="HYBRID_SHARD", shard_size=2).config == MiCSConfig(shard_size=2)
+    assert way(stage=3, mics_shard_size=2).config == MiCSConfig(shard_size=2)
+    assert way(stage=2, shard_size=2).config == MiCSConfig(shard_size=2, reshard_after_forward=False)
+    assert way(offload_optimizer=True, offload_parameters=False).config == MiCSConfig(cpu_offload=True)
+    with pytest.raises(MiCSConfigError, match="means shard_size=1, but shard_size=2 is given too"):
+        way(stage=1, shard_size=2)
     with pytest.raises(MiCSConfigError, match="means shard_size='world', but shard_size=2 is given too"):
         way(sharding_strategy="FULL_SHARD", shard_size=2)
     with pytest.raises(TypeError, match="unexpected keyword argument 'sharding_strateg'"):
@@ -176,6 +200,7 @@ THEIRS: dict[str, Callable[..., Any]] = {
     "Accelerate's plugin": FullyShardedDataParallelPlugin,
     "FullyShardedDataParallel": FullyShardedDataParallel,
     "fully_shard": fully_shard,
+    "DeepSpeedStrategy": pytorch.DeepSpeedStrategy,
 }
 
 

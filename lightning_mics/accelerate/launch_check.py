@@ -61,7 +61,6 @@ _FIXED = {
         "TRANSFORMER_BASED_WRAP",
         "is not how MiCS finds units; without the line it finds them by itself",
     ),
-    ("fsdp_config", "fsdp_activation_checkpointing_offload"): ("false", "is not something MiCS does"),
 }
 _OTHER_ENGINES = ("deepspeed_config", "megatron_lm_config", "fp8_config")
 # FSDP 1's words: whether they mean resharding after forward.

@@ -131,6 +131,7 @@ def _render(name: str, settings: LaunchSettings, environment: Mapping[str, str])
     ip, wrap = "", ""
     if settings.main_process_ip is not None:
         ip = f"main_process_ip: {yaml_scalar(settings.main_process_ip)}  # machine 0, as the others reach it\n"
+    offload = "  fsdp_activation_checkpointing_offload: true\n" if settings.activation_checkpointing_offload else ""
     if settings.wrap is not None:
         wrap = (
             "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
@@ -158,7 +159,7 @@ fsdp_config:
   fsdp_version: 2
   fsdp_reshard_after_forward: {yaml_scalar(settings.reshard_after_forward)}  # free units until backward
   fsdp_activation_checkpointing: {yaml_scalar(settings.activation_checkpointing)}
-  fsdp_offload_params: {yaml_scalar(settings.cpu_offload)}  # shards and optimizer states in host memory
+{offload}  fsdp_offload_params: {yaml_scalar(settings.cpu_offload)}  # shards and optimizer states in host memory
   fsdp_state_dict_type: {"FULL" if settings.full_checkpoint else "SHARDED"}_STATE_DICT
   fsdp_cpu_ram_efficient_loading: false  # every rank reads pretrained weights, none starts from empty ones
 {wrap}parallelism_config:  # the two sizes multiply to num_processes

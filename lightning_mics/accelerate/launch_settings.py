@@ -36,6 +36,7 @@ LINES = {
     "wrap": ("fsdp_config", "fsdp_transformer_layer_cls_to_wrap"),
     "reshard_after_forward": ("fsdp_config", "fsdp_reshard_after_forward"),
     "activation_checkpointing": ("fsdp_config", "fsdp_activation_checkpointing"),
+    "activation_checkpointing_offload": ("fsdp_config", "fsdp_activation_checkpointing_offload"),
     "cpu_offload": ("fsdp_config", "fsdp_offload_params"),
     "full_checkpoint": ("fsdp_config", "fsdp_state_dict_type"),
 }
@@ -68,6 +69,7 @@ class LaunchSettings:
         cpu: Whether the ranks compute on CPUs.
         reshard_after_forward: Whether units are freed between forward and backward.
         activation_checkpointing: Whether units recompute their activations in the backward pass.
+        activation_checkpointing_offload: Whether what recomputed units keep waits in host memory.
         cpu_offload: Whether shards, their gradients and optimizer states live in host memory.
         full_checkpoint: Whether ``save_state`` also writes the whole weights, for ``from_pretrained``.
         wrap: Class names of the modules that become FSDP units, separated by commas.
@@ -86,6 +88,7 @@ class LaunchSettings:
     cpu: bool = False
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
+    activation_checkpointing_offload: bool = False
     cpu_offload: bool = False
     full_checkpoint: bool = False
     wrap: str | None = None

@@ -15,12 +15,17 @@ import torch.distributed as dist
 
 from lightning_mics.accelerate.launch_check import check_keys
 from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, SHARD, check_variable, replicas_that_work
-from lightning_mics.config import MiCSConfig, check_switch
+from lightning_mics.config import MiCSConfig, build_config, check_switch
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.familiar import takes_familiar_names
 
 _Plugin = typing.TypeVar("_Plugin")
-_SWITCHES = ("reshard_after_forward", "cpu_offload", "activation_checkpointing")
+_SWITCHES = (
+    "reshard_after_forward",
+    "cpu_offload",
+    "activation_checkpointing",
+    "activation_checkpointing_offload",
+)
 
 if TYPE_CHECKING:
     _Settings = MiCSConfig
@@ -64,8 +69,9 @@ class MiCSPlugin(_Settings):
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(MiCSConfig)]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.config:
-            config = self.config.replace(**given)
+        own: MiCSConfig | None = self.__dict__["config"]
+        if own is not None:
+            config = build_config(own, given)
         else:
             launched = launched_settings(os.environ, own_shard_size="shard_size" in given)
             config = MiCSConfig.from_env(defaults=launched, **given)

@@ -100,6 +100,7 @@ def _write_for_accelerate(conversion: Conversion, options: argparse.Namespace) -
         main_process_ip=options.main_process_ip,
         mixed_precision=conversion.mixed_precision or "no",
         activation_checkpointing=bool(conversion.config.activation_checkpointing),
+        activation_checkpointing_offload=conversion.config.activation_checkpointing_offload,
         cpu_offload=conversion.config.cpu_offload,
     )
     variables = {

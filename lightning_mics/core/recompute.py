@@ -18,6 +18,7 @@ from lightning_mics.core._torch import (
     outside_graphs,
     repeated_by_another,
     uncompiled,
+    waits_on_host,
     will_recompute,
 )
 from lightning_mics.core.units import Unit, chosen_modules, outermost_of
@@ -52,6 +53,13 @@ def blocks_to_recompute(
         MiCSConfigError: If there is none, or if the model recomputes one of them itself.
     """
     how = config.activation_checkpointing
+    if config.activation_checkpointing_offload and how in (False, "selective"):
+        raise MiCSConfigError(
+            "activation_checkpointing_offload=True moves inputs of recomputed blocks to host memory, but "
+            + ("'selective' keeps the results of products on the device. " if how else "no block is recomputed. ")
+            + "Use it with activation_checkpointing=True, or with classes of blocks.",
+            setting="activation_checkpointing_offload",
+        )
     if not how:
         return []
     if chooses_modules(how):
@@ -78,16 +86,20 @@ def planned_recomputation(model: nn.Module, units: Sequence[Unit], config: MiCSC
     return True if blocks == set(blocks_to_recompute(model, units, config)) else None
 
 
-def checkpoint_activations(blocks: Sequence[nn.Module], config: MiCSConfig) -> None:
+def checkpoint_activations(blocks: Sequence[nn.Module], config: MiCSConfig, device_type: str) -> None:
     """Makes blocks recompute their activations in the backward pass.
 
     Args:
         blocks: The blocks, not sharded yet.
-        config: The settings; ``activation_checkpointing`` counts.
+        config: The settings; ``activation_checkpointing`` and ``activation_checkpointing_offload`` count.
+        device_type: Where they compute.
     """
+    offloads = config.activation_checkpointing_offload and device_type != "cpu"
     options = {"context_fn": keep_products} if config.activation_checkpointing == "selective" else {}
     for block in blocks:
         block.register_forward_pre_hook(_refuse_outside)
+        if offloads:
+            waits_on_host(block, device_type)
         checkpoint(block, **options)
         _BLOCKS.add(block)
     if blocks:

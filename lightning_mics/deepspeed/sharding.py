@@ -189,4 +189,7 @@ def read_activations(reader: Reader) -> dict[str, Any]:
         f"{section}.partition_activations",
         f"{checkpoints}. What a rank keeps is not divided: that needs model parallelism.",
     )
-    return {"activation_checkpointing": True}
+    if not reader.switch(f"{section}.cpu_checkpointing"):
+        return {"activation_checkpointing": True}
+    reader.replaced(f"{section}.cpu_checkpointing", "activation_checkpointing_offload=True.")
+    return {"activation_checkpointing": True, "activation_checkpointing_offload": True}

@@ -48,9 +48,11 @@ VALUES: dict[str, tuple[Any, str]] = {
     "replication_reduce_dtype": (torch.bfloat16, "bf16"),
     "replication_gather_dtype": (torch.bfloat16, "bf16"),
     "master_weights": ("owners", "owners"),
+    "activation_checkpointing_offload": (True, "true"),
 }
 # What a value needs beside it to mean something.
 BESIDE: dict[str, dict[str, Any]] = {
+    "activation_checkpointing_offload": {"activation_checkpointing": True},
     "master_weights": {"param_dtype": torch.bfloat16, "optimizer_shard_size": "world"},
     "replication_gather_dtype": {"param_dtype": torch.bfloat16, "optimizer_shard_size": "world"},
 }

@@ -56,6 +56,7 @@ SETTINGS = [
         cpu=True,
         reshard_after_forward=False,
         activation_checkpointing=True,
+        activation_checkpointing_offload=True,
         cpu_offload=True,
         full_checkpoint=True,
         wrap="GPT2Block, Embedding",
@@ -165,6 +166,7 @@ def test_accelerate_accepts_the_file_and_carries_its_settings(file: Path, settin
         "FSDP_RESHARD_AFTER_FORWARD": str(settings.reshard_after_forward).lower(),
         "FSDP_OFFLOAD_PARAMS": str(settings.cpu_offload).lower(),
         "FSDP_ACTIVATION_CHECKPOINTING": str(settings.activation_checkpointing).lower(),
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": str(settings.activation_checkpointing_offload).lower(),
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT" if settings.full_checkpoint else "SHARDED_STATE_DICT",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         "nproc_per_node": str(settings.layout.topology.node_size),
@@ -182,6 +184,7 @@ def test_the_plugin_reads_what_the_file_says(file: Path) -> None:
         "shard_size": 8,
         "reshard_after_forward": False,
         "activation_checkpointing": True,
+        "activation_checkpointing_offload": True,
         "cpu_offload": True,
         "wrap": ["GPT2Block", "Embedding"],
     }
@@ -451,7 +454,6 @@ WRONG = [
     ("version: 2", "version: 2\n  fsdp_sharding_strategy: 9", "line 12:", "unknown", "Remove the line."),
     ("version: 2", "version: 2\n  fsdp_auto_wrap_policy: SIZE_BASED_WRAP", "line 12:", "TRANSFORMER_BASED_WRAP"),
     ("version: 2", "version: 2\n  fsdp_transformer_layer_cls_to_wrap: [A, B]", "line 12:", "by commas"),
-    ("version: 2", "version: 2\n  fsdp_activation_checkpointing_offload: true", "line 12:", "Change it to false."),
     # keys
     ("use_cpu", "use_cpus", "line 9: use_cpus: false is unknown, and Accelerate refuses it. Did you mean use_cpu?"),
     ("use_cpu", "zzz", "line 9: zzz: false is unknown", "Remove it."),

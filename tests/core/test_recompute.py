@@ -312,6 +312,16 @@ def test_ranks_that_choose_otherwise_are_told(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("how", "says"), [(False, "no block is recomputed"), ("selective", "'selective' keeps the results of products")]
+)
+def test_nothing_waits_on_the_host_where_blocks_are_not_recomputed_whole(how: Any, says: str) -> None:
+    config = MiCSConfig(activation_checkpointing=how, activation_checkpointing_offload=True)
+    model = Regressor()
+    with pytest.raises(MiCSConfigError, match=says):
+        blocks_to_recompute(model, plan_units(model), config)
+
+
+@pytest.mark.parametrize(
     ("how", "says"),
     [
         ("Blok", "activation_checkpointing='Blok': the model contains no module of that class. Did you mean 'Block'"),

@@ -282,6 +282,9 @@ def test_activation_checkpointing_is_on_if_something_in_the_section_is() -> None
     off = {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": 0, "profile": True}}
     assert not convert_deepspeed(off).config.activation_checkpointing
     assert convert_deepspeed({"activation_checkpointing": {"number_checkpoints": 4}}).config.activation_checkpointing
+    on_host = convert_deepspeed({"activation_checkpointing": {"cpu_checkpointing": True}})
+    assert on_host.config == MiCSConfig(activation_checkpointing=True, activation_checkpointing_offload=True)
+    assert "activation_checkpointing_offload=True" in report(on_host)["activation_checkpointing.cpu_checkpointing"][1]
 
 
 # Batch sizes.

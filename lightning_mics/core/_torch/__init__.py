@@ -67,6 +67,7 @@ from lightning_mics.core._torch.recomputation import (
     keep_products,
     products,
     repeated_by_another,
+    waits_on_host,
     will_recompute,
 )
 from lightning_mics.core._torch.root import (
@@ -177,6 +178,7 @@ __all__ = [
     "unit_param_groups",
     "unscale_and_check",
     "wait_for_gloo_threads",
+    "waits_on_host",
     "watch_base",
     "will_recompute",
     "with_local",

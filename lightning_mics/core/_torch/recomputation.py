@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import checkpoint as checkpoints
 
 from lightning_mics.core._needs import gone, require
-from lightning_mics.core._torch.modules import checkpoint, current_backward_id
+from lightning_mics.core._torch.modules import checkpoint, current_backward_id, outside_graphs
 
 try:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -39,6 +39,41 @@ def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager
         return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def waits_on_host(block: nn.Module, device_type: str) -> None:
+    """Makes what a block keeps that PyTorch will checkpoint, its inputs, wait in host memory for the backward pass.
+
+    Copies run on the current stream, as :class:`torch.autograd.graph.save_on_cpu` makes them.
+
+    Args:
+        block: The block. To be called before it is checkpointed: the hooks here stand around those of the checkpoint.
+        device_type: Where its inputs are.
+    """
+    to_host = torch.autograd.graph.save_on_cpu(pin_memory=True, device_type=device_type)
+    running: list[torch.autograd.graph.saved_tensors_hooks] = []
+
+    def pack(tensor: Tensor) -> Any:
+        # Masks and positions are the same tensor in each block, and would be copied for each.
+        return to_host.pack_hook(tensor) if tensor.requires_grad else tensor
+
+    def unpack(packed: Any) -> Tensor:
+        found: Tensor = packed if isinstance(packed, Tensor) else to_host.unpack_hook(packed)
+        return found
+
+    @outside_graphs
+    def begin(block: nn.Module, args: Any) -> None:
+        if checkpoint.state(block).enable_hook:  # else this is the recomputation, which must see what it saves
+            running.append(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+            running[-1].__enter__()
+
+    @outside_graphs
+    def end(block: nn.Module, args: Any, output: Any) -> None:
+        if checkpoint.state(block).enable_hook and running:
+            running.pop().__exit__()
+
+    block.register_forward_pre_hook(begin)
+    block.register_forward_hook(end, prepend=True, always_call=True)
 
 
 def is_checkpointed(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ All of it is memory of the CPU. The storages of the device are known by a list, 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
@@ -59,6 +60,14 @@ class Placement:
         """Returns where a storage lies."""
         entry = self._kinds.get(storage._cdata)
         return Kind.HOST if entry is None else entry[0]
+
+    def live_bytes(self) -> Counter[Kind]:
+        """Returns the bytes of the device's and of pinned memory that are in use."""
+        found: Counter[Kind] = Counter()
+        for kind, reference in self._kinds.values():
+            storage = reference() if isinstance(reference, weakref.ref) else None
+            found[kind] += 0 if storage is None else storage.nbytes()
+        return found
 
     def put(self, tensor: Tensor, kind: Kind) -> None:
         """Notes where a new tensor lies."""

@@ -523,6 +523,9 @@ WINDOWS = {
     "prefetching": Window(_prefetching),
     "asynchronous gathers": Window(_asynchronous_gathers),
     "activation checkpointing": Window(_repeat(), {"activation_checkpointing": True}),
+    "activation checkpointing, offloaded": Window(
+        _repeat(), {"activation_checkpointing": True, "activation_checkpointing_offload": True}
+    ),
     "not resharded after forward": Window(_repeat(), {"reshard_after_forward": False}),
     "another current stream": Window(_repeat(), on_side_stream=True),
     "adversaries": Window(_adversaries, has_two_models=True),
