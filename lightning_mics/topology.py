@@ -127,16 +127,27 @@ class ClusterTopology:
                 f"Nodes hold different numbers of ranks ({described}). Start the same number on each node"
                 f"{_suggest_even_split(len(hostnames), len(counts))}."
             )
-        node_size = len(hostnames) // len(counts)
+        topology = cls(world_size=len(hostnames), node_size=len(hostnames) // len(counts))
+        topology.check_order(hostnames)
+        return topology
+
+    def check_order(self, hostnames: Sequence[str]) -> None:
+        """Checks that the ranks of each node are on one host; a host may hold several nodes, which are pretended then.
+
+        Args:
+            hostnames: Each rank's host name, in rank order.
+
+        Raises:
+            MiCSConfigError: If ranks are not numbered node by node.
+        """
         for rank, name in enumerate(hostnames):
-            first = rank - rank % node_size
+            first = rank - rank % self.node_size
             if name != hostnames[first]:
                 raise MiCSConfigError(
                     f"Ranks are not numbered node by node: rank {rank} is on {name!r} but rank {first} on "
-                    f"{hostnames[first]!r}, with {node_size} ranks a node. Launch with block placement "
+                    f"{hostnames[first]!r}, with {self.node_size} ranks a node. Launch with block placement "
                     "(torchrun does; for SLURM use --distribution=block)."
                 )
-        return cls(world_size=len(hostnames), node_size=node_size)
 
     def valid_shard_sizes(self) -> list[int]:
         """Returns the shard sizes that divide the world and do not straddle nodes unevenly."""

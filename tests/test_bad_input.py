@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mics import ClusterTopology, MiCSConfig, mics_shard
 from lightning_mics.core.mesh import detect_topology
-from lightning_mics.testing import WorkerPool
+from lightning_mics.testing import WorkerError, WorkerPool
 
 WORLD = 4
 
@@ -200,6 +202,21 @@ def local(size: int) -> dict[str, str]:
 def test_nodes_of_equal_size_are_detected(pool: WorkerPool) -> None:
     expected = ClusterTopology(world_size=4, node_size=2)
     assert pool.run(launched_with, [local(2)] * 4, world_size=4) == [expected] * 4
+
+
+def launched_on(hosts: list[str]) -> ClusterTopology:
+    with mock.patch.object(socket, "gethostname", lambda: hosts[dist.get_rank()]):
+        return launched_with([local(2)] * 4)
+
+
+def test_ranks_that_are_not_numbered_node_by_node_are_refused_on_every_rank(pool: WorkerPool) -> None:
+    expected = ClusterTopology(world_size=4, node_size=2)
+    for hosts in ("aabb", "aaaa"):  # on one host, nodes are pretended
+        assert pool.run(launched_on, list(hosts), world_size=4) == [expected] * 4
+    with pytest.raises(WorkerError) as caught:
+        pool.run(launched_on, list("abab"), world_size=4)
+    assert len(caught.value.failures) == 4
+    assert all("rank 1 is on 'b' but rank 0 on 'a'" in str(failure) for failure in caught.value.failures.values())
 
 
 UNEVEN = {

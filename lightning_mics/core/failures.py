@@ -74,7 +74,11 @@ def has_failed() -> bool:
 
 
 def watch() -> None:
-    """Makes this process end as described above, and with a rank that fails. A process group must be there."""
+    """Makes this process end as described above, and with a rank that fails. A process group must be there.
+
+    The thread that calls it is the one that trains.
+    """
+    here.script = threading.get_ident()
     _take_over_hook()
     if dist.is_initialized() and dist.get_world_size() > 1:
         _follow_in_background()

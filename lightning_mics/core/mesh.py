@@ -120,7 +120,7 @@ def detect_topology(node_size: int | None = None) -> ClusterTopology:
         node_size: Ranks on a node, if known.
 
     Raises:
-        MiCSConfigError: If nodes hold different numbers of ranks.
+        MiCSConfigError: If nodes hold different numbers of ranks, or ranks are not numbered node by node.
     """
     require_process_group()
     world_size = dist.get_world_size()
@@ -138,15 +138,18 @@ def detect_topology(node_size: int | None = None) -> ClusterTopology:
     for complaint in known:
         if isinstance(complaint, str):
             raise MiCSConfigError(complaint)
+    hosts = [host for _, host in views]
     if None in known:
-        return ClusterTopology.from_hostnames([host for _, host in views])
+        return ClusterTopology.from_hostnames(hosts)
     if len(known) > 1:
         described = ", ".join(f"rank {rank}: {topology.node_size}" for rank, (topology, _) in enumerate(views))
         raise MiCSConfigError(
             f"Nodes hold different numbers of ranks ({described}). Start the same number on each node, or pass "
             "node_size=."
         )
-    return known.pop()
+    told = known.pop()
+    told.check_order(hosts)
+    return told
 
 
 def resolve_hierarchical(config: MiCSConfig, layout: GroupLayout) -> bool:

@@ -78,6 +78,7 @@ class _Here:
         verdict: Why what this rank waits for can never end.
         breakers: Told of a verdict; they end what is waited for in Python.
         launched: How many messages and collectives in each group are ours, of passes and ends of windows.
+        script: The thread that trains; launchers such as Ray Train's run the script beside the main one.
     """
 
     def __init__(self) -> None:
@@ -88,6 +89,7 @@ class _Here:
         self.breakers: list[Callable[[MiCSError], None]] = []
         self.launched: Counter[int] = Counter()
         self.depth = threading.local()
+        self.script = threading.main_thread().ident
 
 
 THREAD = object()
@@ -189,7 +191,7 @@ _WAITS = ("main", "thread")
 def look_around(beat: int = 0, has_ended: bool = False) -> Place:
     """Returns where this rank is, from any thread."""
     waits, turn, runs = here.waits, here.turn, here.runs
-    world, frame = of_world(), sys._current_frames().get(threading.main_thread().ident or 0)
+    world, frame = of_world(), sys._current_frames().get(here.script or 0)
     groups = launched_by_group()
     counts = {call.key: call.begun for call in list(world.calls) if call.begun}
     counts |= {name: number - here.launched[id(group)] for name, (group, number) in groups.items()}

@@ -40,11 +40,28 @@ def check_launch(environment: ClusterEnvironment, num_nodes: int, devices: int, 
             f"{environment.local_rank()} on node {environment.node_rank()}"
         )
     else:
+        _check_order(environment, devices)
         return
     raise MiCSConfigError(
         f"{problem} ({type(environment).__name__}). {_works(real, world_size)} devices='auto' counts the "
         "accelerators that a process sees, and 1 on CPUs."
     )
+
+
+def _check_order(environment: ClusterEnvironment, devices: int) -> None:
+    """Checks that processes are numbered node by node, where an environment knows their numbers.
+
+    Raises:
+        MiCSConfigError: If they are not.
+    """
+    if _is_told_by_us(environment):
+        return
+    rank, node, local = environment.global_rank(), environment.node_rank(), environment.local_rank()
+    if rank != node * devices + local:
+        raise MiCSConfigError(
+            f"Ranks are not numbered node by node: rank {rank} is number {local} on node {node}, with {devices} a node "
+            f"({type(environment).__name__}). Launch with block placement (for SLURM: --distribution=block)."
+        )
 
 
 def _works(real: ClusterTopology | None, world_size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from works import refused, works
 
 from lightning_mics import MiCSConfig, MiCSError, defer_replication_sync, mics_shard
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.core import apart
-from lightning_mics.core.apart import Watch, stuck, verdict
-from lightning_mics.core.places import Place, Waiting
+from lightning_mics.core import apart, failures
+from lightning_mics.core.apart import Watch, stuck, told, verdict
+from lightning_mics.core.places import Place, Waiting, look_around
 from lightning_mics.errors import SelfCheckError
 from lightning_mics.testing import WorkerPool
 
@@ -303,3 +304,27 @@ def test_places_must_be_told_twice() -> None:
 def test_errors_are_ours() -> None:
     assert isinstance(verdict({0: waits(0, "a", 1, (0, 1)), 1: waits(1, "b", 1, (0, 1))}), SelfCheckError)
     assert isinstance(verdict({0: waits(0, "a", 1, (0, 1)), 1: waits(1, "b", 1, (0, 1), "foreign")}), MiCSError)
+
+
+def seen_in_a_thread() -> str:
+    """Trains in a thread, as Ray Train does, and waits there for rank 1, which comes late; returns where rank 0 is."""
+
+    def train() -> None:
+        step(sharded(1))
+        time.sleep(2 * dist.get_rank())
+        dist.barrier()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    place = look_around()
+    while thread.is_alive() and (place.main is None or "barrier" not in place.main.what):
+        time.sleep(0.05)
+        place = look_around()
+    thread.join()
+    failures.watch()  # the next test's script is in this thread again
+    return told([place])
+
+
+def test_a_script_in_a_thread_is_found_there(pool: WorkerPool) -> None:
+    place = pool.run(seen_in_a_thread, world_size=2)[0]
+    assert "waits in torch.distributed.barrier (test_ranks_apart.py:" in place and "in train)" in place

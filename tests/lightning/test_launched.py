@@ -110,6 +110,14 @@ def test_what_slurm_started_is_compared(build: Any, monkeypatch: pytest.MonkeyPa
     build(SLURMEnvironment(), devices=2, num_nodes=2)
 
 
+def test_ranks_that_are_not_numbered_node_by_node_are_refused(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # --distribution=cyclic: ranks 0 and 2 are on the first node, 1 and 3 on the second.
+    for name, value in {**SLURM, "SLURM_PROCID": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MiCSConfigError, match=r"rank 2 is number 1 on node 0, with 2 a node .*--distribution=block"):
+        build(SLURMEnvironment(), devices=2, num_nodes=2)
+
+
 def test_places_count_where_a_launcher_tells_no_sizes(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
