@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lightning_mics import ClusterTopology, MiCSConfigError
@@ -133,6 +139,11 @@ LAUNCHERS = {
     "slurm, asked": {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"},
     "open mpi": {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"},
     "mvapich": {"MV2_COMM_WORLD_SIZE": "16", "MV2_COMM_WORLD_LOCAL_SIZE": "8"},
+    "ray": {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "9", "LOCAL_RANK": "1", "NODE_RANK": "1"},
+    "hyperpod with slurm": {
+        **{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NNODES": "2"},
+        **{"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1"},
+    },
     "intel mpi": {"PMI_SIZE": "16", "MPI_LOCALNRANKS": "8"},
 }
 
@@ -141,6 +152,33 @@ LAUNCHERS = {
 def test_launchers_tell_the_cluster(environ: dict[str, str]) -> None:
     for known in (16, None):
         assert ClusterTopology.from_env(known, environ) == ClusterTopology(world_size=16, node_size=8)
+
+
+@pytest.mark.slow
+def test_torchrun_is_told_by_variables_as_kubeflow_does(tmp_path: Path) -> None:
+    script = tmp_path / "tell.py"
+    script.write_text(
+        "import os, pathlib\nfrom lightning_mics import ClusterTopology\n"
+        "pathlib.Path(os.environ['RANK']).write_text(repr(ClusterTopology.from_env()) + os.environ['GROUP_RANK'])"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    told |= {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", str(script)]
+    nodes = [
+        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **told, "PET_NODE_RANK": str(node)})
+        for node in range(2)
+    ]
+    try:
+        assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    found = [(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert found == [f"ClusterTopology(world_size=4, node_size=2){node}" for node in (0, 0, 1, 1)]
 
 
 def test_variables_of_an_outer_launcher_are_not_believed() -> None:
