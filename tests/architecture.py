@@ -21,7 +21,7 @@ from typing import Any
 LAYERS = (
     ("cli", "__main__", "testing"),
     ("bench", "demo", "deepspeed", "doctor"),
-    ("lightning", "fabric", "accelerate", "transformers", "run"),
+    ("lightning", "fabric", "accelerate", "transformers", "run", "ray"),
     ("familiar",),
     ("sharding",),
     ("auto",),
@@ -51,6 +51,7 @@ OTHERS = {
     "lightning": {
         *(
             "_active_loop",
+            "_compiler_ctx",
             "_average_model",
             "_combined_loader",
             "_data_fetcher",

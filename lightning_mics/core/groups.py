@@ -49,7 +49,7 @@ def check_backends(config: MiCSConfig, device_type: str) -> None:
             f"cpu_offload=True keeps gradients in host memory, but the process group has only {backends}, so that they "
             f"could not be clipped or saved whole. Use init_process_group({works!r}), or cpu_offload=False. (Lightning "
             f"and Fabric: process_group_backend={works!r}; Accelerate: InitProcessGroupKwargs(backend={works!r}); "
-            f"transformers: ddp_backend={works!r}.)",
+            f"transformers: ddp_backend={works!r}; Ray: TorchConfig(backend={works!r}).)",
             setting="cpu_offload",
         )
 
