@@ -44,6 +44,8 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        for wait in ("RAY_gcs_server_port_wait_time_s", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):
+            patch.setenv(wait, "300")  # for machines that do more besides
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
         os.mkdir(f"{folder}/ray")
