@@ -87,7 +87,7 @@ def losses(folder: Path, way: str, rank: int) -> list[dict[str, Any]]:
 ALONE = [pytest.param([way], True, id=way, marks=pytest.mark.campaign) for way in ray_loops.WAYS]
 
 
-@works("Training loops", "Ray Train with all four, and a worker that is killed")
+@works("Training loops", "Ray Train: bare, Accelerate, Lightning and transformers, resumed after a kill")
 @pytest.mark.slow
 @pytest.mark.parametrize(("ways", "real"), [pytest.param([*ray_loops.WAYS], False, id="together"), *ALONE])
 def test_a_killed_worker_costs_no_step(
