@@ -19,6 +19,7 @@ _HOMES = {
     "CommLedger": "metrics",
     "GroupLayout": "topology",
     "Hop": "metrics",
+    "JoinedLoader": "core.joined",
     "MiCSConfig": "config",
     "MiCSConfigError": "errors",
     "MiCSError": "errors",
@@ -33,6 +34,7 @@ _HOMES = {
     "consolidate": "checkpoint",
     "defer_replication_sync": "core.accumulation",
     "exchanged_weights": "core.copies",
+    "has_data": "core.joined",
     "load_checkpoint": "checkpoint",
     "mics_shard": "sharding",
     "register_forward_method": "core.runtime",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_mics.core.buffers import broadcast_buffers
     from lightning_mics.core.clipping import clip_grad_norm_
     from lightning_mics.core.copies import exchanged_weights
+    from lightning_mics.core.joined import JoinedLoader, has_data
     from lightning_mics.core.runtime import communication_ledger, register_forward_method
     from lightning_mics.core.unequal import unequal_passes
     from lightning_mics.errors import (

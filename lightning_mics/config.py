@@ -48,6 +48,7 @@ _LATER = (
     "replication_gather_dtype",
     "master_weights",
     "activation_checkpointing_offload",
+    "uneven_inputs",
 )
 _LATER_ARGUMENTS = ("storage_options",)
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -106,6 +107,9 @@ class MiCSConfig:
             ``state_dict()`` and checkpoints have float32.
         activation_checkpointing_offload: Whether what recomputed blocks keep, their inputs, waits for the backward pass
             in host memory. On CPUs it is there already.
+        uneven_inputs: What happens where ranks have different numbers of training batches: ``"shortest"`` ends with the
+            first that runs out, ``"longest"`` with the last, as the mean over the ranks that have data; all ranks end
+            together. ``"error"``, an error when one waits for another that has ended, exchanges nothing.
         memory_limit: What ``shard_size="auto"`` may use on a rank: bytes, or text such as ``"36GiB"``. ``None`` takes
             the device's memory; on CPUs the rank's share of what is free on its machine.
         async_checkpoint: Whether checkpoints are written while training goes on. Saving then stops it only for a copy
@@ -137,6 +141,7 @@ class MiCSConfig:
     replication_gather_dtype: torch.dtype | str | None = None
     master_weights: Literal["partition", "owners"] = "partition"
     activation_checkpointing_offload: bool = False
+    uneven_inputs: Literal["error", "shortest", "longest"] = "error"
 
     def __post_init__(self) -> None:
         self._check_shard_size()
@@ -181,6 +186,11 @@ class MiCSConfig:
         if self.master_weights not in ("partition", "owners"):
             raise MiCSConfigError(
                 f"master_weights={self.master_weights!r} is not one of 'partition', 'owners'.", setting="master_weights"
+            )
+        if self.uneven_inputs not in ("error", "shortest", "longest"):
+            raise MiCSConfigError(
+                f"uneven_inputs={self.uneven_inputs!r} is not one of 'error', 'shortest', 'longest'.",
+                setting="uneven_inputs",
             )
         if self.shard_size == "auto" and self.cpu_offload:
             raise MiCSConfigError(
@@ -384,6 +394,7 @@ class Settings(TypedDict, total=False):
     replication_gather_dtype: torch.dtype | str | None
     master_weights: Literal["partition", "owners"] | None
     activation_checkpointing_offload: bool | None
+    uneven_inputs: Literal["error", "shortest", "longest"] | None
 
 
 def takes_settings(init: _Init) -> _Init:

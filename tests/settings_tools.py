@@ -30,6 +30,7 @@ OTHER_VALUES: dict[str, Any] = {
     "replication_gather_dtype": "bfloat16",
     "master_weights": "owners",
     "activation_checkpointing_offload": True,
+    "uneven_inputs": "longest",
 }
 
 

@@ -32,7 +32,12 @@ from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.testing import WorkerPool
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["which.md", "guide/from-fsdp.md", *(f"symptoms/{page.name}" for page in sorted(DOCS.glob("symptoms/*.md")))]
+PAGES = [
+    "which.md",
+    "guide/from-fsdp.md",
+    "guide/data.md",
+    *(f"symptoms/{page.name}" for page in sorted(DOCS.glob("symptoms/*.md"))),
+]
 NAMES = {
     "Block": Block,
     "MixedPrecision": MixedPrecision,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType, DynamoBackend
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_mics import checkpoint as checkpoints
 from lightning_mics.accelerate.averaging import check_no_shards, refuse_local_sgd
 from lightning_mics.accelerate.backends import ask_for_backends
+from lightning_mics.accelerate.joined import JoinedShard
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.accelerate.saving import load_state, save_state, write_weights
 from lightning_mics.accelerate.whole import WholeWeights
@@ -33,6 +35,7 @@ from lightning_mics.core.checks import check_layout
 from lightning_mics.core.clipping import clip_parameters_, clip_parameters_by_value_
 from lightning_mics.core.failures import explaining
 from lightning_mics.core.groups import end_well
+from lightning_mics.core.joined import JoinedLoader
 from lightning_mics.core.loss_scaling import use_sharded_scaler
 from lightning_mics.core.mesh import detect_topology
 from lightning_mics.core.optimizers import ShardedParams, check_unused
@@ -73,6 +76,8 @@ class MiCSAccelerator(Accelerator):
         accelerator = MiCSAccelerator(mics_plugin=MiCSPlugin(shard_size=8), gradient_accumulation_steps=4)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     """
+
+    joins_loaders = True  # not for a script that fetches batches further ahead than one microstep
 
     def __init__(self, *args: Any, mics_plugin: MiCSPlugin | None = None, **kwargs: Any) -> None:
         options = inspect.signature(Accelerator.__init__).bind(self, *args, **kwargs).arguments
@@ -122,6 +127,8 @@ class MiCSAccelerator(Accelerator):
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """Shards the models among ``args``, points optimizers to the shards, and prepares the rest as Accelerate does.
 
+        A :class:`~lightning_mics.JoinedLoader` reads this rank's own data, and is not divided among ranks.
+
         Raises:
             MiCSConfigError: On every rank, if a model cannot be sharded or an optimizer has taken steps already.
         """
@@ -131,7 +138,8 @@ class MiCSAccelerator(Accelerator):
                 [arg for arg in args if isinstance(arg, Optimizer)],
                 [arg for arg in args if isinstance(arg, DataLoader)],
             )
-        return super().prepare(*args, device_placement=device_placement)
+        own = [self._prepare_own(arg) if isinstance(arg, JoinedLoader) else arg for arg in args]
+        return super().prepare(*own, device_placement=device_placement)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -159,6 +167,45 @@ class MiCSAccelerator(Accelerator):
             yield
         finally:
             plugin.backend = backend
+
+    def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepares a loader; ``uneven_inputs`` acts on it while models are in training mode."""
+        prepared = super().prepare_data_loader(data_loader, *args, **kwargs)
+        joined = self._joined(prepared)
+        self._dataloaders[:] = [joined if loader is prepared else loader for loader in self._dataloaders]
+        return joined
+
+    def _prepare_own(self, joined: JoinedLoader) -> JoinedShard:
+        """Prepares a loader of this rank's own data."""
+        loader: Any = joined.loader
+        shard = prepare_data_loader(
+            loader,
+            self.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=self.device_placement,
+            dispatch_batches=False,
+            use_stateful_dataloader=self.use_stateful_dataloader or hasattr(loader, "state_dict"),
+        )
+        prepared = JoinedShard.over(shard, self._trained)
+        prepared._is_accelerate_prepared = True
+        return prepared
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """Returns a loader that begins behind some batches."""
+        skipped = super().skip_first_batches(dataloader, num_batches)
+        return self._joined(skipped) if isinstance(dataloader, JoinedShard) else skipped
+
+    def _joined(self, loader: Any) -> Any:
+        joins = self.joins_loaders and self.use_distributed and self.mics_plugin.config.uneven_inputs != "error"
+        return JoinedShard.over(loader, self._trained) if joins and type(loader) is DataLoaderShard else loader
+
+    def _trained(self) -> nn.Module | None:
+        """Returns the models that are trained now, if any is."""
+        models = [model for model in self._models if is_sharded(model)]
+        if not any(model.training for model in models):
+            return None
+        return models[0] if len(models) == 1 else nn.ModuleList(models)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """Prepares an optimizer, which may have been built before its model was sharded."""
@@ -244,21 +291,23 @@ class MiCSAccelerator(Accelerator):
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
-        """Lets ranks evaluate different numbers of batches.
+        """Lets ranks have different numbers of batches: in training they end as ``uneven_inputs`` says.
 
         Args:
-            joinables: The models, in ``eval()`` mode: backward passes must be as many on all ranks.
+            joinables: The models, in training or in ``eval()`` mode.
             even_batches: Overrides that of the prepared loaders inside this context.
 
         Raises:
-            MiCSError: Where there are other processes and models are trained.
+            MiCSError: Where there are other processes, and models are trained with ``uneven_inputs="error"``.
         """
         models = [model for model in joinables if isinstance(model, nn.Module) and is_sharded(model)]
-        if self.use_distributed and (not models or any(model.training for model in models)):
+        trains = not models or any(model.training for model in models)
+        if self.use_distributed and trains and self.mics_plugin.config.uneven_inputs == "error":
             raise MiCSError(
                 "join_uneven_inputs lets ranks stop early, but the ranks of a partition gather parameters together. "
-                "Train with the same number of batches on every rank: DataLoaderConfiguration(even_batches=True), the "
-                "default. To evaluate, call model.eval() before it."
+                "Let all of them end together, MiCSPlugin(uneven_inputs='longest') or 'shortest', or train with the "
+                "same number of batches on every rank: DataLoaderConfiguration(even_batches=True), the default. To "
+                "evaluate, call model.eval() before it."
             )
         with ExitStack() as stack:
             samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
@@ -266,7 +315,7 @@ class MiCSAccelerator(Accelerator):
                 if hasattr(sampler, "even_batches"):
                     stack.callback(setattr, sampler, "even_batches", sampler.even_batches)
                     sampler.even_batches = even_batches
-            if models:
+            if models and not trains:
                 stack.enter_context(unequal_passes(nn.ModuleList(models)))
             yield
 

@@ -68,8 +68,9 @@ def save_state(
     for index, optimizer in enumerate(optimizers):
         inner = _inner(optimizer)
         state[f"optimizer_{index}"] = checkpoints.optimizer_state(_owner(models, inner), inner)
+    facts = checkpoints.huggingface_metadata(models[0]) if models else {}
     meta = {
-        "mics": checkpoints.huggingface_metadata(models[0]) if models else {},
+        "mics": {**facts, **checkpoints.states_of_ranks(_stateful(accelerator))},
         "accelerate": {"step": accelerator.step, "shards": [obj.shards for obj in objects]},
     }
     background = accelerator.mics_plugin.config.async_checkpoint
@@ -110,6 +111,8 @@ def load_state(
             folder, model, optimizers, model_key=key, elsewhere=others, strict=strict, weights_only=weights_only
         )
     if "accelerate" in meta:
+        if checkpoints.own_states(meta) is not None:
+            checkpoints.load_states(meta, _stateful(accelerator))
         with checkpoints.local_copy(folder, weights_only, functools.partial(_is_read_by, accelerator)) as local:
             _read_rest(accelerator, local, load_kwargs, weights_only, meta["accelerate"].get("shards", []))
         accelerator.step = meta["accelerate"]["step"]  # of all ranks, also of those that the saving world did not have
@@ -233,6 +236,27 @@ class _Registered:
         return self._state
 
 
+def _stateful(accelerator: MiCSAccelerator) -> dict[str, Any]:
+    """Returns the loaders that keep their place (``use_stateful_dataloader``), by their number."""
+    return {
+        str(index): loader
+        for index, loader in enumerate(accelerator._dataloaders)
+        if getattr(loader, "use_stateful_dataloader", False)
+    }
+
+
+class _Stateless:
+    """A loader whose place is kept elsewhere: Accelerate has all ranks write theirs into one file."""
+
+    use_stateful_dataloader = False
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
 def _write_rest(
     accelerator: MiCSAccelerator, objects: Sequence[_Registered], folder: Path, safe_serialization: bool
 ) -> None:
@@ -241,7 +265,7 @@ def _write_rest(
         [],
         [],
         accelerator._schedulers,
-        accelerator._dataloaders,
+        [_Stateless(loader) for loader in accelerator._dataloaders],
         accelerator.process_index,
         accelerator.step,
         accelerator.scaler,

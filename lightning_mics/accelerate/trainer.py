@@ -57,6 +57,9 @@ class TrainerMethods:
         checkpoints.local_place(self.args.output_dir, "the Trainer of transformers")
         with _accelerator_is(functools.partial(self.accelerator_class, mics_plugin=self.mics_plugin)):
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.accelerator.joins_loaders = False  # it fetches the batches of a window at once, as many on all ranks
+        if self.accelerator.mics_plugin.config.uneven_inputs != "error":
+            inform("uneven_inputs does nothing here: the Trainer of transformers gives all ranks as many batches.")
 
     def _move_model_to_device(self: Any, model: nn.Module, device: torch.device) -> None:
         if self.accelerator.topology is None:

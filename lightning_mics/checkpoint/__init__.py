@@ -22,6 +22,7 @@ from lightning_mics.checkpoint.content import (
     list_checkpoints,
     verify_checkpoint,
 )
+from lightning_mics.checkpoint.each_rank import load_states, own_states, states_of_ranks
 from lightning_mics.checkpoint.files import recover
 from lightning_mics.checkpoint.generation import local_copy
 from lightning_mics.checkpoint.load import fill_weights, load_checkpoint, load_into, load_raw, load_rest
@@ -55,11 +56,13 @@ __all__ = [
     "load_into",
     "load_raw",
     "load_rest",
+    "load_states",
     "local_copy",
     "local_place",
     "made_whole",
     "model_state",
     "optimizer_state",
+    "own_states",
     "place",
     "read_file",
     "read_weights",
@@ -71,6 +74,7 @@ __all__ = [
     "save_sharded",
     "shard_like",
     "sharded_again",
+    "states_of_ranks",
     "verify_checkpoint",
     "wait_for_checkpoints",
     "was_saved_last",

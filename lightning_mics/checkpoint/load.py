@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint import files, ranks, storage
 from lightning_mics.checkpoint.background import wait_for_checkpoints
 from lightning_mics.checkpoint.beside import with_shards
+from lightning_mics.checkpoint.each_rank import load_states, numbered
 from lightning_mics.checkpoint.generation import Generation, read_generation
 from lightning_mics.checkpoint.moments import (
     Moments,
@@ -61,6 +62,7 @@ def load_checkpoint(
     strict: bool = True,
     weights_only: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    dataloaders: Any = (),
 ) -> dict[str, Any]:
     """Loads what :func:`save_checkpoint` saved, at any shard size and world size. Collective over the world.
 
@@ -72,6 +74,8 @@ def load_checkpoint(
         weights_only: ``False`` trusts the checkpoint: what it holds beside tensors may be any object, and it may be of
             a version whose manifest cannot be checked, or lack it.
         storage_options: What the file system of a URL takes, such as credentials or an endpoint.
+        dataloaders: A loader, or a list of them, to be taken to the places where they were saved; the world must have
+            as many ranks as then.
 
     Returns:
         The checkpoint's ``meta``.
@@ -82,6 +86,9 @@ def load_checkpoint(
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     named = {f"optimizer_{index}": optimizer for index, optimizer in enumerate(listed)}
     meta = load_into(storage.place(path, storage_options), model, named, strict=strict, weights_only=weights_only)
+    loaders = numbered(dataloaders)
+    if loaders:
+        load_states(meta, loaders)
     meta.pop("mics", None)
     return meta
 

@@ -27,6 +27,7 @@ from lightning_mics.checkpoint.background import (
     wait_for_checkpoints,
 )
 from lightning_mics.checkpoint.beside import without_shards
+from lightning_mics.checkpoint.each_rank import numbered, states_of_ranks
 from lightning_mics.checkpoint.manifest import Facts, Manifest, step_of
 from lightning_mics.checkpoint.naming import final_name_in_logs
 from lightning_mics.checkpoint.sharing import own_part
@@ -54,6 +55,7 @@ def save_checkpoint(
     sharded: bool = True,
     background: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    dataloaders: Any = (),
 ) -> PendingCheckpoint:
     """Saves a model, its optimizers and anything else. Collective over the world.
 
@@ -68,6 +70,8 @@ def save_checkpoint(
             on. ``None`` for what the model's ``async_checkpoint`` says. It may change at once; what is written is its
             state at the call.
         storage_options: What the file system of a URL takes, such as credentials or an endpoint.
+        dataloaders: A loader with ``state_dict``, such as torchdata's ``StatefulDataLoader``, or a list of them. Each
+            rank's own state is kept.
 
     Returns:
         A handle that can wait for the checkpoint. A failure in the background is raised there, or by the next save,
@@ -77,7 +81,15 @@ def save_checkpoint(
         CheckpointError: On every rank, if writing failed on any; the previous checkpoint is untouched.
     """
     listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    ranks.agree("save_checkpoint", path=path, sharded=sharded, optimizers=len(listed), background=background)
+    loaders = numbered(dataloaders)
+    ranks.agree(
+        "save_checkpoint",
+        path=path,
+        sharded=sharded,
+        optimizers=len(listed),
+        background=background,
+        dataloaders=len(loaders),
+    )
     target = storage.place(path, storage_options)
     if is_sharded(model):
         broadcast_buffers(model)
@@ -85,7 +97,7 @@ def save_checkpoint(
         background = is_sharded(model) and runtime_of(model).config.async_checkpoint
     weights = model_state(model, full=not sharded)
     states = [optimizer_state(model, optimizer, full=not sharded) for optimizer in listed]
-    meta = {**(meta or {}), "mics": huggingface_metadata(model)}
+    meta = {**(meta or {}), "mics": {**huggingface_metadata(model), **states_of_ranks(loaders)}}
     if sharded:
         named = {f"optimizer_{index}": state for index, state in enumerate(states)}
         return save_sharded(target, {"state_dict": weights, **named}, meta, background=background)

@@ -26,8 +26,8 @@ FOREIGN_MOMENT = 2.0  # of one in a collective that is not ours, whose rounds ar
 NOTICE = 30.0  # seconds of a wait after which a line says where everybody is
 HEARTBEAT = 10.0  # seconds between two words of a rank that does not wait
 _UNEVEN = (
-    "If some ranks had fewer batches than others, give all of them the same number (drop_last=True, "
-    "DistributedSampler, even_batches=True, a fixed number of steps)."
+    "If some ranks had fewer batches than others, let all end together (uneven_inputs='shortest' or 'longest'), or "
+    "give all of them the same number (drop_last=True, DistributedSampler, even_batches=True, a fixed number of steps)."
 )
 _TOLD = "mics/told"
 _NOT_OURS = ("foreign", "shard")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mics.core._torch import carries_cpu_tensors, current_backward_id
+from lightning_mics.core.joined import agreed_lengths
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.core.runtime import runtimes_in
 from lightning_mics.errors import MiCSError
@@ -139,10 +140,5 @@ def lengths_differ(model: nn.Module, lengths: Sequence[int | None]) -> bool:
     mesh = runtimes_in(model)[0].mesh
     if mesh.layout.shard_size == 1:
         return False
-    known = [-1 if length is None else length for length in lengths]
-    ends = torch.tensor([*known, *(-length for length in known), int(None in lengths)])
-    ends = ends.to(communication_device(mesh.device_mesh.device_type))
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    *found, is_unknown = ends.tolist()
-    highest, lowest = found[: len(known)], [-length for length in found[len(known) :]]
-    return bool(is_unknown) or highest != lowest
+    agreed = agreed_lengths(lengths)
+    return agreed is None or any(lowest != highest for lowest, highest in agreed)

@@ -22,6 +22,7 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from lightning_mics import checkpoint as checkpoints
@@ -30,6 +31,7 @@ from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.clipping import clip_parameters_
+from lightning_mics.core.joined import JoinedLoader
 from lightning_mics.core.plain import adopt
 from lightning_mics.core.runtime import is_sharded, own_runtime, register_forward_method, runtime_of
 from lightning_mics.errors import CheckpointError, MiCSConfigError
@@ -265,8 +267,11 @@ class MiCSStrategy(ParallelStrategy):
             for name, value in state.items()
             if name not in tensors
         }
+        loaders = checkpoints.states_of_ranks(_loaders(state))
         if module is not None:
-            meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key}
+            meta["mics"] = {**checkpoints.huggingface_metadata(module), "model_key": key, **loaders}
+        elif loaders:
+            meta["mics"] = loaders
         target = self._place(path, storage_options)
         if full:
             checkpoints.save_full(target, {**tensors, **meta}, background=self.config.async_checkpoint)
@@ -299,6 +304,8 @@ class MiCSStrategy(ParallelStrategy):
             meta = checkpoints.load_into(
                 source, module, optimizers, model_key=key, strict=strict, weights_only=weights_only
             )
+        if _loaders(state):
+            meta |= checkpoints.own_states(meta) or {}  # of which rank 0's are beside
         meta.pop("mics", None)
         for name in [name for name in state if name != key and name not in optimizers]:
             if name not in meta:
@@ -343,6 +350,15 @@ def _split_state(state: dict[str, Any]) -> tuple[str | None, nn.Module | None, d
                 f"{{'model': model, {name!r}: {name}}}."
             )
     return None, None, {}
+
+
+def _loaders(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the data loaders that keep their place, which each rank has of its own."""
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, DataLoader | JoinedLoader) and hasattr(value, "state_dict")
+    }
 
 
 def _mark_forward_methods() -> None:

@@ -41,6 +41,7 @@ from lightning_mics.core.units import callable_parts
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.familiar import takes_familiar_names
 from lightning_mics.lightning import common
+from lightning_mics.lightning.joined import join_training, states_of_ranks, take_own_states
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.lightning.links import expect_late_checkpoints, find_urls_of_last, looking_with
@@ -202,6 +203,8 @@ class MiCSStrategy(ParallelStrategy):
         """Shards the module and creates its optimizers."""
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            join_training(trainer)
         self._shard(self.lightning_module, trainer)
         _average_shards(trainer, self.lightning_module, self.root_device)
         for callback in trainer.checkpoint_callbacks if self.config.async_checkpoint else ():
@@ -354,7 +357,7 @@ class MiCSStrategy(ParallelStrategy):
         path = self._place(filepath, storage_options)
         # After this one Lightning ends the job at once, to have it queued again.
         background = self.config.async_checkpoint and not path.name.startswith("hpc_ckpt")
-        checkpoint["mics"] = checkpoints.huggingface_metadata(self.model)
+        checkpoint["mics"] = {**checkpoints.huggingface_metadata(self.model), **states_of_ranks(checkpoint)}
         if not self._save_distributed_checkpoint:
             checkpoints.save_full(path, checkpoint, background=background)
             return
@@ -376,6 +379,7 @@ class MiCSStrategy(ParallelStrategy):
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
         )
+        take_own_states(checkpoint)
         # What another loop than the Trainer's wrote lacks these, and the Trainer insists on them.
         known = {"pytorch-lightning_version": pl.__version__, "lr_schedulers": []}
         # Hooks may look at the weights, which are loaded already.

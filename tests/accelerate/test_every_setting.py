@@ -49,6 +49,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "replication_gather_dtype": (torch.bfloat16, "bf16"),
     "master_weights": ("owners", "owners"),
     "activation_checkpointing_offload": (True, "true"),
+    "uneven_inputs": ("longest", "longest"),
 }
 # What a value needs beside it to mean something.
 BESIDE: dict[str, dict[str, Any]] = {

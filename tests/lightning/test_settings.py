@@ -50,6 +50,7 @@ def test_positions_keep_their_meaning(strategy: Any) -> None:
         "replication_gather_dtype": None,
         "master_weights": "partition",
         "activation_checkpointing_offload": False,
+        "uneven_inputs": "error",
     }
     late = ("memory_limit", "output_dtype", *later)
     positions = [name for name in OTHER_VALUES if name not in late]

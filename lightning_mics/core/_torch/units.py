@@ -270,6 +270,14 @@ class UnitParamGroup:
         for param, wants in zip(self._group.fsdp_params, wanted, strict=True):
             param._unsharded_param.requires_grad_(wants)
 
+    def weigh(self, weight: float) -> None:
+        """Multiplies what a microstep left of unsharded gradients; with zero it left none, whatever they are."""
+        for param in self.params:
+            if weight == 0:
+                param.drop_unsharded_grad()
+            elif param.gathered is not None and param.gathered.grad is not None:
+                param.gathered.grad.mul_(weight)
+
     def choose_dtypes(self) -> None:
         """Reduces gradients in the dtypes of the parameters that are trainable now.
 

@@ -94,7 +94,8 @@ def _average(
     """Puts means over all ranks into ``own``; what no rank used stays ``None``. Collective over the world."""
     mesh = window.mesh
     groups = [group for group in (mesh.partition_group, mesh.replication_group) if group.size() > 1]
-    here = [own[index] is not None or of_whole.get(index) is not None for index in indices]
+    weight = window.weight
+    here = [weight > 0 and (own[index] is not None or of_whole.get(index) is not None) for index in indices]
     used = torch.tensor(here, dtype=torch.uint8, device=communication_device(mesh.device_mesh.device_type))
     for group in groups:
         dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
@@ -103,10 +104,12 @@ def _average(
         if not is_used:
             continue
         if isinstance(param, DTensor):
-            own[index] = _as_shard(param, own[index], of_whole.get(index))
+            whole = of_whole.get(index)
+            own[index] = _as_shard(param, own[index], None if whole is None or weight == 0 else whole * weight)
             averaging = groups[mesh.partition_group.size() > 1 :]
         else:
-            own[index] = torch.zeros_like(param) if own[index] is None else own[index].clone()
+            is_zero = own[index] is None or weight == 0
+            own[index] = torch.zeros_like(param) if is_zero else own[index] * weight
             averaging = groups
         mine = local_tensor(own[index])
         for group in averaging:

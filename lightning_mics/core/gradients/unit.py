@@ -194,7 +194,7 @@ class UnitGradients:
         return any(reduction.is_running for reduction in self._reductions)
 
     @labelled("hop one")
-    def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool) -> None:
+    def reduce(self, reduce_scatter: Callable[[], None], *, deferring: bool, weight: float) -> None:
         """Runs hop one, FSDP2's step, for this unit.
 
         All trainable parameters take part, with zeros where this rank did not use one: so do those of its peers. A unit
@@ -209,6 +209,8 @@ class UnitGradients:
             self.use.want(self.group.wanted())
             reduce_scatter()
             return
+        if weight != 1:
+            self.group.weigh(weight)
         state = self.group.grad_state()
         if False not in state.is_missing and self.group.is_idle:
             self.use.want(state.wanted)

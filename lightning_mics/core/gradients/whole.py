@@ -45,6 +45,7 @@ class WholeGradients:
         hooks: Users' hooks on them, by name. Autograd does not call them.
         hooked: Names of those on which users registered hooks at any time.
         on_backward: A method that is called before a backward pass adds to one of these gradients.
+        weight: What this rank's gradients count in the mean over all ranks.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class WholeGradients:
         self._mesh, self._ledger, self._dtype = mesh, ledger, reduce_dtype
         self._sums: dict[str, _ExactSum] = {}
         self._used = b""
+        self.weight = 1.0
+        self._weightless: set[str] = set()  # parameters with a gradient of this window's that counts nothing
         self.on_backward: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def add(self, params: Mapping[str, nn.Parameter]) -> None:
@@ -88,7 +91,8 @@ class WholeGradients:
             on_backward = None if owner.on_backward is None else owner.on_backward()
             if on_backward is not None:
                 on_backward()
-            return None if exact is None else exact.add(grad)
+            grad = owner._weighed(name, param, grad)
+            return grad if exact is None else exact.add(grad)
 
         def registered() -> None:
             owner = this()
@@ -99,6 +103,15 @@ class WholeGradients:
         param.requires_grad_(True)  # hooks are refused otherwise, and a frozen parameter may want them later
         divert_hooks(param, hooks, registered, arrives, None if exact is None else exact.remember)
         param.requires_grad_(wants)
+
+    @torch.no_grad()
+    def _weighed(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
+        if self.weight == 0:
+            if param.grad is None:
+                self._weightless.add(name)
+            return torch.zeros_like(grad)
+        self._weightless.discard(name)
+        return grad if self.weight == 1 else grad * self.weight
 
     @property
     def is_needed(self) -> bool:
@@ -137,7 +150,12 @@ class WholeGradients:
         self._used = b""
         if not self.is_needed:
             return
-        self._used = bytes([param.requires_grad and param.grad is not None for param in self.params.values()])
+        self._used = bytes(
+            [
+                param.requires_grad and param.grad is not None and name not in self._weightless
+                for name, param in self.params.items()
+            ]
+        )
         kinds: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
         for name, param in self.params.items():
             if param.requires_grad:
@@ -195,6 +213,7 @@ class WholeGradients:
 
     def close(self) -> None:
         """Ends the window."""
+        self._weightless.clear()
         for total in self._sums.values():
             total.drop()
 

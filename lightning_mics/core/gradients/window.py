@@ -136,6 +136,7 @@ class AccumulationWindow:
         num_modes: How often a forward pass found the model in another mode, training or evaluation, than before.
         outside: What reaches gradients beside hop one, and who looks at them.
         pending: Whether there are gradients that replicas did not exchange.
+        weight: What this rank's gradients count in the mean over all ranks; zero where it has no data.
         before_backward: Called where a backward pass is recognised.
     """
 
@@ -155,6 +156,7 @@ class AccumulationWindow:
         self._rows: dict[UnitGradients, list[RowsUnderWay]] = {}
         self._rounded: dict[UnitParam, int] = {}  # where shards lie of which other ranks' rows are rounded
         self.deferring = self.pending = self.is_asked = False
+        self.weight = 1.0
         self.num_modes, self._mode = 0, True
         self.before_backward: Callable[[], None] = _nothing
         self.mesh, self._ledger = mesh, ledger
@@ -200,7 +202,7 @@ class AccumulationWindow:
             return
         self._finish_reduction()
         with torch.no_grad():  # it is on with create_graph=True
-            unit.reduce(reduce_scatter, deferring=self._defers)
+            unit.reduce(reduce_scatter, deferring=self._defers, weight=self.weight)
         self._pass.reducing = unit
         # Hop two, over the slowest links, is to begin early; a hop one inside the node is worth waiting for.
         may_run_on = self._may_run_on and unit.is_reducing
@@ -223,6 +225,10 @@ class AccumulationWindow:
             self._before_averaging()
             message_bytes = unit.launch()
             self._ledger.record(unit.name, Hop.REPLICATION_REDUCE, message_bytes)
+
+    def weigh(self, weight: float) -> None:
+        """Says what the gradients of this rank's next microsteps count in the mean over all ranks."""
+        self.weight = self.whole.weight = weight
 
     @property
     def adds_gradients(self) -> bool:
