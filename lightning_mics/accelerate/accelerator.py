@@ -170,6 +170,9 @@ class MiCSAccelerator(Accelerator):
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepares a loader; ``uneven_inputs`` acts on it while models are in training mode."""
+        if isinstance(data_loader, JoinedShard):
+            self._dataloaders += [] if data_loader in self._dataloaders else [data_loader]
+            return data_loader
         prepared = super().prepare_data_loader(data_loader, *args, **kwargs)
         joined = self._joined(prepared)
         self._dataloaders[:] = [joined if loader is prepared else loader for loader in self._dataloaders]
@@ -187,9 +190,7 @@ class MiCSAccelerator(Accelerator):
             dispatch_batches=False,
             use_stateful_dataloader=self.use_stateful_dataloader or hasattr(loader, "state_dict"),
         )
-        prepared = JoinedShard.over(shard, self._trained)
-        prepared._is_accelerate_prepared = True
-        return prepared
+        return JoinedShard.over(shard, self._trained)
 
     def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
         """Returns a loader that begins behind some batches."""

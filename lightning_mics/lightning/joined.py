@@ -80,7 +80,6 @@ def _lengths_differ(trainer: Any, uneven_inputs: UnevenInputs) -> bool:
     if lowest == highest:
         return False
     loop.max_batches = lowest if uneven_inputs == "shortest" else highest
-    loop._last_train_dl_reload_epoch = trainer.current_epoch
     interval = trainer.val_check_interval
     if isinstance(interval, float):
         trainer.val_check_batch = max(1, int(loop.max_batches * interval))
