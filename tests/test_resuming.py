@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "resuming.py"
 def test_a_killed_training_sees_each_sample_once(tmp_path: Path, workers: int) -> None:
     paths = {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parents[2]}"}
     # Two checkpoints lie before each end: where all ranks have data, and where one or three have run out.
-    for kill_at in (3, 9, 15):
+    for kill_at in (3, 9, 15) if workers == 0 else (9,):
         assert run_python(tmp_path, SCRIPT, workers, kill_at, ranks=4, environment=paths).returncode != 0
         assert not (tmp_path / "seen-0").exists()
     ended = run_python(tmp_path, SCRIPT, workers, 0, ranks=4, environment=paths)

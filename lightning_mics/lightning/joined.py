@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from torch import nn
 
@@ -41,6 +42,9 @@ def join_training(trainer: Any) -> None:
 
     def load_states() -> None:
         loaded[:] = loop._combined_loader_states_to_load if loop.restarting else []
+        for loader in loop._combined_loader.flattened if loaded else ():
+            # Lightning does so later, but a loader that goes on asks its sampler for an order now.
+            _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
         load()
 
     def setup_data() -> None:

@@ -125,9 +125,16 @@ def resume(folder: Path, how: str, num_workers: int, places: list[tuple[int, int
 
 
 @works("Savers", "Accelerate: `use_stateful_dataloader` resumes in mid-epoch, each rank at its own sample")
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(("how", "places"), [("longest", [(0, 5), (1, 2)]), ("shortest", [(0, 1)])])
+@pytest.mark.parametrize(
+    ("how", "places", "num_workers"),
+    [
+        ("longest", [(0, 5), (1, 2)], 0),
+        ("longest", [(0, 5)], 2),
+        ("shortest", [(0, 1)], 0),
+        pytest.param("shortest", [(0, 1)], 2, marks=pytest.mark.campaign),
+    ],
+)
 def test_resuming_goes_on_at_the_sample(
     pool: WorkerPool, tmp_path: Path, how: str, places: Any, num_workers: int
 ) -> None:
-    pool.run(resume, tmp_path, how, num_workers, places if num_workers == 0 else places[:1], world_size=4, timeout=240)
+    pool.run(resume, tmp_path, how, num_workers, places, world_size=4, timeout=240)
