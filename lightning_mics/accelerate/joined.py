@@ -55,8 +55,8 @@ class _Base(JoinedLoader):
         self.weights: deque[float] = deque()
         self._set(loader, trained)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # as Accelerate's own: code asks whether it is a DataLoader
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # as Accelerate's own: code asks whether it is a DataLoader
         return type(self.loader)
 
     def _hand_out(self, step: Microstep) -> None:
