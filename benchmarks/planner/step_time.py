@@ -147,6 +147,24 @@ def misordered(comparisons: list[Comparison]) -> list[str]:
     return wrong
 
 
+def errors_of_ratios(comparisons: list[Comparison]) -> list[float]:
+    """Returns how far off the ratio of two step times is, for each pair of contenders of a case."""
+    pairs = itertools.combinations(comparisons, 2)
+    ratios = [(one, other) for one, other in pairs if one.case.key() == other.case.key()]
+    return sorted(abs((1 + one.error) / (1 + other.error) - 1) for one, other in ratios)
+
+
+def summarise(comparisons: list[Comparison]) -> str:
+    """Returns the errors in a sentence: of steps, and of the ratio of two of them."""
+    steps = sorted(abs(comparison.error) for comparison in comparisons)
+    ratios = errors_of_ratios(comparisons)
+    return (
+        f"{len(steps)} steps: error {statistics.median(steps):.1%} in the median, {steps[-1]:.1%} at most. "
+        f"{len(ratios)} pairs of contenders: error of the ratio of their steps {statistics.median(ratios):.1%} in the "
+        f"median, {ratios[-1]:.1%} at most. Ranked the other way round: {'; '.join(misordered(comparisons)) or 'none'}."
+    )
+
+
 def main() -> None:
     """Measures and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -171,17 +189,14 @@ def main() -> None:
     for comparison in found:
         table.add_row(*comparison.cells())
     console.print(table)
-    errors = sorted(abs(comparison.error) for comparison in found)
-    console.print(
-        f"{len(found)} configurations: error {100 * statistics.median(errors):.1f}% in the median, "
-        f"{100 * errors[-1]:.1f}% at most. Ranked the other way round: {'; '.join(misordered(found)) or 'none'}."
-    )
+    console.print(summarise(found))
     if options.json is not None:
         lines = [json.dumps({**dataclasses.asdict(item), "error": item.error}) for item in found]
         options.json.write_text("".join(line + "\n" for line in lines))
     if options.table is not None:
         rows = [_HEADER, ["---"] * len(_HEADER), *(comparison.cells() for comparison in found)]
-        options.table.write_text("".join("| " + " | ".join(row) + " |\n" for row in rows))
+        lines = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        options.table.write_text(f"{lines}\n{summarise(found)}\n")
 
 
 if __name__ == "__main__":

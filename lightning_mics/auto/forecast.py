@@ -21,7 +21,7 @@ from lightning_mics.plan.hardware import Accelerator, Cluster, Link, Node
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import Param
 from lightning_mics.plan.search import Choices, Misfit, Planning, by_modesty, explain_misfit
-from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.plan.settings import Candidate, MasterWeights, Training
 from lightning_mics.text import format_bytes
 from lightning_mics.topology import ClusterTopology, OptimizerShardSize
 from lightning_mics.trace.optimizers import OptimizerFootprint, optimizer_footprint
@@ -103,7 +103,8 @@ class Forecast:
         if self._config.optimizer_shard_size != "partition":
             return None
         smaller = [size for size in topology.valid_shard_sizes() if size < shard_size]
-        ways = {way: self._memory(way) for way in (self._candidate(size, "world") for size in smaller)}
+        masters = "owners" if self._training.has_masters else "partition"
+        ways = {way: self._memory(way) for way in (self._candidate(size, "world", masters) for size in smaller)}
         ways = {way: memory for way, memory in ways.items() if memory.total <= limit}
         chosen = self._candidate(shard_size)
         ways[chosen] = self._memory(chosen)
@@ -112,17 +113,24 @@ class Forecast:
         sent, before = inter_bytes(traffic[best]), inter_bytes(traffic[chosen])
         if sent >= before:
             return None
+        owners = " and master_weights='owners'" * best.has_owners
         return (
-            f"With optimizer_shard_size='world' shard_size={best.shard_size} would do: a rank needs "
+            f"With optimizer_shard_size='world'{owners} shard_size={best.shard_size} would do: a rank needs "
             f"{format_bytes(ways[best].total)}, and nodes send {sent / before:.0%} as much out of themselves."
         )
 
-    def _candidate(self, shard_size: int, optimizer_shard_size: OptimizerShardSize | None = None) -> Candidate:
+    def _candidate(
+        self,
+        shard_size: int,
+        optimizer_shard_size: OptimizerShardSize | None = None,
+        master_weights: MasterWeights | None = None,
+    ) -> Candidate:
         layout = self._cluster.topology.layout(shard_size)
         divided = layout.resolve_optimizer_shard_size(optimizer_shard_size or self._config.optimizer_shard_size)
         return Candidate(
             shard_size=shard_size,
             optimizer_shard_size=divided if divided > shard_size else None,
+            master_weights=master_weights or self._config.master_weights,
             micro_batch=self._micro_batch,
             activation_checkpointing=self._recomputation,
             reshard_after_forward=self._config.reshard_after_forward,
@@ -133,7 +141,6 @@ class Forecast:
         training = Training(
             param_dtype=param_dtype,
             reduce_dtype=dtype_name(self._config.reduce_dtype or param_dtype),
-            master_weights=self._config.master_weights,
         )
         if not asked:
             self.notes.append("AdamW is assumed: no optimizer is known.")

@@ -22,12 +22,13 @@ def call(function: str, arguments: Mapping[str, Any]) -> Code:
     return Code(f"{function}({', '.join(_sources(arguments))})")
 
 
-def layout_call(function: str, arguments: Mapping[str, Any], width: int = 76) -> str:
+def layout_call(function: str, arguments: Mapping[str, Any], width: int = 76) -> Code:
     """Returns a call on one line if it fits, else with an argument a line."""
     line = call(function, arguments)
     if len(line) <= width:
         return line
-    return f"{function}(\n" + textwrap.indent("".join(f"{source},\n" for source in _sources(arguments)), "    ") + ")"
+    lines = textwrap.indent("".join(f"{source},\n" for source in _sources(arguments)), "    ")
+    return Code(f"{function}(\n{lines})")
 
 
 def _sources(arguments: Mapping[str, Any]) -> list[str]:

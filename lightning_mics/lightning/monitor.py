@@ -151,6 +151,7 @@ def _planned(trainer: pl.Trainer, pl_module: pl.LightningModule, plan: str | os.
         accumulation=trainer.accumulate_grad_batches,
         activation_checkpointing=config.activation_checkpointing,
         reshard_after_forward=config.reshard_after_forward,
+        master_weights=config.master_weights if divided > layout.shard_size else "partition",
     )
     found: Any = None
     if trainer.is_global_zero:

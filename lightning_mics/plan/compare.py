@@ -12,7 +12,10 @@ from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import format_bytes, format_number
 
 # Settings of a candidate that a run has, too; where stages are left to a measurement, both are candidates.
-_SETTINGS = ("shard_size", "optimizer_shard_size", "accumulation", "activation_checkpointing", "reshard_after_forward")
+_SETTINGS = (
+    *("shard_size", "optimizer_shard_size", "master_weights", "accumulation"),
+    *("activation_checkpointing", "reshard_after_forward"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Run:
         activation_checkpointing: Which blocks are computed again in the backward pass; no plan has another than a
             :data:`~lightning_mics.topology.Recomputation`.
         reshard_after_forward: Whether blocks are freed between forward and backward.
+        master_weights: Where float32 values of parameters are if optimizer states are divided further.
     """
 
     world_size: int
@@ -35,6 +39,7 @@ class Run:
     accumulation: int
     activation_checkpointing: object
     reshard_after_forward: bool
+    master_weights: str = "partition"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,10 +283,10 @@ def _widening(candidate: Candidate, training: Training) -> int:
 
 def _sliced_bytes(unit: Unit, candidate: Candidate, training: Training) -> int:
     """Returns the bytes of the message that brings the slices of a unit's shards together."""
-    total = 0
+    total, fetched = 0, training.param_dtype if candidate.has_owners else training.replication_gather_dtype
     for param in unit.params if candidate.slices > 1 else ():
         if param.trainable:
             rows, *rest = param.shard_shape(candidate.shard_size)
-            width = DTYPE_BYTES[training.fetched_dtype or training.state_dtype or param.dtype]
+            width = DTYPE_BYTES[fetched or training.state_dtype or param.dtype]
             total += candidate.slices * -(-rows // candidate.slices) * math.prod(rest) * width
     return total

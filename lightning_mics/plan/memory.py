@@ -101,10 +101,9 @@ def predict_memory(
     for unit, count in Counter(profile.units).items():
         shards = [_shard(param, shard_size, training) for param in unit.params]
         trainable = tuple(shard for shard in shards if shard.trainable)
-        keeps_masters = training.master_weights == "owners" and candidate.slices > 1
         stepped = tuple(replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in trainable)
         footprint = optimizer_footprint(training.optimizer, stepped, foreach=not on_cpu)
-        if keeps_masters:
+        if candidate.has_owners:
             rows = (replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in shards)
             masters += count * _bytes(rows)
             parameters += count * _bytes(replace(shard, dtype=training.param_dtype) for shard in shards)

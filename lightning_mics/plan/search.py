@@ -11,19 +11,19 @@ from typing import Any
 
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import Hop, Traffic
-from lightning_mics.plan.evaluate import Plan, evaluate, inter_bytes, partition_inter_bytes
+from lightning_mics.plan.evaluate import Plan, evaluate, inter_bytes, partition_inter_bytes, predict_traffic
 from lightning_mics.plan.hardware import Cluster
 from lightning_mics.plan.memory import MemoryBreakdown, predict_memory
 from lightning_mics.plan.profile import Amount, ModelProfile
-from lightning_mics.plan.settings import Candidate, Recomputation, Training
+from lightning_mics.plan.settings import Candidate, MasterWeights, Recomputation, Training
 from lightning_mics.text import format_bytes
 from lightning_mics.topology import GroupLayout, OptimizerShardSize
 
 # Kept free for activations where nothing is known of them.
 UNKNOWN_ACTIVATIONS = 0.2
-# The median error of predicted step times (docs/results/planner-step-time.md): plans that differ by less are as fast as
-# each other for all that is known.
-ERROR = 0.03
+# The median error of the ratio of two predicted step times (docs/results/planner-step-time.md): plans that differ by
+# less are as fast as each other for all that is known.
+ERROR = 0.04
 RANKINGS = ("advice", "throughput")
 _MOST_NODES = 4096
 
@@ -62,7 +62,9 @@ class Choices:
         batches: Pairs of micro-batch and accumulation.
         shard_sizes: Partition sizes; those that work on the cluster by default.
         optimizer_shard_size: Ranks that divide optimizer states, as :class:`~lightning_mics.MiCSConfig` has it; by
-            default those of the partition, and all where that does not fit.
+            default those of the partition, and all where that does not fit or sends less.
+        master_weights: Where float32 values of parameters are if optimizer states are divided further, as
+            :class:`~lightning_mics.MiCSConfig` has it; by default with their owners, where the precision has such.
         hierarchical: Whether to run partition collectives in two stages; both are tried by default.
         activation_checkpointing: Which blocks to compute again in the backward pass, as
             :class:`~lightning_mics.plan.Candidate` has it; none, all, and all but their products are tried by default.
@@ -76,6 +78,7 @@ class Choices:
     batches: Sequence[tuple[int, int]]
     shard_sizes: Sequence[int] | None = None
     optimizer_shard_size: OptimizerShardSize | None = None
+    master_weights: MasterWeights | None = None
     hierarchical: bool | None = None
     activation_checkpointing: Recomputation | None = None
     reshard_after_forward: bool | None = None
@@ -166,9 +169,10 @@ def search(profile: ModelProfile, cluster: Cluster, training: Training, choices:
     planning = Planning(profile=profile, cluster=cluster, training=training, choices=choices, plans=[], misfits=[])
     limit = planning.memory_limit
     plans, misfits, fits = [], [], set()
-    for candidate in _candidates(profile, cluster, choices):
-        if candidate.slices > 1 and replace(candidate, optimizer_shard_size=None) in fits:
-            continue  # what fits without needs no division
+    for candidate in _candidates(profile, cluster, training, choices):
+        divides = candidate.slices > 1 and not candidate.has_owners
+        if divides and replace(candidate, optimizer_shard_size=None) in fits:
+            continue  # it sends as much as without, and what fits without needs no division
         memory = predict_memory(profile, candidate, training, cluster.node.accelerator)
         if memory.total > limit:
             misfits.append(Misfit(candidate=candidate, memory=memory, memory_limit=limit))
@@ -245,8 +249,9 @@ def _simplicity(candidate: Candidate) -> tuple[int, ...]:
     )
 
 
-def _candidates(profile: ModelProfile, cluster: Cluster, choices: Choices) -> Iterator[Candidate]:
+def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, choices: Choices) -> Iterator[Candidate]:
     topology = cluster.topology
+    masters = choices.master_weights or ("owners" if training.has_masters else "partition")
     sizes = choices.shard_sizes or topology.valid_shard_sizes()
     # What makes no difference to a model is not tried.
     recomputes = _recomputations(profile, choices)
@@ -260,6 +265,7 @@ def _candidates(profile: ModelProfile, cluster: Cluster, choices: Choices) -> It
             yield Candidate(
                 shard_size=size,
                 optimizer_shard_size=slices,
+                master_weights="partition" if slices is None else masters,
                 hierarchical=hierarchical,
                 micro_batch=batch[0],
                 accumulation=batch[1],
@@ -296,7 +302,7 @@ def _both(choice: bool | None, matters: bool, otherwise: bool = False) -> list[b
 
 def _contenders(profile: ModelProfile, cluster: Cluster, training: Training, best: Plan, limit: float) -> list[Plan]:
     """Other ways to train, with the batch and the settings of the best plan."""
-    same = replace(best.candidate, hierarchical=False, optimizer_shard_size=None)
+    same = undivided(best.candidate, hierarchical=False)
     others = [
         replace(same, scheme="full-sharding", shard_size=cluster.world_size),
         replace(same, scheme="mesh-2d"),
@@ -324,10 +330,14 @@ def explain_division(planning: Planning) -> str | None:
     if candidate.slices == 1:
         return None
     accelerator = planning.cluster.node.accelerator
-    undivided = replace(candidate, optimizer_shard_size=None)
-    before = predict_memory(planning.profile, undivided, planning.training, accelerator)
+    without = undivided(candidate)
+    before = predict_memory(planning.profile, without, planning.training, accelerator)
     saved = f"{format_bytes(planning.best.memory.optimizer)} a rank instead of {format_bytes(before.optimizer)}"
-    text = f"Optimizer states are divided over {candidate.optimizer_shard_size} ranks: {saved}"
+    masters = " and the float32 values of parameters" if candidate.has_owners else ""
+    text = f"Optimizer states{masters} are divided over {candidate.optimizer_shard_size} ranks: {saved}"
+    sent = inter_bytes(predict_traffic(planning.profile, planning.cluster, without, planning.training))
+    if planning.best.inter_bytes < 0.995 * sent:
+        text += f", and {planning.best.inter_bytes / sent:.0%} as much out of a node"
     if before.total > planning.memory_limit:
         missing = format_bytes(before.total - planning.memory_limit)
         text += f"; with those of the partition alone p={candidate.shard_size} needs {missing} too much"
@@ -374,11 +384,21 @@ def explain_misfit(planning: Planning) -> str:
 
 def describe(candidate: Candidate) -> str:
     """Returns a candidate in words, for example ``"p=8 with micro-batches of 2"``."""
-    own = f" and optimizer states over {candidate.optimizer_shard_size} ranks" if candidate.slices > 1 else ""
+    own = f" and {_division(candidate)}" if candidate.slices > 1 else ""
     words = f"p={candidate.shard_size}{own} with micro-batches of {candidate.micro_batch}"
     how = candidate.recomputation
     words += (" and activation checkpointing" + (f" ({how})" if how != "all" else "")) if how else ""
     return words + ("" if candidate.reshard_after_forward else " and blocks kept gathered")
+
+
+def _division(candidate: Candidate) -> str:
+    masters = " and masters" if candidate.has_owners else ""
+    return f"optimizer states{masters} over {candidate.optimizer_shard_size} ranks"
+
+
+def undivided(candidate: Candidate, **changes: Any) -> Candidate:
+    """Returns a candidate with optimizer states of the partition, and with other changes."""
+    return replace(candidate, optimizer_shard_size=None, master_weights="partition", **changes)
 
 
 def apart_from(other: Candidate, candidate: Candidate) -> str:
@@ -392,7 +412,7 @@ def apart_from(other: Candidate, candidate: Candidate) -> str:
     if candidate.reshard_after_forward != other.reshard_after_forward:
         said.append(f"blocks {'freed after' if candidate.reshard_after_forward else 'kept after'} the forward pass")
     if candidate.slices != other.slices and candidate.slices > 1:
-        said.append(f"optimizer states over {candidate.optimizer_shard_size} ranks")
+        said.append(_division(candidate))
     if candidate.hierarchical != other.hierarchical and candidate.shard_size == other.shard_size:
         said.append("collectives in two stages" if candidate.hierarchical else "collectives in one stage")
     told = " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
@@ -448,7 +468,7 @@ def _remedies(planning: Planning, closest: Misfit) -> Iterator[str]:
     while nodes < _MOST_NODES:
         nodes *= 2
         ranks = nodes * planning.cluster.node.num_accelerators
-        needed = _needed(planning, replace(closest.candidate, shard_size=ranks, optimizer_shard_size=None))
+        needed = _needed(planning, undivided(closest.candidate, shard_size=ranks))
         if needed <= closest.memory_limit:
             yield f"{nodes} nodes, shard_size={ranks} ({format_bytes(needed)})"
             break

@@ -12,6 +12,7 @@ from lightning_mics.plan.profile import DTYPE_BYTES, Again, Unit
 from lightning_mics.precision import PRECISIONS, find_precision
 from lightning_mics.topology import ClusterTopology, GroupLayout, Recomputation, check_positive_int
 
+MasterWeights = Literal["partition", "owners"]
 Scheme = Literal["mics", "full-sharding", "mesh-2d", "ddp"]
 SCHEME_NAMES: dict[Scheme, str] = {
     "mics": "MiCS",
@@ -72,7 +73,6 @@ class Training:
         state_dtype: Dtype of the shards of parameters, and of their gradients; ``None`` keeps the parameters' own.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; ``None`` for ``reduce_dtype``.
         replication_gather_dtype: Dtype in which slices come together after a step; ``None`` for that of the shards.
-        master_weights: ``"owners"`` keeps shards in ``param_dtype``, and float32 beside sliced optimizer states.
         variant: What differs from the model as its configuration has it.
         compile_gain: How many times as fast blocks compute because they are compiled; stated, not predicted.
         holds_outputs: Whether the loop holds the model's outputs until those of the next microstep, as
@@ -85,7 +85,6 @@ class Training:
     state_dtype: str | None = None
     replication_reduce_dtype: str | None = None
     replication_gather_dtype: str | None = None
-    master_weights: str = "partition"
     variant: Variant = field(default_factory=Variant)
     compile_gain: float = 1.0
     holds_outputs: bool = True
@@ -96,9 +95,9 @@ class Training:
         return DTYPE_BYTES[self.replication_reduce_dtype or self.reduce_dtype]
 
     @property
-    def fetched_dtype(self) -> str | None:
-        """Dtype in which slices come together after a step; ``None`` for that of the shards."""
-        return self.param_dtype if self.master_weights == "owners" else self.replication_gather_dtype
+    def has_masters(self) -> bool:
+        """Whether it computes in 16 bits with parameters in float32, which may be elsewhere than their shards."""
+        return DTYPE_BYTES[self.param_dtype] == 2 and self.state_dtype is None
 
     @property
     def widening(self) -> int:
@@ -144,6 +143,7 @@ class Candidate:
             all, a number for every so-many-th; or ``"selective"`` for all but their matrix products and attention.
         reshard_after_forward: Whether blocks are freed between forward and backward.
         optimizer_shard_size: Ranks that divide optimizer states; ``None`` for those of a partition.
+        master_weights: ``"owners"`` keeps shards in ``param_dtype``, and float32 beside sliced optimizer states.
     """
 
     scheme: Scheme = "mics"
@@ -154,6 +154,7 @@ class Candidate:
     activation_checkpointing: Recomputation = False
     reshard_after_forward: bool = True
     optimizer_shard_size: int | None = None
+    master_weights: MasterWeights = "partition"
 
     def __post_init__(self) -> None:
         assert self.scheme != "ddp" or self.shard_size == 1, "DDP does not shard"
@@ -170,6 +171,11 @@ class Candidate:
     def slices(self) -> int:
         """Number of slices into which the optimizer states of a shard are divided."""
         return (self.optimizer_shard_size or self.shard_size) // self.shard_size
+
+    @property
+    def has_owners(self) -> bool:
+        """Whether float32 values of parameters are with those who step on them alone."""
+        return self.master_weights == "owners" and self.slices > 1
 
     def again(self, blocks: Sequence[Unit]) -> list[Again]:
         """Returns for each block what of it is computed again in the backward pass."""

@@ -13,9 +13,9 @@ from lightning_mics.config import MiCSConfig
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.batch import divide_batch
 from lightning_mics.plan.hardware import Cluster, find_instance, load_cluster
-from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile
+from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.search import Choices, Planning, search
-from lightning_mics.plan.settings import Recomputation, Training, Variant
+from lightning_mics.plan.settings import MasterWeights, Recomputation, Training, Variant
 from lightning_mics.topology import OptimizerShardSize, ShardSize, check_positive_int
 from lightning_mics.trace import profile_model
 from lightning_mics.trace.losses import ChunkedLoss
@@ -46,7 +46,7 @@ def plan(
     optimizer_shard_size: OptimizerShardSize | None = None,
     replication_reduce_dtype: str | None = None,
     replication_gather_dtype: str | None = None,
-    master_weights: str = "partition",
+    master_weights: MasterWeights | None = None,
     loss_chunks: int | None = None,
     lora_rank: int | None = None,
     lora_targets: Sequence[str] = (),
@@ -82,7 +82,9 @@ def plan(
             and all where that does not fit.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
         replication_gather_dtype: Dtype in which what others have stepped on is fetched; by default that of the shards.
-        master_weights: ``"owners"`` keeps shards in 16 bits where optimizer states are divided over more ranks.
+        master_weights: Fixes where float32 values of parameters are if optimizer states are divided over more ranks:
+            ``"partition"``, or ``"owners"``, which keeps shards in 16 bits; by default the second where the precision
+            allows it.
         loss_chunks: Pieces in which a fused cross-entropy computes a micro-batch's logits; by default all at once.
         lora_rank: Rank of adapters (LoRA), beside which everything else is frozen.
         lora_targets: Names or patterns of the layers that get adapters; by default all linear ones but the head.
@@ -107,7 +109,7 @@ def plan(
     config = MiCSConfig(
         replication_reduce_dtype=replication_reduce_dtype,
         replication_gather_dtype=replication_gather_dtype,
-        master_weights=master_weights,  # type: ignore[arg-type]
+        master_weights=master_weights or "partition",
     )
     names = ("replication_reduce_dtype", "replication_gather_dtype")
     wires = {name: dtype_name(wire) for name in names if (wire := getattr(config, name)) is not None}
@@ -123,12 +125,11 @@ def plan(
     training = replace(
         Training.in_precision(precision, optimizer),
         **wires,
-        master_weights=master_weights,
         variant=variant,
         compile_gain=compile_gain,
         holds_outputs=holds_outputs,
     )
-    if master_weights == "owners" and (DTYPE_BYTES[training.param_dtype] != 2 or training.state_dtype is not None):
+    if master_weights == "owners" and not training.has_masters:
         raise MiCSConfigError(
             f"master_weights='owners' has nothing to act on in {precision}: float32 is kept beside shards in 16 "
             "bits with precision='bf16-mixed' or '16-mixed'.",
@@ -147,6 +148,7 @@ def plan(
         batches=divide_batch(hardware.world_size, global_batch, micro_batch, accumulation),
         shard_sizes=None if shard_size is None else [shard_size],
         optimizer_shard_size=optimizer_shard_size,
+        master_weights=master_weights,
         hierarchical=hierarchical,
         activation_checkpointing=activation_checkpointing,
         reshard_after_forward=reshard_after_forward,

@@ -56,7 +56,8 @@ def test_a_known_model_on_a_known_instance(capsys):
     assert max(map(len, out.partition("trainer =")[0].splitlines())) <= 80
     settings = check_launch_file("mics.yaml")
     assert (settings.num_machines, settings.num_processes) == (2, 16)
-    assert "Wrote mics.yaml. Start a script with it: accelerate launch" in out
+    variables = "MICS_OPTIMIZER_SHARD_SIZE=world MICS_MASTER_WEIGHTS=owners"
+    assert f"Wrote mics.yaml. Start a script with it: {variables} accelerate launch" in out
 
 
 def test_an_own_model_on_an_own_cluster_as_json(capsys):

@@ -97,7 +97,7 @@ def test_everything_is_there_in_80_columns():
         "Compared with other ways to train",
         "Weak scaling",
         "trainer = Trainer(",
-        "MiCSPlugin(shard_size=",
+        "MiCSPlugin( shard_size=4, optimizer_shard_size=",
         "--write mics.yaml",
     ):
         assert words in " ".join(text.split()), words

@@ -21,7 +21,12 @@ def find(num_nodes=2, node_size=4, *, precision="bf16-mixed", device_type="cuda"
     )
 
 
-FIXED = {"shard_sizes": [4], "activation_checkpointing": True, "reshard_after_forward": False}
+FIXED = {
+    "shard_sizes": [4],
+    "activation_checkpointing": True,
+    "reshard_after_forward": False,
+    "optimizer_shard_size": "partition",
+}
 
 
 @pytest.mark.parametrize("name", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
@@ -33,8 +38,12 @@ def test_a_precision_is_found_by_its_dtypes(name):
 
 
 def test_settings_are_those_that_differ_from_the_defaults():
-    plain = {"shard_sizes": [4], "activation_checkpointing": False, "reshard_after_forward": True}
+    plain = FIXED | {"activation_checkpointing": False, "reshard_after_forward": True}
     assert mics_settings(find(**plain)) == {"shard_size": 4}
+    owners = {"shard_size": 4, "optimizer_shard_size": "world", "master_weights": "owners"}
+    assert mics_settings(find(**plain | {"optimizer_shard_size": "world"})) == owners
+    assert mics_settings(find(**plain | {"optimizer_shard_size": None})) == owners  # it sends less
+    assert mics_settings(find(**plain | {"optimizer_shard_size": None}, precision="32-true")) == {"shard_size": 4}
     expected = {"shard_size": 4, "reshard_after_forward": False, "activation_checkpointing": True}
     assert mics_settings(find(**FIXED)) == expected
 
@@ -65,7 +74,8 @@ def test_the_line_for_the_trainer_creates_one():
 
 def test_the_line_for_accelerate_names_the_plugin():
     code = accelerate_code(find(**FIXED))
-    assert "MiCSPlugin(shard_size=4, reshard_after_forward=False, activation_checkpointing=True)" in code
+    settings = "MiCSPlugin( shard_size=4, reshard_after_forward=False, activation_checkpointing=True, )"
+    assert settings in " ".join(code.split()) and max(map(len, code.splitlines())) < 80
     assert "gradient_accumulation_steps=4" in code and 'mixed_precision="bf16"' in code
     assert 'mixed_precision="no"' in accelerate_code(find(precision="bf16-true"))
 

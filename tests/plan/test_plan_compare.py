@@ -37,7 +37,7 @@ def test_the_line_and_the_table_say_how_far_off_it_was(written):
     plan = next(
         plan
         for plan in planning.plans
-        if (plan.candidate.shard_size, plan.candidate.micro_batch) == (4, 2)
+        if (plan.candidate.shard_size, plan.candidate.micro_batch, plan.candidate.slices) == (4, 2, 1)
         and plan.candidate.reshard_after_forward
         and not plan.candidate.activation_checkpointing
     )

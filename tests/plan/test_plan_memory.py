@@ -50,8 +50,8 @@ def test_true_low_precision_halves_the_states_and_keeps_wide_partial_sums():
 
 @pytest.mark.parametrize("slices", [1, 4])
 def test_masters_are_with_those_who_step_on_them(slices):
-    training = Training(param_dtype="bfloat16", optimizer="AdamW", master_weights="owners")
-    found = memory(2, training=training, optimizer_shard_size=2 * slices)
+    training = Training(param_dtype="bfloat16", optimizer="AdamW")
+    found = memory(2, training=training, optimizer_shard_size=2 * slices, master_weights="owners")
     if slices == 1:  # nobody owns less than a shard
         assert (found.parameters, found.masters) == (PROFILE.numel * 4 / 2, 0)
         return

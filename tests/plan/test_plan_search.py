@@ -44,7 +44,7 @@ def test_the_smallest_partition_that_fits_is_found(fits, not_yet):
 
 def test_misfits_say_what_they_need():
     limit = (needs(4) + needs(2)) / 2
-    closest = find(limit).misfits[0]
+    closest = find(limit, optimizer_shard_size="partition").misfits[0]
     assert closest.candidate.shard_size == 2
     assert closest.reason.startswith("p=2 needs ") and " of " in closest.reason
 
@@ -139,8 +139,9 @@ def test_settings_that_change_nothing_are_not_tried():
 
 def test_memory_is_kept_free_for_activations_that_are_unknown():
     limit = needs(4) * 1.1
-    assert find(limit).smallest.candidate.shard_size == 4
-    unknown = find(limit, profile=dataclasses.replace(PROFILE, source="shapes only"))
+    states = {"optimizer_shard_size": "partition"}
+    assert find(limit, **states).smallest.candidate.shard_size == 4
+    unknown = find(limit, profile=dataclasses.replace(PROFILE, source="shapes only"), **states)
     assert unknown.memory_limit == pytest.approx(0.8 * limit) == unknown.smallest.memory_limit
     assert unknown.smallest.candidate.shard_size == 8
 
@@ -263,3 +264,17 @@ def test_candidates_are_told_apart_by_what_differs():
     words = "p=8 with micro-batches of 2, recomputation and blocks kept after the forward pass"
     assert apart_from(ours, other) == words
     assert apart_from(other, ours).endswith("of 4, nothing recomputed and blocks freed after the forward pass")
+
+
+def test_masters_with_owners_are_tried_where_the_precision_has_them():
+    found = {plan.candidate: plan for plan in find(shard_sizes=[4]).plans}
+    whole, divided = found.values()
+    if whole.candidate.slices > 1:
+        whole, divided = divided, whole
+    assert divided.candidate.has_owners and not whole.candidate.has_owners
+    assert divided.inter_bytes == pytest.approx(0.75 * whole.inter_bytes)
+    assert divided.memory.states < whole.memory.states
+    fixed = {plan.candidate.slices for plan in find(shard_sizes=[4], master_weights="partition").plans}
+    assert fixed == {1}  # what fits without needs no division
+    plain = search(PROFILE, make_cluster(2, 4), Training(param_dtype="float32"), dataclasses.replace(ONE))
+    assert {plan.candidate.slices for plan in plain.plans} == {1}

@@ -97,8 +97,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     add("--replication-reduce-dtype", metavar="DTYPE", help=about_wire)
     about_rows = "16-bit dtype of the precision, in which rows that others stepped on are fetched (default: their own)"
     add("--replication-gather-dtype", metavar="DTYPE", help=about_rows)
-    about_masters = "'owners' keeps shards in 16 bits, and float32 beside divided optimizer states"
-    add("--master-weights", choices=("partition", "owners"), default="partition", help=about_masters)
+    about_masters = "where optimizer states are divided: 'owners' keeps shards in 16 bits, float32 beside the states"
+    add("--master-weights", choices=("partition", "owners"), help=about_masters)
     add("--hierarchical", choices=("auto", "true", "false"), default="auto", help="two-stage collectives across nodes")
     about = (
         "compute blocks again in the backward pass: all, N for every Nth, or selective (not matrix products, attention)"

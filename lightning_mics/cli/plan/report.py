@@ -142,7 +142,7 @@ def _commands(planning: Planning, plan: Plan, ask: Callable[..., str]) -> list[l
     names = ("shard_size", "micro_batch", "accumulation", "activation_checkpointing", "reshard_after_forward")
     fixed = {name: getattr(candidate, name) for name in names}
     if candidate.slices > 1:
-        fixed["optimizer_shard_size"] = candidate.optimizer_shard_size
+        fixed |= {name: getattr(candidate, name) for name in ("optimizer_shard_size", "master_weights")}
     return [
         ["With the Lightning Trainer", loader + trainer_code(alone)],
         ["With Accelerate", loader + accelerate_code(alone)],

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_mics.accelerate.launch_file import LaunchSettings, launch_commands, write_launch_file
-from lightning_mics.cli.code import call, layout_call, write_text
+from lightning_mics.cli.code import layout_call, write_text
 from lightning_mics.plan.profile import ModelProfile
 from lightning_mics.plan.scaling import ScalingPoint
 from lightning_mics.plan.search import Planning
@@ -25,6 +25,8 @@ from lightning_mics.precision import PRECISIONS
 
 # As many of the first plans come with what they would take under worse conditions.
 _SENSITIVE = 10
+# Columns of a call that is an argument of another one.
+_INSIDE = 60
 # Stands for the address that nobody knows before the machines are there.
 MACHINE_0 = "ADDRESS_OF_MACHINE_0"
 
@@ -45,8 +47,8 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
         settings["replication_reduce_dtype"] = planning.training.replication_reduce_dtype
     if planning.training.replication_gather_dtype is not None and candidate.slices > 1:
         settings["replication_gather_dtype"] = planning.training.replication_gather_dtype
-    if planning.training.master_weights != "partition" and candidate.slices > 1:
-        settings["master_weights"] = planning.training.master_weights
+    if candidate.has_owners:
+        settings["master_weights"] = candidate.master_weights
     if not candidate.reshard_after_forward:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
@@ -56,14 +58,14 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
 
 def trainer_code(planning: Planning) -> str:
     """Returns the line that creates a Lightning ``Trainer`` for the best plan."""
-    strategy = call("MiCSStrategy", mics_settings(planning))
+    strategy = layout_call("MiCSStrategy", mics_settings(planning), _INSIDE)
     return layout_call("trainer = Trainer", {"strategy": strategy, **_trainer_arguments(planning)})
 
 
 def accelerate_code(planning: Planning) -> str:
     """Returns the line that creates a ``MiCSAccelerator`` for the best plan."""
     arguments = {
-        "mics_plugin": call("MiCSPlugin", mics_settings(planning)),
+        "mics_plugin": layout_call("MiCSPlugin", mics_settings(planning), _INSIDE),
         "gradient_accumulation_steps": planning.best.candidate.accumulation,
         "mixed_precision": _mixed_precision(planning.training),
     }
