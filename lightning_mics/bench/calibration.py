@@ -86,6 +86,7 @@ class Calibration:
             accelerator,
             peak_flops={**accelerator.peak_flops, dtype: peak},
             compute_efficiency=self.rate / peak,
+            product_efficiency=0.0,
             optimizer_efficiency=min(1.0, self.optimizer_rate / accelerator.memory_bandwidth),
             source=self.host.source,
         )

@@ -16,6 +16,8 @@ from lightning_mics.plan.profile import DTYPE_BYTES, Again, ModelProfile, Unit
 from lightning_mics.plan.settings import Candidate, Training
 from lightning_mics.plan.simulate import Engine, StepTime, StepWork, UnitTimes, engine_of, simulate
 
+# Share of the memory's bandwidth that operations reach which only read and write (assumption).
+_MEMORY_EFFICIENCY = 0.85
 # DDP's defaults: a small first bucket, so that communication begins early.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 2**20, 25 * 2**20
 
@@ -133,6 +135,36 @@ def peak_flops(cluster: Cluster, training: Training) -> float:
     return cluster.node.accelerator.peak_in(training.param_dtype)
 
 
+class _Rates:
+    """What passes of a unit take on a device that waits for nothing.
+
+    Where the device's rates of products and of attention are known, those and the bytes that all else reads and writes
+    add up; else floating-point operations alone count.
+    """
+
+    def __init__(self, profile: ModelProfile, cluster: Cluster, training: Training) -> None:
+        device = cluster.node.accelerator
+        self._peak, self._device = peak_flops(cluster, training), device
+        self._adds_up = profile.source == "trace" and device.product_efficiency > 0
+        self._traffic = device.memory_bandwidth * _MEMORY_EFFICIENCY
+
+    def seconds(self, unit: Unit, samples: int) -> tuple[float, float, float]:
+        """Returns the seconds of a forward pass, of a backward pass, and of all but products in a forward pass."""
+        if not self._adds_up:
+            rate = self._peak * self._device.compute_efficiency / samples
+            rest = 2 * unit.rest.at(samples) / self._device.memory_bandwidth  # written and read
+            return unit.forward_flops / rate, unit.backward_flops / rate, rest
+        products = self._peak * self._device.product_efficiency / samples
+        attention = self._peak * (self._device.attention_efficiency or self._device.product_efficiency) / samples
+        attended, rest = (unit.attention_flops - unit.masked_flops) / attention, unit.forward_traffic.at(samples)
+        forward = (unit.forward_flops - unit.attention_flops) / products + attended
+        backward = 0.0
+        if unit.backward_flops:  # attention computes its scores again
+            backward = (unit.backward_flops - 2 * unit.attention_flops) / products + 2.5 * attended
+        rest, traffic = rest / self._traffic, unit.backward_traffic.at(samples) / self._traffic
+        return forward + rest, backward + traffic, rest
+
+
 class _Step:
     """Makes of a candidate what the simulation plays."""
 
@@ -142,6 +174,7 @@ class _Step:
         # On CPUs what computes is the host itself, whose time is part of the rate.
         self._host = Host() if self._accelerator.device_type == "cpu" else cluster.node.host
         self._layout = candidate.layout(cluster.topology)
+        self._rates = _Rates(profile, cluster, training)
         self._costs = NetworkCosts(
             cluster,
             self._layout,
@@ -174,14 +207,10 @@ class _Step:
 
     def _unit_times(self, unit: Unit, again: Again, least_message: int | None) -> UnitTimes:
         candidate, training, accelerator = self._candidate, self._training, self._accelerator
-        rate = peak_flops(self._cluster, training) * accelerator.compute_efficiency / candidate.micro_batch
+        forward, backward, rest = self._rates.seconds(unit, candidate.micro_batch)
+        backward += {"all": forward, "selective": rest}.get(again or "", 0.0)
         if unit is not self._profile.root:
-            rate *= training.compile_gain
-        forward, backward = unit.forward_flops / rate, unit.backward_flops / rate
-        if again == "all":
-            backward += forward
-        elif again == "selective":  # bound by memory: what is computed again is written and read
-            backward += 2 * unit.rest.at(candidate.micro_batch) / accelerator.memory_bandwidth
+            forward, backward = forward / training.compile_gain, backward / training.compile_gain
         compiled = training.compile_gain != 1
         times = UnitTimes(
             name=unit.name,

@@ -28,10 +28,12 @@ _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
     "bandwidth": ("B/s", "100 Gbit/s", None),
     "compute_efficiency": ("", "0.8", None),
     "efficiency": ("", "0.8", None),
+    "attention_efficiency": ("", "0.6", 0.0),
     "latency": ("s", "20 us", 0.0),
     "launch": ("s", "10 us", 0.0),
     "memory": ("B", "40 GiB", 1.0),
     "optimizer_efficiency": ("", "0.8", None),
+    "product_efficiency": ("", "0.8", 0.0),
     "memory_bandwidth": ("B/s", "1555 GB/s", None),
     "unit": ("s", "500 us", 0.0),
     "unit_overhead": ("s", "1 ms", 0.0),
@@ -70,7 +72,10 @@ class Accelerator:
         memory: Its bytes.
         peak_flops: Dense FLOP/s by dtype of the matrix products, for example ``"bfloat16"``.
         memory_bandwidth: Bytes a second between the device and its memory.
-        compute_efficiency: Share of the peak that a model's passes reach, above 0 and at most 1.
+        compute_efficiency: Share of the peak that a model's passes reach, above 0 and at most 1; where the two below
+            are not known, or not what a model computes.
+        product_efficiency: Share of the peak that products of large matrices reach; 0 if it is not known.
+        attention_efficiency: The same of attention in one piece.
         device_type: ``"cuda"`` or ``"cpu"``.
         unit_overhead: Seconds of host time in each pass of an FSDP unit that compute waits for. Accelerators hide it:
             their host runs ahead.
@@ -88,6 +93,8 @@ class Accelerator:
     unit_overhead: float = 0.0
     workspace: float = 8.125 * 2**20
     optimizer_efficiency: float = 1.0
+    product_efficiency: float = 0.0
+    attention_efficiency: float = 0.0
     source: str = ""
 
     def peak_in(self, dtype: str) -> float:

@@ -88,6 +88,10 @@ class Unit:
         backward_extra: Most that is allocated during its backward pass beyond what was kept; without gradients of
             parameters.
         can_checkpoint: Whether activation checkpointing applies to it.
+        forward_traffic: What operations of its forward pass read and write that are no products of matrices.
+        backward_traffic: The same of its backward pass, without recomputation.
+        attention_flops: Of ``forward_flops``, those of attention in one piece; twice as many in the backward pass.
+        masked_flops: Of ``attention_flops``, those that kernels leave out, because attention is causal.
         forward_launches: Operations that the host launches for its forward pass, whatever the number of samples.
         backward_launches: The same of its backward pass, without recomputation.
     """
@@ -106,6 +110,10 @@ class Unit:
     checkpoint_extra: Amount = field(default_factory=Amount)
     backward_extra: Amount = field(default_factory=Amount)
     can_checkpoint: bool = True
+    forward_traffic: Amount = field(default_factory=Amount)
+    backward_traffic: Amount = field(default_factory=Amount)
+    attention_flops: float = 0.0
+    masked_flops: float = 0.0
     forward_launches: int = 0
     backward_launches: int = 0
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
@@ -254,25 +255,70 @@ class _Telling(_Tracker):
                     yield module, unit._group
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a device would be told to do.
+
+    Attributes:
+        launches: Operations: no views, and no memory alone.
+        traffic: Bytes that operations read and write which are no products of matrices.
+        attention: Floating-point operations of attention in one piece, whole even where it is causal.
+        masked: Those of them that its kernels leave out, as causal attention needs half.
+    """
+
+    launches: int = 0
+    traffic: int = 0
+    attention: int = 0
+    masked: int = 0
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*(ours - theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
 class Launches(TorchDispatchMode):
-    """Counts operations that a device would be told to do, without FSDP2's own: no views, and no memory alone.
+    """Counts what a device would be told to do, without FSDP2's own.
 
     Args:
         tracker: What :func:`track_activations` returned, which knows when FSDP2 is at work.
 
     Attributes:
-        count: How many there were.
+        work: What there was.
     """
 
     def __init__(self, tracker: Any) -> None:
         super().__init__()
-        self._tracker = tracker
-        self.count = 0
+        self._tracker, self._formulas = tracker, flop_formulas()
+        self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if not self._tracker.communicates and launches_kernel(func):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
+            self._count(func, args, result)
+        return result
+
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        work, packet = self.work, func.overloadpacket
+        traffic = attention = masked = 0
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            attention = self._formulas[packet](*(tensor.shape for tensor in args[:3]))
+            masked = attention // 2 if args[4] else 0
+        elif packet not in products() and packet is not _ATTENTION_BACKWARD:
+            read = [_dense_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            written = [_dense_bytes(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            if packet in _LOOKUPS:  # of a table, as much is read as is returned
+                read = written
+            traffic = sum(read) + sum(written)
+        self.work = Work(work.launches + 1, work.traffic + traffic, work.attention + attention, work.masked + masked)
+
+
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
+
+
+def _dense_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor's elements, of which those that are repeated count once."""
+    shape = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(shape) * tensor.itemsize
 
 
 @functools.cache

@@ -128,6 +128,10 @@ def _fit(traces: list[Trace], kept: list[Trace], width: int) -> dict[Key, Unit]:
             forward_extra=line(key, "forward_extra"),
             checkpoint_extra=line(key, "forward_extra", kept),
             backward_extra=line(key, "backward_extra"),
+            forward_traffic=line(key, "forward_traffic"),
+            backward_traffic=line(key, "backward_traffic"),
+            attention_flops=line(key, "attention").at(1),
+            masked_flops=line(key, "masked").at(1),
             forward_launches=traces[0][key].forward_launches,
             backward_launches=traces[0][key].backward_launches,
         )

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.errors import MiCSConfigError
-from lightning_mics.trace._torch import Event, Launches, Returned, Storage, flop_formulas, track_activations
+from lightning_mics.trace._torch import Event, Launches, Returned, Storage, Work, flop_formulas, track_activations
 from lightning_mics.trace.structure import Key
 
 # Losses and the like are no part of what grows with samples; they would hide that layers are equal.
@@ -39,10 +39,14 @@ class Counts:
     backward_extra: int = 0
     forward_launches: int = 0
     backward_launches: int = 0
+    forward_traffic: int = 0
+    backward_traffic: int = 0
+    attention: int = 0
+    masked: int = 0
 
 
 Trace = dict[Key, Counts]  # in the order of the forward pass, the root first
-_Done = tuple[int, int]  # floating-point operations, and launches
+_Done = tuple[int, Work]  # floating-point operations, and what a device is told to do
 _Record = list[tuple[Event, _Done]]  # with what was done before each event
 
 
@@ -64,7 +68,7 @@ def trace(
     flops = FlopCounterMode(display=False, custom_mapping=flop_formulas())
 
     def record(event: Event) -> None:
-        events.append((event, (0, 0) if event.kind == "memory" else (flops.get_total_flops(), launches.count)))
+        events.append((event, (0, Work()) if event.kind == "memory" else (flops.get_total_flops(), launches.work)))
 
     tracker = track_activations(root, record)
     launches = Launches(tracker)
@@ -132,7 +136,7 @@ class _Replay:
         self._in_backward = self._reached_blocks = False
         # Bytes alive, and those of them that stay until the backward pass.
         self._live = self._kept = 0
-        self._done: _Done = (0, 0)
+        self._done: _Done = (0, Work())
 
     def run(self, events: _Record) -> Trace:
         """Returns the counts by unit."""
@@ -153,13 +157,17 @@ class _Replay:
 
     def _charge(self, done: _Done) -> None:
         counts = self._counts[self._passes[-1].unit]
-        flops, launches = (now - before for now, before in zip(done, self._done, strict=True))
+        flops, work = done[0] - self._done[0], done[1] - self._done[1]
         if self._in_backward:
             counts.backward_flops += flops
-            counts.backward_launches += launches
+            counts.backward_launches += work.launches
+            counts.backward_traffic += work.traffic
         else:
             counts.forward_flops += flops
-            counts.forward_launches += launches
+            counts.forward_launches += work.launches
+            counts.forward_traffic += work.traffic
+            counts.attention += work.attention
+            counts.masked += work.masked
         self._done = done
 
     def _change(self, storage: Storage, change: int) -> None:
