@@ -6,10 +6,14 @@ The rows are all those of the sources that FSDP ran in bfloat16 without float8, 
 MosaicML's, those of models of 7 billion parameters and more with 2,048 tokens. Hardware and its constants are those of
 the catalogue, which was there before the rows. What the sources do not say is assumed: MPT has GPT-2's blocks in
 MosaicML's sizes; IBM's nodes are joined by 400 Gbit/s, torchtitan's A100 by EFA (p4de). Torchtitan's selection of
-operations, which keeps every second matrix product, counts as ``"selective"``, which keeps them all.
+operations keeps attention and every second matrix product of a block: of a Llama's seven the first, third, fifth and
+seventh. TFLOP/s count recomputation. That parameters of PyTorch's run on AWS waited in host memory is left out, and
+ZeRO-3 of 2021 gathers parameter by parameter without overlap, as in ``published.py``.
 
 Sources: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md;
-foundation-model-stack/fms-fsdp, README.md; mosaicml/llm-foundry, scripts/train/benchmarking/README.md.
+foundation-model-stack/fms-fsdp, README.md; mosaicml/llm-foundry, scripts/train/benchmarking/README.md; Zhao et al. 2023
+(arXiv 2304.11277), section 5.4; pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api; Narayanan et al.
+2021 (arXiv 2104.04473), table 2: ZeRO-3 without model parallelism.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mics.plan import Candidate, ModelProfile, Plan, Training, evaluate, find_instance
+from lightning_mics.plan.profile import Amount, Unit
+from lightning_mics.plan.simulate import ZERO3_OF_2021, Engine
 from lightning_mics.trace import models, profile_model
 
-_HEADER = ["run", "tokens/s a GPU", "predicted", "error"]
+_HEADER = ["run", "a GPU", "predicted", "error"]
+# Of what the matrix products of a block of Llama 3 8B, 70B return and compute, what torchtitan keeps and computes again.
+_KEPT, _AGAIN = {"llama-3-8b": 0.587, "llama-3-70b": 0.578}, {"llama-3-8b": 0.365, "llama-3-70b": 0.353}
 _TRAINING = Training(param_dtype="bfloat16", reduce_dtype="bfloat16")
 _SHAPES: dict[str, dict[str, Any]] = {
     "mpt-7b": models._gpt(32, 4096, 32, 2048, 50368),
@@ -53,10 +61,13 @@ class Run:
     recompute: Any = False
     shard_size: int | None = None
     memory: float | None = None
+    unit: str = "tokens/s"
+    engine: Engine | None = None
 
     @property
     def label(self) -> str:
-        recomputed = {False: "", True: ", recomputed", 2: ", every 2nd recomputed"}.get(self.recompute, ", selective")
+        words = {False: "", True: ", recomputed", "selective": ", selective"}
+        recomputed = words.get(self.recompute, ", every 2nd recomputed")
         batch = f"{self.micro_batch} x {self.accumulation}" if self.accumulation > 1 else str(self.micro_batch)
         accelerator = find_instance(self.instance, 1).node.accelerator.name
         return f"{self.source}: {self.model}, {self.gpus} {accelerator}, {batch} x {self.sequence}{recomputed}"
@@ -70,7 +81,7 @@ def _mosaic(instance: str, rows: list[tuple[str, int, int, int, bool, int]]) -> 
     ]
 
 
-_TITAN, _IBM = "torchtitan", "IBM"
+_TITAN, _IBM, _TFLOPS = "torchtitan", "IBM", "TFLOP/s"
 RUNS = [
     Run(_TITAN, "llama-3-8b", 8192, "8xH100-96GB-roce-3200g", 8, 2, 5762, recompute="selective", memory=82.4),
     Run(_TITAN, "llama-3-8b", 8192, "8xH100-96GB-roce-3200g", 128, 2, 5605, recompute="selective", memory=67.0),
@@ -125,7 +136,40 @@ RUNS = [
             ("7b", 8, 6, 1, False, 10643),
         ],
     ),
+    Run("Zhao 2023", "gpt3-175b", 2048, "8xA100-roce-2000g", 512, 1, 173, recompute=True, unit=_TFLOPS),
+    Run("Zhao 2023", "gpt3-175b", 2048, "8xA100-roce-2000g", 512, 2, 186, recompute=True, unit=_TFLOPS),
+    Run("PyTorch on AWS", "gpt3-175b", 512, "p4d.24xlarge", 128, 20, 159, recompute=True, unit=_TFLOPS),
+    Run(
+        "Narayanan 2021",
+        "gpt3-175b",
+        2048,
+        "dgx-a100",
+        384,
+        4,
+        144,
+        recompute=True,
+        unit=_TFLOPS,
+        engine=ZERO3_OF_2021,
+    ),
 ]
+
+
+def _titans(profile: ModelProfile) -> ModelProfile:
+    """Returns a profile whose blocks, where products are kept, keep what torchtitan does."""
+
+    @functools.cache
+    def changed(block: Unit) -> Unit:
+        kept, products = _KEPT[profile.name], block.products
+        let_go = Amount(fixed=(1 - kept) * products.fixed, per_sample=(1 - kept) * products.per_sample)
+        again = _AGAIN[profile.name] * (block.forward_flops - block.attention_flops)
+        return replace(
+            block,
+            products=Amount(fixed=kept * products.fixed, per_sample=kept * products.per_sample),
+            rest=block.rest + let_go,
+            backward_flops=block.backward_flops + again,
+        )
+
+    return replace(profile, blocks=tuple(map(changed, profile.blocks)))
 
 
 @functools.cache
@@ -144,7 +188,10 @@ def predict(run: Run) -> Plan:
         accumulation=run.accumulation,
         activation_checkpointing=run.recompute,
     )
-    return evaluate(_profile(run.model, run.sequence), find_instance(run.instance, run.gpus // 8), candidate, _TRAINING)
+    profile, cluster = _profile(run.model, run.sequence), find_instance(run.instance, run.gpus // 8)
+    if run.source == _TITAN and run.recompute == "selective":
+        profile = _titans(profile)
+    return evaluate(profile, cluster, candidate, _TRAINING, engine=run.engine)
 
 
 def main() -> None:
@@ -156,13 +203,14 @@ def main() -> None:
     for run in RUNS:
         plan = predict(run)
         tokens = plan.samples_per_second * run.sequence / run.gpus
-        errors.append(tokens / run.reported - 1)
-        rows.append([run.label, f"{run.reported:,.0f}", f"{tokens:,.0f}", f"{errors[-1]:+.1%}"])
+        speed = tokens if run.unit == "tokens/s" else plan.hardware_flops / 1e12
+        errors.append(speed / run.reported - 1)
+        rows.append([run.label, f"{run.reported:,.0f} {run.unit}", f"{speed:,.0f}", f"{errors[-1]:+.1%}"])
         if run.memory is not None:
             gib = plan.memory.total / 2**30
             rows.append([f"{run.label}: memory", f"{run.memory} GiB", f"{gib:.1f} GiB", f"{gib / run.memory - 1:+.1%}"])
     sizes = [abs(error) for error in errors]
-    summary = f"{len(errors)} speeds: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}, "
+    summary = f"{len(errors)} speeds of {len({run.source for run in RUNS})} sources: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}, "
     summary += f"mean of signed errors {statistics.mean(errors):+.1%}."
     table = Table(*_HEADER)
     for row in rows:
