@@ -5,7 +5,8 @@ python benchmarks/planner/published.py --table docs/results/planner-published.md
 All rows share the catalogue's figures of p4d.24xlarge and p4de.24xlarge. What the sources do not say is assumed, the
 same in all rows: partitions of 128 ranks for the model of 100 billion parameters and of 64 for that of 175 billion, the
 smallest that hold 16 bytes a parameter beside activations; 4096 tokens of a rank in a microstep; four microsteps;
-activation checkpointing; gradients reduced in 16 bits. TFLOP/s count recomputation, as Megatron-LM's formula does.
+activation checkpointing; gradients reduced in 16 bits; attention in pieces, as before FlashAttention.
+TFLOP/s count recomputation, as Megatron-LM's formula does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Figure:
 
 @functools.cache
 def _profile(name: str, sequence: int) -> ModelProfile:
-    model, sample, _ = build_model(name, sequence_length=sequence)
+    model, sample, _ = build_model(name, sequence_length=sequence, attention="eager")
     return profile_model(model, sample, param_dtype="float16", name=name)
 
 

@@ -251,7 +251,7 @@ def _simplicity(candidate: Candidate) -> tuple[int, ...]:
 
 def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, choices: Choices) -> Iterator[Candidate]:
     topology = cluster.topology
-    masters = choices.master_weights or ("owners" if training.has_masters else "partition")
+    masters = _masters(training, choices)
     sizes = choices.shard_sizes or topology.valid_shard_sizes()
     # What makes no difference to a model is not tried.
     recomputes = _recomputations(profile, choices)
@@ -272,6 +272,11 @@ def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, cho
                 activation_checkpointing=checkpoints,
                 reshard_after_forward=reshards,
             )
+
+
+def _masters(training: Training, choices: Choices) -> MasterWeights:
+    """Returns where float32 values of parameters are if optimizer states are divided over more ranks."""
+    return choices.master_weights or ("owners" if training.has_masters else "partition")
 
 
 def _optimizer_shard_sizes(layout: GroupLayout, choices: Choices) -> list[int | None]:
@@ -437,7 +442,9 @@ def what_helps(planning: Planning, misfit: Misfit) -> list[str]:
     if candidate.recomputation != "all":
         changes["activation_checkpointing=True"] = {"activation_checkpointing": True}
     if candidate.slices == 1 and candidate.shard_size < planning.cluster.world_size:
-        changes["optimizer_shard_size='world'"] = {"optimizer_shard_size": planning.cluster.world_size}
+        masters = _masters(planning.training, planning.choices)
+        words = "optimizer_shard_size='world'" + " and master_weights='owners'" * (masters == "owners")
+        changes[words] = {"optimizer_shard_size": planning.cluster.world_size, "master_weights": masters}
     for words, changed in changes.items():
         needed = _needed(planning, replace(candidate, **changed))
         if needed <= misfit.memory_limit:

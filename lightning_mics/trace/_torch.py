@@ -301,7 +301,7 @@ class Launches(TorchDispatchMode):
         traffic = attention = masked = 0
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             attention = self._formulas[packet](*(tensor.shape for tensor in args[:3]))
-            masked = attention // 2 if args[4] else 0
+            masked = attention // 2 if any(args[4:5]) else 0  # is_causal, unless it is left out
         elif packet not in products() and packet is not _ATTENTION_BACKWARD:
             read = [_dense_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             written = [_dense_bytes(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

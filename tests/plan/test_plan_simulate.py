@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from lightning_mics.plan.cost import Cost
-from lightning_mics.plan.simulate import Engine, StepWork, UnitTimes, engine_of, simulate
+from lightning_mics.plan.simulate import BESIDE_COLLECTIVES, Engine, StepWork, UnitTimes, engine_of, simulate
 
 BLOCKING = Engine(gathers_ahead=False, reduces_beside=False, replicates_beside=False)
 
@@ -141,7 +141,7 @@ def test_streams_do_one_thing_at_a_time():
 
 
 def test_engines_differ_by_device():
-    assert engine_of("full-sharding", "cuda", settles=False) == Engine()
+    assert engine_of("full-sharding", "cuda", settles=False) == Engine(slowdown=BESIDE_COLLECTIVES)
     stock, ours = (engine_of(scheme, "cpu", settles=True) for scheme in ("full-sharding", "mics"))
     assert stock.reduce_factor == 2 and not stock.gathers_ahead
     assert ours.gathers_ahead and ours.reduce_factor == 1
@@ -173,3 +173,15 @@ def test_where_the_host_is_slow_in_some_units_only_the_device_waits_there():
 def test_collectives_hide_behind_what_the_host_takes():
     time = simulate(StepWork(root=ROOT, blocks=[hosted(3, 3, gather=1, reduce=1)] * 4))
     assert time.seconds == pytest.approx(24, rel=0.1)
+
+
+def test_compute_takes_longer_beside_collectives_and_as_long_as_it_takes_without():
+    units = [block(forward=1.0, backward=2.0, gather=0.5, reduce=1.0)] * 4
+    plain, slowed = (
+        simulate(StepWork(root=ROOT, blocks=units, engine=Engine(slowdown=slowdown))) for slowdown in (0.0, 0.2)
+    )
+    beside = slowed.compute - plain.compute
+    assert 0 < beside <= 0.2 / 1.2 * (plain.busy["gather"] + plain.busy["reduce"]) + 1e-9
+    without = [Engine(slowdown=slowdown).without_overlap() for slowdown in (0.0, 0.2)]
+    alone = [simulate(StepWork(root=ROOT, blocks=units, engine=engine)).seconds for engine in without]
+    assert alone[0] == pytest.approx(alone[1])

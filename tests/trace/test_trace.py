@@ -170,6 +170,23 @@ def test_launches_are_the_operations_of_the_model_alone() -> None:
     assert 15 <= few.blocks[0].forward_launches <= 25 <= few.blocks[0].backward_launches <= 40
 
 
+def test_traffic_is_what_all_but_products_read_and_write() -> None:
+    block = nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU(), nn.Linear(8, 8, bias=False))
+    model = nn.Sequential(nn.ModuleDict({"a": block})["a"], nn.Linear(8, 8))
+    unit = profile_model(model, torch.ones(1, 8), wrap="Sequential").blocks[0]
+    row = 8 * 4
+    assert unit.forward_traffic.at(5) == 5 * 2 * row  # GELU reads a row and writes one
+    assert unit.backward_traffic.at(5) == 5 * 3 * row  # and its backward pass reads two
+    assert unit.attention_flops == 0
+
+
+def test_causal_attention_leaves_half_of_its_operations_out() -> None:
+    block = profile_model(gpt2(), tokens(), param_dtype="bfloat16").blocks[0]
+    assert (block.attention_flops, block.masked_flops) == (4 * TOKENS**2 * WIDTH, 2 * TOKENS**2 * WIDTH)
+    whole = profile_model(bert(), tokens(), param_dtype="bfloat16").blocks[-1]
+    assert whole.attention_flops > 0 == whole.masked_flops
+
+
 def test_scores_are_kept_only_where_attention_is_eager() -> None:
     fused, eager = (
         profile_model(gpt2(1, attn_implementation=attention, attn_pdrop=0.1), tokens(), param_dtype="bfloat16")
