@@ -103,7 +103,7 @@ class Forecast:
         if self._config.optimizer_shard_size != "partition":
             return None
         smaller = [size for size in topology.valid_shard_sizes() if size < shard_size]
-        masters = "owners" if self._training.has_masters else "partition"
+        masters: MasterWeights = "owners" if self._training.has_masters else "partition"
         ways = {way: self._memory(way) for way in (self._candidate(size, "world", masters) for size in smaller)}
         ways = {way: memory for way, memory in ways.items() if memory.total <= limit}
         chosen = self._candidate(shard_size)
