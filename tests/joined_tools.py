@@ -10,6 +10,7 @@ import torch.distributed as dist
 from models import build, loss_of, microbatch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 LENGTHS = (10, 7, 7, 3)
 MODEL = "uneven"
@@ -42,6 +43,12 @@ class Stream(IterableDataset[Tensor]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._epoch, self._index, self._resumed = state["epoch"], state["index"], True
+
+
+def stateful(data: Any, num_workers: int = 0, **options: Any) -> Any:
+    """Returns a loader of single rows that resumes; its workers are forked, as those of a script are on Linux."""
+    context = "fork" if num_workers else None
+    return StatefulDataLoader(data, batch_size=1, num_workers=num_workers, multiprocessing_context=context, **options)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:

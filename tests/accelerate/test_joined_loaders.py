@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from accelerate import DataLoaderConfiguration
 from accelerate_tools import make_accelerator
-from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, train_alone
+from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, stateful, train_alone
 from models import build, loss_of, microbatch
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 from works import works
 
 from lightning_mics import JoinedLoader, has_data
@@ -32,7 +31,7 @@ class Run:
         model = build(MODEL)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         rank = dist.get_rank()
-        stream = StatefulDataLoader(Stream(rank, lengths[rank]), batch_size=1, num_workers=num_workers)
+        stream = stateful(Stream(rank, lengths[rank]), num_workers=num_workers)
         self.loader = self.accelerator.prepare(JoinedLoader(stream, self.model))
         self.losses: list[float] = []
         self.counts: list[bool] = []

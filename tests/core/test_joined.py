@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, train_alone
+from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, stateful, train_alone
 from models import build, loss_of
 from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 from works import works
 
-from lightning_mics import JoinedLoader, MiCSConfig, MiCSError, defer_replication_sync, has_data, mics_shard
+from lightning_mics import (
+    JoinedLoader,
+    MiCSConfig,
+    MiCSError,
+    defer_replication_sync,
+    has_data,
+    load_checkpoint,
+    mics_shard,
+    save_checkpoint,
+)
 from lightning_mics.core.joined import attendance_of
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
@@ -39,7 +48,7 @@ def check_parity(
 ) -> None:
     rank, epochs = dist.get_rank(), 2
     model = mics_shard(build(MODEL), MiCSConfig(shard_size=shard_size, node_size=2, uneven_inputs=how, **settings))
-    loader = StatefulDataLoader(Stream(rank, lengths[rank]), batch_size=1)
+    loader = stateful(Stream(rank, lengths[rank]))
     losses, counts = train(model, JoinedLoader(loader, model), accumulate, epochs)
     expected, alone = train_alone(lengths, how, accumulate, epochs)
     assert sum(counts) == epochs * min(lengths[rank], num_steps(lengths, how))
@@ -105,7 +114,7 @@ def test_a_stand_in_counts_nothing(pool: WorkerPool, ignore: tuple[str, ...]) ->
 
 def run_out() -> None:
     model = mics_shard(build(MODEL), MiCSConfig(shard_size=2))
-    train(model, JoinedLoader(Stream(dist.get_rank(), LENGTHS[dist.get_rank()]), model), 1)
+    train(model, JoinedLoader(stateful(Stream(dist.get_rank(), LENGTHS[dist.get_rank()])), model), 1)
 
 
 def test_an_error_names_who_ran_out(pool: WorkerPool) -> None:
@@ -129,3 +138,32 @@ def count_messages() -> None:
 
 def test_a_microstep_costs_one_message_and_equal_lengths_none(pool: WorkerPool) -> None:
     pool.run(count_messages, world_size=4)
+
+
+def save_places(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = mics_shard(build(MODEL), MiCSConfig(shard_size=2))
+    loader = stateful(Stream(rank, 5 + rank))
+    batches = iter(loader)
+    seen = [next(batches) for _ in range(rank + 1)]
+    save_checkpoint(folder / "run", model, dataloaders=loader)
+    resumed = stateful(Stream(rank, 5 + rank))
+    load_checkpoint(folder / "run", model, dataloaders=resumed)
+    assert torch.equal(torch.cat([*seen, *resumed]), torch.cat([*stateful(Stream(rank, 5 + rank))]))
+    load_checkpoint(folder / "run", model)
+
+
+def load_places(folder: Path, num_loaders: int) -> None:
+    model = mics_shard(build(MODEL), MiCSConfig(shard_size=2))
+    loaders = [stateful(Stream(dist.get_rank(), 5)) for _ in range(num_loaders)]
+    load_checkpoint(folder / "run", model, dataloaders=loaders)
+
+
+def test_places_of_another_number_of_ranks_or_loaders_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(save_places, tmp_path, world_size=4)
+    for failure in pool.attempt(load_places, tmp_path, 1, world_size=2):
+        assert failure.kind == "CheckpointError"
+        assert "data loaders on 4 ranks, and here are 2" in failure.message
+    for failure in pool.attempt(load_places, tmp_path, 2, world_size=4):
+        assert failure.kind == "CheckpointError"
+        assert "the places of 1 data loader(s), and 2 are to be taken" in failure.message

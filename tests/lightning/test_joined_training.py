@@ -9,16 +9,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, num_steps, train_alone
+from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, num_steps, stateful, train_alone
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
-from lightning_tools import make_trainer
+from lightning_tools import make_trainer, where
 from models import build, loss_of, microbatch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 from works import works
 
 from lightning_mics import MiCSStrategy, has_data
+from lightning_mics.fabric import MiCSStrategy as FabricStrategy
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
 
@@ -55,7 +56,7 @@ def trainer_of(shard_size: int, how: str, *callbacks: Callback, **settings: Any)
 
 def check_parity(how: str, shard_size: int, *lengths: int) -> None:
     rank, model = dist.get_rank(), Model()
-    loader = StatefulDataLoader(Stream(rank, lengths[rank]), batch_size=1)
+    loader = stateful(Stream(rank, lengths[rank]))
     validation = torch.utils.data.DataLoader(microbatch(MODEL, 0, rank + 1), batch_size=1)  # type: ignore[arg-type]
     trainer = trainer_of(shard_size, how, accumulate_grad_batches=3, val_check_interval=min(lengths) or None)
     trainer.fit(model, loader, validation)
@@ -92,15 +93,15 @@ class SavesAt(Callback):
 def make_loader(kind: str, num_workers: int) -> Any:
     rank = dist.get_rank()
     if kind == "stream of equal lengths":
-        return StatefulDataLoader(Stream(rank, 4), batch_size=1, num_workers=num_workers)
+        return stateful(Stream(rank, 4), num_workers=num_workers)
     if kind == "stream":
-        return StatefulDataLoader(Stream(rank, LENGTHS[rank]), batch_size=1, num_workers=num_workers)
+        return stateful(Stream(rank, LENGTHS[rank]), num_workers=num_workers)
     rows = microbatch(MODEL, 0, 40)
     if kind == "shuffled":
         sampler: Any = DistributedSampler(rows, shuffle=True)  # type: ignore[arg-type]
-        return StatefulDataLoader(rows, batch_size=1, sampler=sampler, num_workers=num_workers)  # type: ignore[arg-type]
+        return stateful(rows, sampler=sampler, num_workers=num_workers)  # type: ignore[arg-type]
     mine = rows[: LENGTHS[rank]] + rank
-    return StatefulDataLoader(mine, batch_size=1, num_workers=num_workers)  # type: ignore[arg-type]
+    return stateful(mine, num_workers=num_workers)  # type: ignore[arg-type]
 
 
 def resume(folder: Path, kind: str, how: str, num_workers: int, places: list[tuple[int, int]]) -> None:
@@ -135,3 +136,37 @@ def test_resuming_goes_on_at_the_sample(
     pool: WorkerPool, tmp_path: Path, kind: str, how: str, places: list[tuple[int, int]], num_workers: int
 ) -> None:
     pool.run(resume, tmp_path, kind, how, num_workers, places, world_size=4, timeout=240)
+
+
+def save_in_mid_epoch(folder: Path) -> None:
+    trainer_of(2, "longest", SavesAt(folder / "run.ckpt", 0, 1)).fit(Model(), make_loader("stream", 0))
+
+
+def resume_elsewhere(folder: Path) -> None:
+    trainer_of(2, "longest").fit(Model(), make_loader("stream", 0), ckpt_path=folder / "run.ckpt")
+
+
+def test_another_number_of_ranks_is_refused_in_mid_epoch(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(save_in_mid_epoch, tmp_path, world_size=4)
+    for failure in pool.attempt(resume_elsewhere, tmp_path, world_size=2):
+        assert failure.kind == "CheckpointError"
+        assert "data loaders on 4 ranks, and here are 2" in failure.message
+
+
+def resume_fabric(folder: Path) -> None:
+    rank = dist.get_rank()
+    fabric = Fabric(strategy=FabricStrategy(shard_size=2, node_size=2), **where())
+    fabric.launch()
+    model = fabric.setup(build(MODEL))
+    loaders = [stateful(Stream(rank, 6)) for _ in range(2)]
+    prepared = fabric.setup_dataloaders(loaders[0], use_distributed_sampler=False)
+    batches = iter(prepared)
+    seen = [next(batches) for _ in range(rank + 1)]
+    fabric.save(folder / "run", {"model": model, "loader": prepared})
+    fabric.load(folder / "run", {"model": model, "loader": loaders[1]})
+    assert torch.equal(torch.cat([*seen, *loaders[1]]), torch.cat([*stateful(Stream(rank, 6))]))
+
+
+@works("Savers", "Fabric: a `StatefulDataLoader` among the entries of `fabric.save`, each rank's own")
+def test_fabric_resumes_each_rank_at_its_own_sample(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(resume_fabric, tmp_path, world_size=4)

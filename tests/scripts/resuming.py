@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from joined_tools import LENGTHS, MODEL, Stream, make_optimizer
+from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, stateful
 from models import build, loss_of
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mics import JoinedLoader, MiCSConfig, has_data, load_checkpoint, mics_shard, save_checkpoint
 
@@ -20,7 +19,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = mics_shard(build(MODEL), MiCSConfig(shard_size=2, node_size=2, uneven_inputs="longest"))
 optimizer = make_optimizer(model)
-loader = StatefulDataLoader(Stream(rank, LENGTHS[rank]), batch_size=1, num_workers=WORKERS)
+loader = stateful(Stream(rank, LENGTHS[rank]), num_workers=WORKERS)
 batches = JoinedLoader(loader, model)
 step, seen = 0, []
 if Path("run.ckpt").exists():
