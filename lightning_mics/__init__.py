@@ -36,6 +36,7 @@ _HOMES = {
     "exchanged_weights": "core.copies",
     "has_data": "core.joined",
     "load_checkpoint": "checkpoint",
+    "load_pretrained": "pretrained",
     "mics_shard": "sharding",
     "register_forward_method": "core.runtime",
     "save_checkpoint": "checkpoint",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from lightning_mics.lightning.monitor import MiCSMonitor
     from lightning_mics.lightning.trainer import MiCSStrategy
     from lightning_mics.metrics import CommLedger, Hop, Traffic
+    from lightning_mics.pretrained import load_pretrained
     from lightning_mics.sharding import mics_shard
     from lightning_mics.topology import ClusterTopology, GroupLayout
 

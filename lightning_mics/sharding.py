@@ -28,13 +28,14 @@ from lightning_mics.core.mesh import (
     require_process_group,
 )
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
-from lightning_mics.core.plain import adopt_beside_shards, note_replaced, watch
+from lightning_mics.core.plain import adopt_beside_shards, note_replaced, note_replaced_params, watch
 from lightning_mics.core.recompute import blocks_to_recompute, checkpoint_activations
 from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.runtime import prepare_generation
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.core.units import Unit, unit_names
 from lightning_mics.core.whole import whole_parameters
+from lightning_mics.pretrained.filling import agree_on_unread, waiting
 from lightning_mics.topology import ClusterTopology
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def mics_shard(
     """Shards a model over its partition group and replicates it over the others. Collective over the world.
 
     Every rank passes the same model. Values need not be equal: what differs becomes rank 0's. Parameters on the meta
-    device are materialised unit by unit, so that no rank ever holds the whole model.
+    device are materialised unit by unit, so that no rank ever holds the whole model. What
+    :func:`~lightning_mics.load_pretrained` has left unread is read here: by each rank its own rows.
 
     Args:
         model: The model; changed in place.
@@ -100,21 +102,25 @@ def mics_shard(
     layout = check_layout(config, topology)
     device = communication_device(device_type)
     _check_together(model, config, units, blocks, layout or topology, device)
+    agree_on_unread(model, device)
     choice, check = None, None
-    if layout is None:
-        choice, check = _decide(model, config, topology, device_type, optimizers, sample)
-        config = config.replace(shard_size=choice.shard_size)
-        layout = topology.layout(choice.shard_size)
-    del optimizer, optimizers  # what is only counted must not keep the whole parameters alive
-    mesh = build_mesh(config, layout, device_type)
-    if config.verify:
-        check_groups(mesh)
-    checkpoint_activations(blocks, config, device_type)
-    hooks = hooks_in(model)
     sharded = ShardedParams()
-    note_replaced(model)
-    with sharded.remember(model) if bound else nullcontext():
-        shard_units(model, units, mesh.shard_mesh, config, device)
+    with waiting(model) as unread:
+        if layout is None:
+            choice, check = _decide(model, config, topology, device_type, optimizers, sample)
+            config = config.replace(shard_size=choice.shard_size)
+            layout = topology.layout(choice.shard_size)
+        del optimizer, optimizers  # what is only counted must not keep the whole parameters alive
+        mesh = build_mesh(config, layout, device_type)
+        if config.verify:
+            check_groups(mesh)
+        checkpoint_activations(blocks, config, device_type)
+        hooks = hooks_in(model)
+        note_replaced(model)
+        with sharded.remember(model) if bound else nullcontext():
+            shard_units(model, units, mesh.shard_mesh, config, device, unread.params)
+        note_replaced_params(unread.params)
+    unread.fill(model)
     observers = [] if check is None else [check]
     config = config.replace(ignore=asked.ignore)
     runtime = connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)

@@ -79,7 +79,12 @@ def _make_contiguous(unit: Unit) -> None:
 
 
 def shard_units(
-    model: nn.Module, units: Sequence[Unit], mesh: DeviceMesh, config: MiCSConfig, device: torch.device
+    model: nn.Module,
+    units: Sequence[Unit],
+    mesh: DeviceMesh,
+    config: MiCSConfig,
+    device: torch.device,
+    filled_later: Collection[nn.Parameter] = (),
 ) -> None:
     """Shards a model unit by unit, so that no rank ever holds the whole of one on the meta device. Collective.
 
@@ -91,6 +96,7 @@ def shard_units(
         mesh: The one-dimensional mesh of the partition group.
         config: The settings.
         device: Where this rank communicates.
+        filled_later: Parameters on the meta device whose values come when they are sharded.
 
     Raises:
         MiCSError: On every rank, if one of them could not initialise a unit.
@@ -102,7 +108,7 @@ def shard_units(
     equalize_replicas(_own_tensors(real).items(), device)
     for unit, modules in owned.items():
         if unit in on_meta:
-            _materialize_alike(model, modules, config, device)
+            _materialize_alike(model, modules, config, device, set(filled_later))
         apply_unit(unit, mesh, config, is_root=unit == (model,), whole=whole)
     for param in whole:
         param.data = param.data.to(device)
@@ -118,15 +124,20 @@ def owned_modules(unit: Unit, units: Sequence[Unit]) -> list[nn.Module]:
 
 
 def _materialize_alike(
-    model: nn.Module, modules: Sequence[nn.Module], config: MiCSConfig, device: torch.device
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    config: MiCSConfig,
+    device: torch.device,
+    filled_later: Collection[nn.Parameter],
 ) -> None:
     """Gives modules memory and values, the same on all ranks; what one of them raises ends all. Collective."""
     failure: Exception | None = None
     try:
-        materialize(model, modules, torch.device("cpu") if config.cpu_offload else device)
+        materialize(model, modules, torch.device("cpu") if config.cpu_offload else device, filled_later)
     except Exception as error:
         failure = error
-    equalize_replicas(_own_tensors(modules).items(), device, failure)
+    valued = {name: tensor for name, tensor in _own_tensors(modules).items() if tensor not in filled_later}
+    equalize_replicas(valued.items(), device, failure)
 
 
 def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -37,7 +37,12 @@ def check_initializers(model: nn.Module) -> None:
     check(model, False)
 
 
-def materialize(model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
+def materialize(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    device: torch.device,
+    filled_later: Collection[nn.Parameter] = (),
+) -> None:
     """Gives the own parameters and buffers of ``modules`` memory and their initial values.
 
     A Hugging Face model initialises its modules with ``_init_weights``, any other module with ``reset_parameters``.
@@ -48,17 +53,21 @@ def materialize(model: nn.Module, modules: Iterable[nn.Module], device: torch.de
         model: The root, which may know how to initialise its modules.
         modules: Modules with tensors on the meta device, children before parents, and others, which are left alone.
         device: Where the tensors go.
+        filled_later: Parameters on the meta device that need no values, only memory.
 
     Raises:
         MiCSConfigError: If a module does not initialise one of its tensors.
     """
-    initializers = _huggingface_initializers(model)
+    initializers, filled_later = _huggingface_initializers(model), set(filled_later)
     fresh: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
     for module in modules:
         if module in fresh or not (has_meta_tensors(module) or _is_frame_of(module, fresh)):
             continue
         with torch.no_grad():
             tensors = _to_empty(module, device)
+            if tensors and all(tensor in filled_later for tensor in tensors.values()):
+                continue
+            tensors = {name: tensor for name, tensor in tensors.items() if tensor not in filled_later}
             for tensor in tensors.values():
                 tensor.copy_(_mark_like(tensor))
             fresh[module] = {name: (tensor, tensor._version) for name, tensor in tensors.items()}

@@ -108,9 +108,15 @@ def _is_plain(param: Tensor) -> bool:
 
 def note_replaced(model: nn.Module) -> None:
     """Remembers the parameters of a model that is about to be sharded, for as long as anybody holds them."""
-    for param in model.parameters():
-        if not param.is_meta:  # those are swapped for real ones, which a weak reference would forbid
-            _REPLACED[param] = True
+    note_replaced_params(
+        param for param in model.parameters() if not param.is_meta  # swapped for real ones: no weak reference to those
+    )
+
+
+def note_replaced_params(params: Iterable[nn.Parameter]) -> None:
+    """Remembers parameters that shards replace, for as long as anybody holds them."""
+    for param in params:
+        _REPLACED[param] = True
 
 
 def watch(root: nn.Module) -> None:

@@ -93,6 +93,7 @@ from lightning_mics.core._torch.units import (
     reduce_unused_params,
     unit_param_groups,
 )
+from lightning_mics.core._torch.unread import Unread, become, is_unread, realize
 
 __all__ = [
     "FSDP_MODULES",
@@ -108,6 +109,7 @@ __all__ = [
     "RootState",
     "UnitParam",
     "UnitParamGroup",
+    "Unread",
     "abort_groups",
     "adds_gradients",
     "all_gather_single",
@@ -115,6 +117,7 @@ __all__ = [
     "apply_to_shards",
     "average_gradients_over",
     "batched",
+    "become",
     "before_checkpoints",
     "before_destroying_world",
     "before_reads",
@@ -143,6 +146,7 @@ __all__ = [
     "is_gloo",
     "is_newer",
     "is_premul_sum",
+    "is_unread",
     "keep_products",
     "keystr",
     "labelled",
@@ -163,6 +167,7 @@ __all__ = [
     "pre_backward_hook",
     "products",
     "queue_backward_callback",
+    "realize",
     "reduce_scatter_single",
     "reduce_unused_params",
     "registered_hooks",

@@ -1,0 +1,128 @@
+"""``from_pretrained`` of transformers, with weights that are read when they are needed.
+
+It builds its models on the meta device and then sets what it finds in files; of safetensors files it is given unread
+tensors here. Everything else is its own: names, conversions, ties, new heads, its report.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mics.core._torch import realize
+from lightning_mics.core.log import inform
+from lightning_mics.errors import CheckpointError
+from lightning_mics.pretrained.files import tensors_of
+
+_MODELS = "transformers.modeling_utils"
+_ARGUMENTS = ["model", "state_dict", "checkpoint_files", "load_config"]
+
+_in_context: ContextVar[bool] = ContextVar("_in_context", default=False)
+_state = {"everywhere": False, "installed": False}
+_said: set[str] = set()
+
+
+@contextmanager
+def reading_on_demand() -> Iterator[None]:
+    """Lets ``from_pretrained`` leave weights unread inside this context."""
+    _install()
+    token = _in_context.set(True)
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+def read_on_demand() -> None:
+    """Lets ``from_pretrained`` leave weights unread in this process from now on."""
+    _state["everywhere"] = True
+    _install()
+
+
+def after_import(name: str, action: Callable[[Any], object]) -> None:
+    """Runs ``action`` on a module when it has been imported, which may be now."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(MetaPathFinder):
+    """Waits for the import of a module that a script may never need."""
+
+    def __init__(self, name: str, action: Callable[[Any], object]) -> None:
+        self._name, self._action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                self._action(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def _install() -> None:
+    if not _state["installed"]:
+        _state["installed"] = True
+        after_import(_MODELS, _take_over)
+
+
+def _take_over(module: Any) -> None:
+    theirs = module.PreTrainedModel._load_pretrained_model
+    if list(inspect.signature(theirs).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
+        _say("this version of transformers loads weights in another way than is known here")
+        return
+
+    def load(model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        files = [] if state_dict is not None else [Path(file) for file in checkpoint_files or ()]
+        if (_state["everywhere"] or _in_context.get()) and files and _can_wait(model, files, load_config):
+            state_dict = tensors_of(files)
+        result = theirs(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        for buffer in model.buffers():
+            realize(buffer)
+        return result
+
+    module.PreTrainedModel._load_pretrained_model = staticmethod(load)
+
+
+def _can_wait(model: nn.Module, files: Sequence[Path], load_config: Any) -> bool:
+    """Returns whether weights can be left unread; says so once where that is what a user may expect."""
+    if any(file.suffix != ".safetensors" for file in files):
+        _say(f"{files[0].name} is no safetensors file (model.save_pretrained writes those)")
+        return False
+    if getattr(load_config, "hf_quantizer", None) is not None:
+        _say("weights are quantized while they are loaded")
+        return False
+    devices = {str(device) for device in (getattr(load_config, "device_map", None) or {}).values()}
+    if len(devices) > 1 or "disk" in devices:
+        _say("device_map= spreads the model")
+        return False
+    return not any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def _say(why: str) -> None:
+    if why not in _said:
+        _said.add(why)
+        inform(f"from_pretrained loads all weights on every rank: {why}.")
