@@ -46,7 +46,7 @@ _ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "forward_prefetch": ((False,), "FSDP2 gathers the next unit ahead by itself. Leave it out"),
     "backward_prefetch": (("BACKWARD_PRE",), "FSDP2 gathers ahead in the backward pass by itself. Leave it out"),
     "min_num_params": ((0,), "units are chosen by class or by function. Use wrap="),
-    "cpu_ram_efficient_loading": ((False,), "every rank reads pretrained weights. Leave it out"),
+    "cpu_ram_efficient_loading": ((True, False), "each rank reads its own rows of pretrained weights. Leave it out"),
     "zero_optimization": ((True,), "one copy on each rank is shard_size=1. Use that, or Lightning's 'ddp'"),
     "offload_optimizer_device": (("CPU",), "nothing goes to disks. Use cpu_offload=True"),
     "offload_params_device": (("CPU",), "nothing goes to disks. Use cpu_offload=True"),

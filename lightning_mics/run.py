@@ -13,16 +13,12 @@ synchronisation follows the script's own accumulation: ``accelerator.accumulate`
 from __future__ import annotations
 
 import argparse
-import importlib.abc
-import importlib.util
 import json
 import os
 import runpy
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import accelerate
@@ -37,6 +33,7 @@ from lightning_mics.core._torch import uncompiled
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import is_sharded
 from lightning_mics.errors import MiCSError
+from lightning_mics.imports import after_import
 from lightning_mics.metrics import CommLedger, Hop
 
 _TRAINER = "transformers.trainer"
@@ -130,7 +127,7 @@ def _take_over_trainers() -> None:
     """Makes every Trainer of transformers ours, now or when the script imports it."""
     module = sys.modules.get(_TRAINER)
     if module is None:
-        sys.meta_path.insert(0, _TrainerFinder())
+        after_import(_TRAINER, _replace_trainer)
         return
     theirs = module.Trainer
     ours = _replace_trainer(module)
@@ -140,31 +137,6 @@ def _take_over_trainers() -> None:
     for holder in list(sys.modules.values()):
         if getattr(holder, "__dict__", {}).get("Trainer") is theirs:
             holder.Trainer = ours  # type: ignore[attr-defined]
-
-
-class _TrainerFinder(importlib.abc.MetaPathFinder):
-    """Puts our Trainer into ``transformers.trainer`` when the script imports that.
-
-    Nobody has seen the module's own class then, so that all subclasses are ours, whoever defines them. To import it for
-    every script would cost each rank seconds, and need transformers where the script does not.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _TRAINER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_replace(module: ModuleType) -> None:
-                execute(module)
-                _replace_trainer(module)
-
-            spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
-        return spec
 
 
 def _replace_trainer(module: Any) -> type:

@@ -31,7 +31,7 @@ LAYERS = (
     ("config", "metrics"),
     ("precision", "topology"),
     ("yaml_text",),
-    ("text", "errors", "processes"),
+    ("text", "errors", "processes", "imports"),
 )
 # Lazy re-exports, moved names and declared doors: they point anywhere, and imports of them count nowhere.
 REEXPORTS = ("__init__", "_moved")

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from lightning_mics.pretrained.files import WeightsFile
+
 VOCABULARY = 61
 _SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _LLAMA = {
     **_SMALL,
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
@@ -46,7 +49,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
 def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=16, **_SMALL))
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=16, **_NO_DROPOUT, **_SMALL))
 
 
 def _bert() -> Any:
@@ -83,3 +86,24 @@ _LOADED = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
 }
+
+
+class Reads:
+    """Counts, inside this context, the bytes that are read from tensors of files."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._read = WeightsFile.read
+
+    def __enter__(self) -> Reads:
+        read = self._read
+
+        def counted(file: WeightsFile, start: int, length: int) -> Tensor:
+            self.bytes += length if hasattr(file, "entries") else 0  # those of headers come before
+            return read(file, start, length)
+
+        WeightsFile.read = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        WeightsFile.read = self._read  # type: ignore[method-assign]

@@ -161,7 +161,7 @@ fsdp_config:
   fsdp_activation_checkpointing: {yaml_scalar(settings.activation_checkpointing)}
 {offload}  fsdp_offload_params: {yaml_scalar(settings.cpu_offload)}  # shards and optimizer states in host memory
   fsdp_state_dict_type: {"FULL" if settings.full_checkpoint else "SHARDED"}_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: false  # every rank reads pretrained weights, none starts from empty ones
+  fsdp_cpu_ram_efficient_loading: true  # of pretrained weights each rank reads its own rows
 {wrap}parallelism_config:  # the two sizes multiply to num_processes
   {SHARD}: {settings.shard_size}  # ranks of a partition group: together they hold one replica
   {REPLICATE}: {settings.layout.num_replicas}  # replicas

@@ -18,6 +18,7 @@ from lightning_mics.accelerate.launch_settings import FIXED, LINES, REPLICATE, S
 from lightning_mics.config import MiCSConfig, build_config, check_switch
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.familiar import takes_familiar_names
+from lightning_mics.pretrained.huggingface import read_on_demand
 
 _Plugin = typing.TypeVar("_Plugin")
 _SWITCHES = (
@@ -141,7 +142,9 @@ def take_over_launch() -> None:
     The launch file asks Accelerate for FSDP to get one process a rank; from the flags in the environment, Accelerate
     would shard and transformers would load models (``from_pretrained``) their own way. And without a hint Accelerate
     runs the ranks of a machine without accelerators one by one, each on its own. All of them read the environment, so
-    that is what changes here, before an ``Accelerator``, ``TrainingArguments`` or a pretrained model is made.
+    that is what changes here, before an ``Accelerator``, ``TrainingArguments`` or a pretrained model is made. From then
+    on ``from_pretrained`` leaves weights unread until they are needed, unless the file says
+    ``fsdp_cpu_ram_efficient_loading: false``.
 
     Raises:
         MiCSConfigError: If the launch file has lines that Accelerate has dropped.
@@ -151,8 +154,11 @@ def take_over_launch() -> None:
         check_keys(file)
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         os.environ.pop(flag, None)
-    if launched_world_size() > 1 and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if launched_world_size() > 1:
+        if not torch.accelerator.is_available():
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "true").lower() != "false":
+            read_on_demand()
 
 
 def _launch_file() -> Path | None:

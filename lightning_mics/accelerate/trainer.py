@@ -32,6 +32,7 @@ from lightning_mics.accelerate.resuming import (
 )
 from lightning_mics.accelerate.whole import given
 from lightning_mics.checkpoint import ranks
+from lightning_mics.core._torch import is_unread
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.log import inform
@@ -50,7 +51,7 @@ class TrainerMethods:
     _shared: Path | None = None  # the same where all ranks see it, if it is written in the background
     _weights_only: bool | None = None
     _strict = True
-    _fills_later = False  # a model on the meta device has no memory before it is prepared
+    _fills_later = False  # a model without values has no memory before it is prepared
 
     def create_accelerator_and_postprocess(self: Any) -> None:
         """Gives the Trainer a :class:`~lightning_mics.accelerate.MiCSAccelerator`."""
@@ -206,7 +207,7 @@ class TrainerMethods:
             self.lr_scheduler.load_state_dict(checkpoints.read_file(folder / SCHEDULER, True))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._fills_later = any(param.is_meta for param in self.model.parameters())
+        self._fills_later = any(param.is_meta or is_unread(param) for param in self.model.parameters())
         if not self._fills_later:
             ranks.on_each_rank(lambda: fill_model(self.model, Path(resume_from_checkpoint)))
 

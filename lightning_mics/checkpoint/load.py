@@ -243,9 +243,11 @@ class Names:
         return cls()
 
     def to_saved(self, own: str) -> str:
+        """Returns the checkpoint's name for one of the model's."""
         return self.saved_prefix + own.removeprefix(self.own_prefix)
 
     def to_own(self, saved: str) -> str:
+        """Returns the model's name for one of the checkpoint's."""
         return self.own_prefix + saved.removeprefix(self.saved_prefix)
 
 

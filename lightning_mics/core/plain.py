@@ -109,7 +109,9 @@ def _is_plain(param: Tensor) -> bool:
 def note_replaced(model: nn.Module) -> None:
     """Remembers the parameters of a model that is about to be sharded, for as long as anybody holds them."""
     note_replaced_params(
-        param for param in model.parameters() if not param.is_meta  # swapped for real ones: no weak reference to those
+        param
+        for param in model.parameters()
+        if not param.is_meta  # swapped for real ones: no weak reference to those
     )
 
 

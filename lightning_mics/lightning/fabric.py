@@ -40,6 +40,7 @@ from lightning_mics.lightning import common
 from lightning_mics.lightning.launched import check_launch
 from lightning_mics.lightning.launcher import EndsWithRanks
 from lightning_mics.metrics import CommLedger
+from lightning_mics.pretrained.huggingface import reading_on_demand
 from lightning_mics.topology import GroupLayout
 
 
@@ -205,6 +206,7 @@ class MiCSStrategy(ParallelStrategy):
         if empty_init:
             stack.enter_context(torch.device("meta"))
         stack.enter_context(self.precision.module_init_context())
+        stack.enter_context(reading_on_demand())
         return stack
 
     def ledger(self, module: nn.Module) -> CommLedger:

@@ -48,6 +48,7 @@ from lightning_mics.lightning.links import expect_late_checkpoints, find_urls_of
 from lightning_mics.lightning.reading import read_folders
 from lightning_mics.lightning.unequal import allow_unequal_batches
 from lightning_mics.metrics import CommLedger
+from lightning_mics.pretrained.huggingface import reading_on_demand
 from lightning_mics.topology import GroupLayout
 
 
@@ -269,7 +270,7 @@ class MiCSStrategy(ParallelStrategy):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """Returns the context of ``configure_model`` and ``trainer.init_module()``."""
         device = torch.device("meta") if empty_init else torch.device("cpu")
-        with device, self.precision_plugin.tensor_init_context():
+        with device, self.precision_plugin.tensor_init_context(), reading_on_demand():
             yield
 
     # Training.

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,13 +97,15 @@ class WeightsFile:
         content = torch.empty(length, dtype=torch.uint8, device="cpu")
         if isinstance(self.place, storage.Remote):
             if length:
-                content.copy_(torch.frombuffer(bytearray(self.place.read_part(start, start + length)), dtype=torch.uint8))
+                content.copy_(
+                    torch.frombuffer(bytearray(self.place.read_part(start, start + length)), dtype=torch.uint8)
+                )
             return content
         if storage.identity_of(self._handle) != self._identity:
             raise CheckpointError(
                 f"{self.place} has changed since the model was made of it. Keep the file, or write to another one."
             )
-        view, done = memoryview(content.numpy()), 0
+        view, done = memoryview(content.numpy().data), 0
         while done < length:
             count = os.preadv(self._handle.fileno(), [view[done:]], start + done)
             if count == 0:
@@ -129,8 +130,20 @@ class WeightsFile:
         return found.hexdigest()
 
 
+class _Made:
+    """What can be made of any source without reading it."""
+
+    def cast(self, dtype: torch.dtype) -> Cast:
+        """Returns the same in another dtype, rounded as ``Tensor.to`` does."""
+        return Cast(self, dtype)
+
+    def result(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Returns what a function makes of tensors of files, unread; ``NotImplemented`` if that is not known of it."""
+        return _result(function, args, kwargs)
+
+
 @dataclass(frozen=True)
-class Stored:
+class Stored(_Made):
     """A tensor in a file."""
 
     file: WeightsFile
@@ -149,13 +162,9 @@ class Stored:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         first, count = (offsets[0], lengths[0]) if self.shape else (0, 1)
         content = self.file.read(self.start + first * row_bytes, count * row_bytes).view(self.dtype)
-        return _cut(content.view(count, *self.shape[1:]), (0, *offsets[1:]), lengths) if self.shape else content.view(())
-
-    def cast(self, dtype: torch.dtype) -> Cast:
-        return Cast(self, dtype)
-
-    def result(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return _result(function, args, kwargs)
+        return (
+            _cut(content.view(count, *self.shape[1:]), (0, *offsets[1:]), lengths) if self.shape else content.view(())
+        )
 
     def files(self) -> set[WeightsFile]:
         """Returns the files that it is read from."""
@@ -163,7 +172,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(_Made):
     """A tensor in another dtype."""
 
     source: Any
@@ -178,19 +187,13 @@ class Cast:
         """Reads a part, rounded."""
         return self.source.read(offsets, lengths).to(self.dtype)
 
-    def cast(self, dtype: torch.dtype) -> Cast:
-        return Cast(self, dtype)
-
-    def result(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return _result(function, args, kwargs)
-
     def files(self) -> set[WeightsFile]:
         """Returns the files that it is read from."""
         return self.source.files()
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(_Made):
     """What a function makes of tensors, or one of several that it makes of them."""
 
     function: Callable[..., Any]
@@ -217,12 +220,6 @@ class Result:
         made = self.function(*args, **kwargs)
         return _cut(made if self.index is None else made[self.index], offsets, lengths).contiguous()
 
-    def cast(self, dtype: torch.dtype) -> Cast:
-        return Cast(self, dtype)
-
-    def result(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return _result(function, args, kwargs)
-
     def files(self) -> set[WeightsFile]:
         """Returns the files that it is read from."""
         leaves = [leaf for leaf in tree_leaves(self.args) if isinstance(leaf, Stored | Cast | Result)]
@@ -242,12 +239,13 @@ def _cut(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tens
 
 def _parts(sources: Sequence[Any], dim: int, offsets: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
     """Reads those parts of tensors that lie one after another along a dimension."""
-    parts, begin = [], 0
+    parts: list[Tensor] = []
+    begin = 0
     for source in sources:
         first = max(offsets[dim] - begin, 0)
         last = min(offsets[dim] + lengths[dim] - begin, source.shape[dim])
         begin += source.shape[dim]
-        if first < last or not parts and source is sources[-1]:
+        if first < last or (not parts and source is sources[-1]):
             where, size = list(offsets), list(lengths)
             where[dim], size[dim] = min(first, source.shape[dim]), max(last - first, 0)
             parts.append(source.read(where, size))
@@ -255,7 +253,6 @@ def _parts(sources: Sequence[Any], dim: int, offsets: Sequence[int], lengths: Se
 
 
 def _result(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Returns what a function makes of tensors of files, unread; ``NotImplemented`` if that is not known of it."""
     name = getattr(function, "__name__", "")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if name not in _OF_WHOLE or not all(isinstance(tensor, Unread) and tensor.source for tensor in tensors):
@@ -264,7 +261,9 @@ def _result(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if name == "__getitem__" and args[1] is Ellipsis:
         return args[0]
-    shown = tree_map_only(Unread, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), (args, kwargs))
+    shown = tree_map_only(
+        Unread, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), (args, kwargs)
+    )
     made = function(*shown[0], **shown[1])
     sources = tree_map_only(Unread, lambda tensor: tensor.source, (args, kwargs))
 
@@ -283,9 +282,7 @@ def tensors_of(files: Sequence[Place]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    return {
-        name: Unread(entry, is_fixed=True) for place in files for name, entry in WeightsFile(place).entries.items()
-    }
+    return {name: Unread(entry, is_fixed=True) for place in files for name, entry in WeightsFile(place).entries.items()}
 
 
 def find_files(place: Place) -> list[Place]:
@@ -312,8 +309,3 @@ def find_files(place: Place) -> list[Place]:
         return [place / others[0]]
     there = f"It holds {', '.join(found[:8])}." if found else "There is nothing."
     raise CheckpointError(f"{place} holds no {SINGLE} and no {INDEX}. {there}")
-
-
-def is_local_name(name: str | os.PathLike[str]) -> bool:
-    """Returns whether a name is that of a local file or folder, and not of a repository."""
-    return Path(name).expanduser().exists()

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from lightning_mics.checkpoint import ranks, storage
-from lightning_mics.core._torch import Unread, become, is_unread, realize
+from lightning_mics.core._torch import Unread, become, is_unread, realize, source_of
 from lightning_mics.core.replicas import require_agreement
 
 _BLOCK_BYTES = 1 << 23
@@ -50,7 +50,7 @@ def agree_on_unread(model: nn.Module, device: torch.device) -> None:
             realize(param)
     if not found:
         return
-    told = ranks.on_each_rank(lambda: [f"{name} {describe(param.source)}" for name, param in found.items()])
+    told = ranks.on_each_rank(lambda: [f"{name} {describe(source_of(param))}" for name, param in found.items()])
     require_agreement({"the files of pretrained weights": told}, device)
 
 
@@ -69,7 +69,7 @@ class Waiting:
 
     def __init__(self, model: nn.Module) -> None:
         named = {name: param for name, param in model.named_parameters() if is_unread(param)}
-        self.sources: dict[str, Any] = {name: param.source for name, param in named.items()}  # type: ignore[attr-defined]
+        self.sources: dict[str, Any] = {name: source_of(param) for name, param in named.items()}
         self.params = list(named.values())
         self._devices = [param.device for param in self.params]
 
@@ -145,14 +145,18 @@ class _Reader(dcp.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        blocks: list[Callable[[], None]] = []
+        blocks: list[Callable[[], object]] = []
         for item in plan.items:
             source, target = self._sources[item.storage_index.fqn], planner.resolve_tensor(item).detach()
             blocks += _blocks(source, target, item.storage_offsets, item.lengths)
-        storage.each(lambda block: block(), blocks)
+        storage.each(_run, blocks)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _run(block: Callable[[], object]) -> None:
+    block()
 
 
 def _described(source: Any) -> TensorStorageMetadata:
@@ -161,7 +165,7 @@ def _described(source: Any) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(dtype=source.dtype), size, [chunk])
 
 
-def _blocks(source: Any, target: Tensor, offsets: torch.Size, lengths: torch.Size) -> Iterator[Callable[[], None]]:
+def _blocks(source: Any, target: Tensor, offsets: torch.Size, lengths: torch.Size) -> Iterator[Callable[[], object]]:
     """Yields what reads a part, some of its rows at a time, so that little is in memory beside it."""
 
     def read(first: int, count: int) -> None:
@@ -169,7 +173,7 @@ def _blocks(source: Any, target: Tensor, offsets: torch.Size, lengths: torch.Siz
             target[first : first + count].copy_(source.read([offsets[0] + first, *offsets[1:]], [count, *lengths[1:]]))
 
     if not lengths:
-        yield lambda: target.copy_(source.read((), ()))  # type: ignore[func-returns-value]
+        yield lambda: target.copy_(source.read((), ()))
         return
     rows = max(1, _BLOCK_BYTES * lengths[0] // max(1, target.numel() * source.dtype.itemsize))
     for first in range(0, lengths[0], rows):

@@ -6,16 +6,11 @@ tensors here. Everything else is its own: names, conversions, ties, new heads, i
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -23,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics.core._torch import realize
 from lightning_mics.core.log import inform
-from lightning_mics.errors import CheckpointError
+from lightning_mics.imports import after_import
 from lightning_mics.pretrained.files import tensors_of
 
 _MODELS = "transformers.modeling_utils"
@@ -51,38 +46,6 @@ def read_on_demand() -> None:
     _install()
 
 
-def after_import(name: str, action: Callable[[Any], object]) -> None:
-    """Runs ``action`` on a module when it has been imported, which may be now."""
-    if name in sys.modules:
-        action(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Finder(name, action))
-
-
-class _Finder(MetaPathFinder):
-    """Waits for the import of a module that a script may never need."""
-
-    def __init__(self, name: str, action: Callable[[Any], object]) -> None:
-        self._name, self._action = name, action
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self._name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_act(module: ModuleType) -> None:
-                execute(module)
-                self._action(module)
-
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
-        return spec
-
-
 def _install() -> None:
     if not _state["installed"]:
         _state["installed"] = True
@@ -95,7 +58,9 @@ def _take_over(module: Any) -> None:
         _say("this version of transformers loads weights in another way than is known here")
         return
 
-    def load(model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(
+        model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         files = [] if state_dict is not None else [Path(file) for file in checkpoint_files or ()]
         if (_state["everywhere"] or _in_context.get()) and files and _can_wait(model, files, load_config):
             state_dict = tensors_of(files)

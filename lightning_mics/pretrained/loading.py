@@ -16,14 +16,14 @@ from lightning_mics.checkpoint import ranks, storage
 from lightning_mics.checkpoint.load import Names, check_shape
 from lightning_mics.checkpoint.state import model_state, parameters_by_name
 from lightning_mics.checkpoint.storage import Place
-from lightning_mics.core._torch import become, is_unread, uncompiled
+from lightning_mics.core._torch import become, is_unread, source_of, uncompiled
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.class_names import class_of
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import adopt_masters, is_sharded
 from lightning_mics.errors import CheckpointError
-from lightning_mics.pretrained.filling import read_into
 from lightning_mics.pretrained.files import find_files, tensors_of
+from lightning_mics.pretrained.filling import read_into
 from lightning_mics.pretrained.huggingface import reading_on_demand
 
 _NAMED = 5
@@ -122,8 +122,8 @@ def _by_transformers(
     if own.keys() != theirs.keys():
         (name, *_) = sorted(own.keys() ^ theirs.keys())
         raise CheckpointError(
-            f"{cls.__name__} is not as its class builds it: {name} is on one side only. Load the weights first, and add "
-            "adapters, or take layers away, afterwards."
+            f"{cls.__name__} is not as its class builds it: {name} is on one side only. Load the weights first, and "
+            "add adapters, or take layers away, afterwards."
         )
     _check_ties(own, theirs)
     read = {name: param for name, param in theirs.items() if is_unread(param)}
@@ -204,7 +204,7 @@ def _fill(model: nn.Module, found: _Found) -> None:
     targets = {name: tensor for name, tensor in model_state(model).items() if name in found.read}
     buffers = dict(model.named_buffers())
     targets.update({name: buffers[name] for name in found.read.keys() & buffers.keys()})
-    unread = {name: found.read[name].source for name in targets if is_unread(found.read[name])}  # type: ignore[attr-defined]
+    unread = {name: source_of(found.read[name]) for name in targets if is_unread(found.read[name])}
     read_into({name: targets[name] for name in unread}, unread)
     with torch.no_grad():
         for name in targets.keys() - unread.keys():

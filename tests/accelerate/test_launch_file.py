@@ -168,7 +168,7 @@ def test_accelerate_accepts_the_file_and_carries_its_settings(file: Path, settin
         "FSDP_ACTIVATION_CHECKPOINTING": str(settings.activation_checkpointing).lower(),
         "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": str(settings.activation_checkpointing_offload).lower(),
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT" if settings.full_checkpoint else "SHARDED_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "nproc_per_node": str(settings.layout.topology.node_size),
     }
     assert {name: got.get(name) for name in expected} == expected

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from pretrained_tools import class_of_kind, inputs, saved
+from pretrained_tools import Reads, class_of_kind, inputs, saved
 from torch import Tensor, nn
 
 from lightning_mics import MiCSConfig, load_pretrained, mics_shard
 from lightning_mics.core._torch import is_unread
-from lightning_mics.pretrained.files import WeightsFile
 from lightning_mics.pretrained.huggingface import reading_on_demand
 from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict
 
 WORLD = 4
 KINDS = ("gpt2", "bert", "t5", "llama", "mixtral")
-
-
-class Reads:
-    """Counts the bytes that are read from tensors of files, not of their headers."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        read = WeightsFile.read
-
-        def counted(file: WeightsFile, start: int, length: int) -> Tensor:
-            self.bytes += length if hasattr(file, "entries") else 0
-            return read(file, start, length)
-
-        WeightsFile.read = counted  # type: ignore[method-assign]
-        self.stop = lambda: setattr(WeightsFile, "read", read)
 
 
 def outcome(model: nn.Module, kind: str) -> dict[str, Tensor]:
@@ -49,9 +31,8 @@ def on_demand(folder: Path, kind: str, options: dict[str, Any]) -> tuple[dict[st
         model = class_of_kind(kind).from_pretrained(folder, **options)
     assert any(map(is_unread, model.parameters()))
     bytes_of_model = sum(param.nbytes for param in model.parameters() if is_unread(param))
-    reads = Reads()
-    mics_shard(model, MiCSConfig(shard_size=2), device_type="cpu")
-    reads.stop()
+    with Reads() as reads:
+        mics_shard(model, MiCSConfig(shard_size=2), device_type="cpu")
     assert not any(map(is_unread, model.parameters()))
     return outcome(model, kind), reads.bytes, bytes_of_model
 

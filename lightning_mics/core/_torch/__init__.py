@@ -93,7 +93,7 @@ from lightning_mics.core._torch.units import (
     reduce_unused_params,
     unit_param_groups,
 )
-from lightning_mics.core._torch.unread import Unread, become, is_unread, realize
+from lightning_mics.core._torch.unread import Unread, become, is_unread, realize, source_of
 
 __all__ = [
     "FSDP_MODULES",
@@ -175,6 +175,7 @@ __all__ = [
     "run_backward_passes_by",
     "sequence_number",
     "shard_like",
+    "source_of",
     "tree_flatten_with_path",
     "tree_leaves",
     "tree_map_only",

@@ -15,6 +15,9 @@ require(Tensor, "_make_wrapper_subclass")
 require(torch._C, "DisableTorchFunctionSubclass")
 
 
+_CPU = torch.device("cpu")
+
+
 class Source(Protocol):
     """Where values come from."""
 
@@ -56,21 +59,26 @@ class Unread(Tensor):
     other's changes. Moving, casting and copying all of it leave it unread.
 
     Attributes:
-        values: What it shares with its aliases.
+        cell: What it shares with its aliases.
         is_fixed: Whether nobody can write to it, so that what is made of it may be unread as well: a tensor of a file
             that is no model's yet.
     """
 
-    values: _Values
+    cell: _Values
     is_fixed: bool
     _is_param = False  # PyTorch's mark of parameters of other classes
 
     @staticmethod
     def __new__(
-        cls, source: Source, device: torch.device | str = "cpu", *, values: _Values | None = None, is_fixed: bool = False
+        cls,
+        source: Source,
+        device: torch.device = _CPU,
+        *,
+        cell: _Values | None = None,
+        is_fixed: bool = False,
     ) -> Unread:
         made = Tensor._make_wrapper_subclass(cls, torch.Size(source.shape), dtype=source.dtype, device=device)
-        made.values, made.is_fixed = values or _Values(source), is_fixed
+        made.cell, made.is_fixed = cell or _Values(source), is_fixed
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +87,7 @@ class Unread(Tensor):
     @property
     def source(self) -> Source | None:
         """Where its values come from, if they are not read yet."""
-        return self.values.source if self.values.real is None else None
+        return self.cell.source if self.cell.real is None else None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +98,7 @@ class Unread(Tensor):
             return made
         unread = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Unread)]
         if all(tensor.is_fixed for tensor in unread):
-            made = unread[0].values.source.result(func, args, kwargs)
+            made = unread[0].cell.source.result(func, args, kwargs)
             if made is not NotImplemented:
                 return made
         for tensor in unread:
@@ -98,11 +106,11 @@ class Unread(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Computes where PyTorch has not asked above, with the values."""
 
         def real(leaf: Unread) -> Tensor:
-            return leaf.values.read(leaf.device)
+            return leaf.cell.read(leaf.device)
 
         args, kwargs = tree_map_only(Unread, real, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -127,11 +135,16 @@ def is_unread(tensor: object) -> bool:
     return isinstance(tensor, Unread) and tensor.source is not None
 
 
+def source_of(tensor: Tensor) -> Any:
+    """Returns where an unread tensor's values come from; ``None`` for any other."""
+    return tensor.source if isinstance(tensor, Unread) else None
+
+
 def realize(tensor: Tensor) -> None:
     """Makes an unread tensor an ordinary one; the object stays the same."""
     if isinstance(tensor, Unread):
         with torch._C.DisableTorchFunctionSubclass():
-            become(tensor, tensor.values.read(tensor.device))
+            become(tensor, tensor.cell.read(tensor.device))
 
 
 def become(tensor: Tensor, values: Tensor) -> None:
@@ -141,7 +154,7 @@ def become(tensor: Tensor, values: Tensor) -> None:
     """
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         if isinstance(values, Unread):
-            made: Tensor = Unread(values.values.source, values.device, values=values.values)
+            made: Tensor = Unread(values.cell.source, values.device, cell=values.cell)
         else:
             made = values.detach()
         torch.utils.swap_tensors(tensor, _alike(tensor, made))
@@ -156,7 +169,7 @@ def _alike(tensor: Tensor, made: Tensor) -> Tensor:
     elif is_parameter:
         made._is_param = True
         made.requires_grad_(tensor.requires_grad)
-    notes = {name: value for name, value in vars(tensor).items() if name not in ("values", "is_fixed", "_is_param")}
+    notes = {name: value for name, value in vars(tensor).items() if name not in ("cell", "is_fixed", "_is_param")}
     vars(made).update({**notes, **own})
     return made
 
@@ -169,9 +182,10 @@ def _property(name: str) -> Any:
 
 
 _PROPERTIES = (
-    *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes"),
+    *("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn"),
     *("is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_quantized", "is_sparse", "is_sparse_csr", "is_mkldnn"),
     *("is_nested", "_version", "output_nr", "retains_grad", "grad_dtype", "names", "_base", "_backward_hooks"),
+    *("itemsize", "nbytes"),
 )
 _METHODS = (
     *("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex"),
@@ -180,53 +194,63 @@ _METHODS = (
 _OF_SHAPE = {
     *(_property(name) for name in _PROPERTIES if hasattr(Tensor, name)),
     *(getattr(Tensor, name) for name in _METHODS),
-    *(Tensor.requires_grad.__set__, Tensor.grad.__set__),  # type: ignore[attr-defined]
+    *(Tensor.requires_grad.__set__, Tensor.grad.__set__),  # type: ignore[attr-defined, union-attr]
     *(torch.is_floating_point, torch.is_complex, torch.is_signed, torch.numel),
     torch._has_compatible_shallow_copy_type,
 }
 
 
-def _alias(tensor: Tensor, *rest: Any) -> Any:
-    if not is_unread(tensor):
-        return NotImplemented
-    return Unread(tensor.values.source, tensor.device, values=tensor.values)  # type: ignore[attr-defined]
+def _alias(tensor: Any, *rest: Any) -> Any:
+    return Unread(tensor.cell.source, tensor.device, cell=tensor.cell) if is_unread(tensor) else NotImplemented
 
 
 def _set_data(tensor: Tensor, values: Tensor) -> Any:
-    if isinstance(tensor, Unread):
-        become(tensor, values)
-        return None
-    return NotImplemented
-
-
-def _clone(tensor: Tensor, **options: Any) -> Any:
-    # One that is trained would be no leaf.
-    if options or not is_unread(tensor) or (tensor.requires_grad and torch.is_grad_enabled()):
+    if not isinstance(tensor, Unread):
         return NotImplemented
-    return Unread(tensor.source, tensor.device, is_fixed=tensor.is_fixed)  # type: ignore[attr-defined]
+    become(tensor, values)
+    return None
+
+
+def _clone(tensor: Any, **options: Any) -> Any:
+    if options or not is_unread(tensor) or _is_recorded(tensor):
+        return NotImplemented
+    return Unread(tensor.source, tensor.device, is_fixed=tensor.is_fixed)
 
 
 def _contiguous(tensor: Tensor, **options: Any) -> Any:
     return tensor if is_unread(tensor) and not options else NotImplemented
 
 
-def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Casts and moves, as ``Tensor.to``."""
     places = [entry for entry in args if isinstance(entry, torch.device | str | int) and not isinstance(entry, bool)]
     dtypes = [entry for entry in args if isinstance(entry, torch.dtype)]
-    others = [entry for entry in args if entry is not None and entry not in (*places, *dtypes, False)]
+    others = [entry for entry in args if entry not in (None, False, *places, *dtypes)]
     if others or kwargs.keys() - {"device", "dtype", "non_blocking"} or not is_unread(tensor):
         return NotImplemented
     place = next(iter(places), kwargs.get("device"))
     device = tensor.device if place is None else torch.device(place)
+    if device.type != "cpu" and device.index is None and device.type != "meta":
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     dtype = next(iter(dtypes), kwargs.get("dtype")) or tensor.dtype
     if device == tensor.device and dtype == tensor.dtype:
         return tensor
-    # The result of casting what is trained would be no leaf.
-    if device.type == "meta" or (tensor.requires_grad and torch.is_grad_enabled()):
+    if device.type == "meta" or _is_recorded(tensor):
         return NotImplemented
-    source = tensor.source  # type: ignore[attr-defined]
-    return Unread(source if dtype == tensor.dtype else source.cast(dtype), device, is_fixed=tensor.is_fixed)  # type: ignore[attr-defined]
+    source = tensor.source if dtype == tensor.dtype else tensor.source.cast(dtype)
+    return Unread(source, device, is_fixed=tensor.is_fixed)
+
+
+def _is_recorded(tensor: Tensor) -> bool:
+    """Returns whether autograd records what is made of a tensor."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _equal(tensor: Any, other: Any) -> Any:
+    """Compares values without keeping them: transformers asks it of weights that a model may tie."""
+    if not (is_unread(tensor) and is_unread(other)):
+        return NotImplemented
+    return tensor.source == other.source or torch.equal(*(_Values(each.source).read(_CPU) for each in (tensor, other)))
 
 
 def _to_dtype(dtype: torch.dtype) -> Callable[..., Any]:
@@ -234,13 +258,7 @@ def _to_dtype(dtype: torch.dtype) -> Callable[..., Any]:
 
 
 def _to_device(kind: str) -> Callable[..., Any]:
-    def move(tensor: Tensor, device: Any = None, **kwargs: Any) -> Any:
-        if device is None:
-            index = torch.accelerator.current_device_index() if kind != "cpu" else None
-            device = torch.device(kind, index) if index is not None else kind
-        return _to(tensor, device if not isinstance(device, int) else torch.device(kind, device), **kwargs)
-
-    return move
+    return lambda tensor, device=None, **kwargs: _to(tensor, kind if device is None else device, **kwargs)
 
 
 _UNREAD_TOO: dict[Any, Callable[..., Any]] = {
@@ -249,6 +267,8 @@ _UNREAD_TOO: dict[Any, Callable[..., Any]] = {
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.clone: _clone,
     Tensor.contiguous: _contiguous,
+    torch.equal: _equal,
+    Tensor.equal: _equal,
     Tensor.to: _to,
     Tensor.cpu: _to_device("cpu"),
     Tensor.cuda: _to_device("cuda"),
