@@ -120,7 +120,7 @@ def mics_shard(
         with sharded.remember(model) if bound else nullcontext():
             shard_units(model, units, mesh.shard_mesh, config, device, unread.params)
         note_replaced_params(unread.params)
-    unread.fill(model)
+    unread.fill(model, mesh)
     observers = [] if check is None else [check]
     config = config.replace(ignore=asked.ignore)
     runtime = connect(model, units, config, mesh, observers=observers, choice=choice, whole=whole)

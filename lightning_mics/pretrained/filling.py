@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from lightning_mics.checkpoint import ranks, storage
-from lightning_mics.core._torch import Unread, become, is_unread, realize, source_of
+from lightning_mics.core._torch import Unread, become, is_unread, local_tensor, realize, source_of
+from lightning_mics.core.mesh import MiCSMesh
 from lightning_mics.core.replicas import require_agreement
 
 _BLOCK_BYTES = 1 << 23
@@ -73,16 +74,26 @@ class Waiting:
         self.params = list(named.values())
         self._devices = [param.device for param in self.params]
 
-    def fill(self, model: nn.Module) -> None:
-        """Reads this rank's rows into the shards. Collective over the world, for errors only.
+    def fill(self, model: nn.Module, mesh: MiCSMesh) -> None:
+        """Reads this rank's rows into the shards. Collective over the world.
+
+        Of files on disks the page cache keeps one copy for all ranks of a node. What lies in object storage is read by
+        one replica, which hands it to the others.
 
         Raises:
             CheckpointError: On every rank, if a file cannot be read.
         """
-        if self.sources:
-            shards = dict(model.named_parameters())
-            targets = {name: shards[name].detach() for name in self.sources}
-            ranks.on_each_rank(lambda: read_into(targets, self.sources))
+        if not self.sources:
+            return
+        shards = dict(model.named_parameters())
+        targets = {name: shards[name].detach() for name in self.sources}
+        handed = [name for name, source in self.sources.items() if any(file.is_remote for file in source.files())]
+        is_first = mesh.device_mesh.get_local_rank("replicate") == 0
+        own = {name: self.sources[name] for name in targets if is_first or name not in handed}
+        ranks.on_each_rank(lambda: read_into({name: targets[name] for name in own}, own))
+        for name in handed if mesh.layout.num_replicas > 1 else ():
+            if (local := local_tensor(targets[name])).numel():
+                dist.broadcast(local, group=mesh.replication_group, group_src=0)
 
     def _restore(self) -> None:
         for param, source, device in zip(self.params, self.sources.values(), self._devices, strict=True):

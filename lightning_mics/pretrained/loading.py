@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mics.checkpoint import ranks, storage
-from lightning_mics.checkpoint.load import Names, check_shape
+from lightning_mics.checkpoint.load import Names
 from lightning_mics.checkpoint.state import model_state, parameters_by_name
 from lightning_mics.checkpoint.storage import Place
 from lightning_mics.core._torch import become, is_unread, source_of, uncompiled
@@ -22,11 +23,12 @@ from lightning_mics.core.class_names import class_of
 from lightning_mics.core.log import inform
 from lightning_mics.core.runtime import adopt_masters, is_sharded
 from lightning_mics.errors import CheckpointError
-from lightning_mics.pretrained.files import find_files, tensors_of
+from lightning_mics.pretrained.files import SINGLE, find_files, tensors_of
 from lightning_mics.pretrained.filling import read_into
 from lightning_mics.pretrained.huggingface import reading_on_demand
 
 _NAMED = 5
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 @on_all_ranks("load_pretrained")
@@ -82,9 +84,11 @@ def load_pretrained(
 def _place(folder: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Place | str:
     """Returns where files lie; a text is the name of a repository."""
     place = storage.place(folder, options)
-    if isinstance(place, Path) and not place.exists() and isinstance(folder, str):
+    if not isinstance(place, Path) or place.exists():
+        return place
+    if isinstance(folder, str) and _REPOSITORY.fullmatch(folder):
         return folder
-    return place
+    raise CheckpointError(f"There is no {place}. Name a folder with {SINGLE}, a URL, or a repository of the hub.")
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
@@ -110,14 +114,15 @@ def _by_transformers(
     """Has ``from_pretrained`` build another model like this one, whose weights are unread."""
     # A shard's master may keep more digits than the shard.
     dtype = torch.promote_types(model.dtype, torch.float32) if sharded else model.dtype
-    arguments = dict(options, config=model.config, dtype=dtype, output_loading_info=True)
-    arguments["ignore_mismatched_sizes"] = ignore_mismatched_sizes
+    arguments = dict(options, config=model.config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     cls: Any = class_of(model)
     with reading_on_demand(), _speaking_once(), torch.device("cpu"):
-        if isinstance(place, storage.Remote):
+        if isinstance(place, storage.Remote) or (isinstance(place, Path) and place.is_file()):
             twin, told = cls.from_pretrained(None, state_dict=tensors_of(find_files(place)), **arguments)
         else:
             twin, told = cls.from_pretrained(place, use_safetensors=True, **arguments)
+    for name, there, here in told["mismatched_keys"] if not ignore_mismatched_sizes else ():
+        _refuse_shape(place, name, there, here)
     own, theirs = parameters_by_name(model), parameters_by_name(twin)
     if own.keys() != theirs.keys():
         (name, *_) = sorted(own.keys() ^ theirs.keys())
@@ -164,7 +169,7 @@ def _by_name(
         if saved[name].shape != own[name].shape
     }
     for name, there, here in mismatched if not ignore_mismatched_sizes else ():
-        check_shape(place, name, there, here)
+        _refuse_shape(place, name, there, here)
     params = parameters_by_name(model)
     read = {name: saved[name] for name in shared - {name for name, *_ in mismatched}}
     there_by_another_name = {params[name] for name in read if name in params}
@@ -180,6 +185,13 @@ def _by_name(
             more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
             inform(f"{place}: {len(shown)} {what.partition('_')[0]} ({', '.join(shown[:_NAMED])}{more}).")
     return _Found(read, {}), told
+
+
+def _refuse_shape(place: Place | str, name: str, there: Iterable[int], here: Iterable[int]) -> None:
+    raise CheckpointError(
+        f"{place} does not fit the model: {name} has shape {tuple(there)} there and {tuple(here)} here. Build the "
+        "model with the sizes of the files; ignore_mismatched_sizes=True leaves such weights out."
+    )
 
 
 @contextmanager

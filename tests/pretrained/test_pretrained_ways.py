@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate_tools import forget_accelerate, make_accelerator
 from lightning.fabric import Fabric
-from lightning_tools import PoolEnvironment, where
+from lightning_tools import where
 from peft import LoraConfig, get_peft_model
 from pretrained_tools import Reads, class_of_kind, inputs, saved
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from works import works
 
-from lightning_mics import MiCSConfig, MiCSStrategy, load_pretrained, mics_shard
+from lightning_mics import MiCSConfig, MiCSStrategy, mics_shard
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.accelerate.launch_file import LaunchSettings, write_launch_file
 from lightning_mics.core._torch import is_unread
@@ -61,9 +61,7 @@ class Module(pl.LightningModule):
 
 def by_trainer(make: Make, folder: str, early: bool = False) -> nn.Module:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        strategy=MiCSStrategy(shard_size=2), max_steps=STEPS, plugins=[PoolEnvironment()], **quiet, **where()
-    )
+    trainer = pl.Trainer(strategy=MiCSStrategy(shard_size=2), max_steps=STEPS, **quiet, **where())
     with trainer.init_module():
         module = Module(make, early)
     trainer.fit(module, DataLoader(rows(), batch_size=2))  # type: ignore[arg-type]
@@ -75,7 +73,7 @@ def by_init_module(make: Make, folder: str) -> nn.Module:
 
 
 def by_fabric(make: Make, folder: str) -> nn.Module:
-    fabric = Fabric(strategy=FabricStrategy(shard_size=2), plugins=[PoolEnvironment()], **where())
+    fabric = Fabric(strategy=FabricStrategy(shard_size=2), **where())
     fabric.launch()
     with fabric.init_module():
         model = make()
@@ -99,9 +97,12 @@ def by_accelerate(make: Make, folder: str, adapt: Callable[[Any], Any] = lambda 
 
 
 def by_lora(make: Make, folder: str) -> nn.Module:
-    torch.manual_seed(8)
-    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-    return by_accelerate(make, folder, lambda model: get_peft_model(model, config))
+    def adapt(model: Any) -> Any:
+        torch.manual_seed(8)
+        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+        return get_peft_model(model, config)
+
+    return by_accelerate(make, folder, adapt)
 
 
 def by_transformers(make: Make, folder: str) -> nn.Module:
@@ -125,14 +126,6 @@ def by_hand(make: Make, folder: str) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-def by_hand_from_meta(make: Make, folder: str) -> nn.Module:
-    def load() -> Any:
-        model = make()
-        return load_pretrained(model, model.name_or_path) and model
-
-    return by_hand(load, folder)
 
 
 WAYS = {
