@@ -6,6 +6,7 @@ tensors here. Everything else is its own: names, conversions, ties, new heads, i
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mics.core._torch import realize
 from lightning_mics.core.log import inform
@@ -50,6 +52,20 @@ def _install() -> None:
     if not _state["installed"]:
         _state["installed"] = True
         after_import(_MODELS, _take_over)
+        _read_for_ddp()
+
+
+def _read_for_ddp() -> None:
+    """Has DDP find weights that are read: it keeps hold of parameters before it asks for values."""
+    init = DistributedDataParallel.__init__
+
+    @functools.wraps(init)
+    def reading(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for param in module.parameters():
+            realize(param)
+        init(self, module, *args, **kwargs)
+
+    DistributedDataParallel.__init__ = reading  # type: ignore[method-assign]
 
 
 def _take_over(module: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from pretrained_tools import class_of_kind, inputs, saved
 from torch import Tensor, nn
 
-from lightning_mics import CheckpointError, load_pretrained
+from lightning_mics import CheckpointError, MiCSError, load_pretrained
 from lightning_mics.core._torch import is_unread
 from lightning_mics.pretrained.huggingface import reading_on_demand
+from lightning_mics.testing import WorkerPool
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,22 @@ def test_generation_and_adapters_on_unread_weights(folder: Path) -> None:
     for name, tensor in made[0].items():
         assert torch.equal(made[2][name], tensor), name
     assert torch.equal(made[1], made[3])
+
+
+def test_who_holds_weights_in_another_way(folder: Path, pool: WorkerPool) -> None:
+    model = unread(folder)
+    held = weakref.ref(model.lm_head.weight)
+    with pytest.raises(MiCSError, match="FSDP_CPU_RAM_EFFICIENT_LOADING=false"):
+        held().sum()
+    expected = class_of_kind("gpt2").from_pretrained(folder)
+    assert pool.run(in_ddp, folder, world_size=2) == [expected(**inputs("gpt2")).logits.sum().item()] * 2
+
+
+def in_ddp(folder: Path) -> float:
+    model = nn.parallel.DistributedDataParallel(unread(folder))
+    loss = model(**inputs("gpt2")).logits.sum()
+    loss.backward()
+    return loss.item()
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "text", "part"])

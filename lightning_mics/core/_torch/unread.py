@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mics.core._needs import require
 from lightning_mics.core._torch.modules import tree_leaves, tree_map_only
+from lightning_mics.errors import MiCSError
 
 require(Tensor, "_make_wrapper_subclass")
 require(torch._C, "DisableTorchFunctionSubclass")
@@ -151,13 +152,23 @@ def become(tensor: Tensor, values: Tensor) -> None:
     """Gives a tensor the values, dtype and device of another, of which it is an alias then.
 
     Whether it is a parameter, whether that is trained, and what has been noted on it stay.
+
+    Raises:
+        MiCSError: If something else holds the tensor in a way that forbids it.
     """
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         if isinstance(values, Unread):
             made: Tensor = Unread(values.cell.source, values.device, cell=values.cell)
         else:
             made = values.detach()
-        torch.utils.swap_tensors(tensor, _alike(tensor, made))
+        try:
+            torch.utils.swap_tensors(tensor, _alike(tensor, made))
+        except RuntimeError as error:
+            raise MiCSError(
+                f"A pretrained weight of shape {tuple(tensor.shape)} was left unread, and cannot be read now because "
+                f"something keeps a weak reference or a node of autograd on it ({error}). Use a value of it before, or "
+                "load this model whole: FSDP_CPU_RAM_EFFICIENT_LOADING=false."
+            ) from error
 
 
 def _alike(tensor: Tensor, made: Tensor) -> Tensor:
