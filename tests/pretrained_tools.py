@@ -98,9 +98,9 @@ class Reads:
     def __enter__(self) -> Reads:
         read = self._read
 
-        def counted(file: WeightsFile, start: int, length: int) -> Tensor:
+        def counted(file: WeightsFile, start: int, length: int, into: Tensor | None = None) -> Tensor:
             self.bytes += length if hasattr(file, "entries") else 0  # those of headers come before
-            return read(file, start, length)
+            return read(file, start, length, into)
 
         WeightsFile.read = counted  # type: ignore[method-assign]
         return self

@@ -182,12 +182,12 @@ class _Wanted:
             moments.put(optimizer, trained_parameters(self.model, optimizer), strict=self.strict)
 
     def _fill(self, generation: Generation) -> dict[str, Any]:
-        path, checkpoint, names = generation.path, generation.meta(), Names()
+        path, checkpoint, names = generation.path, generation.meta(), _Names()
         if self.model_key is not None:
             if self.model_key not in checkpoint:
                 raise CheckpointError(f"{path} holds no {self.model_key!r}, only {', '.join(map(str, checkpoint))}.")
             weights = checkpoint.pop(self.model_key)
-            names = Names.match(model_state(self.model).keys(), weights.keys())
+            names = _Names.match(model_state(self.model).keys(), weights.keys())
             fill_weights(path, self.model, weights, self.strict, exact=self.strict and bool(self.optimizers))
         numbered = checkpoint.pop("optimizer_states", [])
         named = {
@@ -223,14 +223,14 @@ def _hand_over(model: nn.Module, weights: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Names:
+class _Names:
     """Names of one model, in a checkpoint and here, that differ by a prefix on one side."""
 
     saved_prefix: str = ""
     own_prefix: str = ""
 
     @classmethod
-    def match(cls, own: Collection[str], saved: Collection[str]) -> Names:
+    def match(cls, own: Collection[str], saved: Collection[str]) -> _Names:
         """Finds the prefix; none where names agree already, or where no prefix makes them."""
         if not own or not saved or not set(own).isdisjoint(saved):
             return cls()
@@ -243,11 +243,9 @@ class Names:
         return cls()
 
     def to_saved(self, own: str) -> str:
-        """Returns the checkpoint's name for one of the model's."""
         return self.saved_prefix + own.removeprefix(self.own_prefix)
 
     def to_own(self, saved: str) -> str:
-        """Returns the model's name for one of the checkpoint's."""
         return self.own_prefix + saved.removeprefix(self.saved_prefix)
 
 
@@ -261,7 +259,7 @@ class _Targets:
 
     def __init__(self, path: Place, metadata: Metadata) -> None:
         self.flat: dict[str, Any] = {}
-        self.names = Names()
+        self.names = _Names()
         self._path = path
         self._entries = metadata.state_dict_metadata
         self._paths: dict[str, tuple[Any, ...]] = dict(metadata.planner_data or {})
@@ -277,7 +275,7 @@ class _Targets:
             raise CheckpointError(f"{self._path} holds no {key!r}, only {', '.join(tops)}. Use those names.")
         # Extra states lie beside the shards.
         weights = {name: value for name, value in weights.items() if not is_extra_state(name, value) or name in saved}
-        self.names = Names.match(weights.keys(), saved)
+        self.names = _Names.match(weights.keys(), saved)
         wanted = {self.names.to_saved(name): target for name, target in weights.items()}
         if strict:
             check_names(self._path, wanted.keys() - saved, saved - wanted.keys())
@@ -530,7 +528,7 @@ def fill_weights(
         CheckpointError: If names or shapes do not fit.
     """
     weights, owners = model_state(model), parameters_by_name(model)
-    names = Names.match(weights.keys(), saved.keys())
+    names = _Names.match(weights.keys(), saved.keys())
     saved = {names.to_own(name): value for name, value in saved.items()}
     if strict:
         missing = weights.keys() - saved.keys() - set(optional) - _other_names(owners, saved)

@@ -137,7 +137,10 @@ def _materialize_alike(
     except Exception as error:
         failure = error
     valued = {name: tensor for name, tensor in _own_tensors(modules).items() if tensor not in filled_later}
-    equalize_replicas(valued.items(), device, failure)
+    if valued:
+        equalize_replicas(valued.items(), device, failure)
+    elif failure is not None:
+        raise failure
 
 
 def _modules_outside(root: nn.Module, nested: set[nn.Module]) -> Iterator[nn.Module]:

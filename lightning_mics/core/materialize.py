@@ -58,7 +58,7 @@ def materialize(
     Raises:
         MiCSConfigError: If a module does not initialise one of its tensors.
     """
-    initializers, filled_later = _huggingface_initializers(model), set(filled_later)
+    filled_later, initializers = set(filled_later), None
     fresh: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
     for module in modules:
         if module in fresh or not (has_meta_tensors(module) or _is_frame_of(module, fresh)):
@@ -71,6 +71,8 @@ def materialize(
             for tensor in tensors.values():
                 tensor.copy_(_mark_like(tensor))
             fresh[module] = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+            if initializers is None:
+                initializers = _huggingface_initializers(model)
             _initialize(module, initializers.get(module))
     for module, marked in fresh.items():
         _check_initialized(module, marked)

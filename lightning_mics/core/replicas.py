@@ -138,6 +138,8 @@ def equalize_replicas(
 
 
 def _different(tensors: dict[str, Tensor], device: torch.device, error: Exception | None = None) -> list[str]:
+    if not tensors:
+        return []
     values = torch.zeros(1 + len(tensors), dtype=torch.int64, device=device)
     if error is None:
         values[0], values[1:] = 1, fingerprints(list(tensors.values()), device)

@@ -88,13 +88,18 @@ class WeightsFile:
         """Whether it lies in object storage."""
         return isinstance(self.place, storage.Remote)
 
-    def read(self, start: int, length: int) -> Tensor:
+    def read(self, start: int, length: int, into: Tensor | None = None) -> Tensor:
         """Reads bytes, of shape ``[length]``.
+
+        Args:
+            start: Where they begin.
+            length: How many.
+            into: Memory for them, on the CPU.
 
         Raises:
             CheckpointError: If that fails, or the file has been written to since it was opened.
         """
-        content = torch.empty(length, dtype=torch.uint8, device="cpu")
+        content = torch.empty(length, dtype=torch.uint8, device="cpu") if into is None else into
         if isinstance(self.place, storage.Remote):
             if length:
                 content.copy_(
@@ -131,7 +136,15 @@ class WeightsFile:
 
 
 class _Made:
-    """What can be made of any source without reading it."""
+    """What any source can do."""
+
+    def read(self, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Reads a part, on the CPU."""
+        raise NotImplementedError
+
+    def fill(self, target: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Reads a part into a tensor of any dtype and device."""
+        target.copy_(self.read(offsets, lengths))
 
     def cast(self, dtype: torch.dtype) -> Cast:
         """Returns the same in another dtype, rounded as ``Tensor.to`` does."""
@@ -157,11 +170,22 @@ class Stored(_Made):
         """Its size."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def fill(self, target: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Reads a part into memory of its own, if that is laid out as the file is."""
+        is_alike = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
+        if is_alike and self.shape and tuple(lengths[1:]) == self.shape[1:]:
+            self._rows(offsets[0], lengths[0], target.view(-1).view(torch.uint8))
+        else:
+            super().fill(target, offsets, lengths)
+
+    def _rows(self, first: int, count: int, into: Tensor | None = None) -> Tensor:
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.file.read(self.start + first * row_bytes, count * row_bytes, into)
+
     def read(self, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Reads some of its rows, and cuts them to the part that is asked for."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         first, count = (offsets[0], lengths[0]) if self.shape else (0, 1)
-        content = self.file.read(self.start + first * row_bytes, count * row_bytes).view(self.dtype)
+        content = self._rows(first, count).view(self.dtype)
         return (
             _cut(content.view(count, *self.shape[1:]), (0, *offsets[1:]), lengths) if self.shape else content.view(())
         )

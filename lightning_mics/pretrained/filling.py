@@ -181,10 +181,10 @@ def _blocks(source: Any, target: Tensor, offsets: torch.Size, lengths: torch.Siz
 
     def read(first: int, count: int) -> None:
         with torch.no_grad():
-            target[first : first + count].copy_(source.read([offsets[0] + first, *offsets[1:]], [count, *lengths[1:]]))
+            source.fill(target[first : first + count], [offsets[0] + first, *offsets[1:]], [count, *lengths[1:]])
 
     if not lengths:
-        yield lambda: target.copy_(source.read((), ()))
+        yield lambda: source.fill(target, (), ())
         return
     rows = max(1, _BLOCK_BYTES * lengths[0] // max(1, target.numel() * source.dtype.itemsize))
     for first in range(0, lengths[0], rows):

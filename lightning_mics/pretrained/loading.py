@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mics.checkpoint import ranks, storage
-from lightning_mics.checkpoint.load import Names
 from lightning_mics.checkpoint.state import model_state, parameters_by_name
 from lightning_mics.checkpoint.storage import Place
 from lightning_mics.core._torch import become, is_unread, source_of, uncompiled
@@ -160,8 +160,7 @@ def _by_name(
         raise CheckpointError(f"{', '.join(options)}= is for models of transformers and for repositories of the hub.")
     saved, own = tensors_of(find_files(place)), model_state(model)
     own = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
-    names = Names.match(own.keys(), saved.keys())
-    saved = {names.to_own(name): tensor for name, tensor in saved.items()}
+    saved = _named_as(own, saved, place)
     shared = own.keys() & saved.keys()
     mismatched = {
         (name, tuple(saved[name].shape), tuple(own[name].shape))
@@ -185,6 +184,30 @@ def _by_name(
             more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
             inform(f"{place}: {len(shown)} {what.partition('_')[0]} ({', '.join(shown[:_NAMED])}{more}).")
     return _Found(read, {}), told
+
+
+def _named_as(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
+    """Names tensors as a model does, whose names have a prefix more or less than theirs, such as ``model.``.
+
+    Raises:
+        CheckpointError: If no name fits, or several prefixes do as well.
+    """
+    if own.keys() & saved.keys():
+        return dict(saved)
+    rated = sorted([*_prefixes(own, saved, True), *_prefixes(saved, own, False)], reverse=True)
+    count, prefix, is_own = rated[0] if rated else (0, "", True)
+    if 2 * count < min(len(own), len(saved)) or [other for other, *_ in rated].count(count) > 1:
+        raise CheckpointError(f"{place} has other names than the model: there is {min(saved)}, and here {min(own)}.")
+    if is_own:
+        return {prefix + name: tensor for name, tensor in saved.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+
+
+def _prefixes(long: Iterable[str], short: Container[str], is_own: bool) -> list[tuple[int, str, bool]]:
+    """Returns how many names are others with something before them, by what that is."""
+    dots = [(name, index + 1) for name in long for index, letter in enumerate(name) if letter == "."]
+    counts = Counter(name[:end] for name, end in dots if name[end:] in short)
+    return [(count, prefix, is_own) for prefix, count in counts.items()]
 
 
 def _refuse_shape(place: Place | str, name: str, there: Iterable[int], here: Iterable[int]) -> None:

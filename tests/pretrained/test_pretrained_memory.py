@@ -22,7 +22,7 @@ from lightning_mics import MiCSConfig, load_pretrained, mics_shard
 from lightning_mics.pretrained.huggingface import reading_on_demand
 from lightning_mics.testing import WorkerPool
 
-WORLD, ROUNDS, GIB = 4, 3, 2**30
+WORLD, ROUNDS, GIB = 4, 5, 2**30
 
 
 def whole(folder: Path) -> nn.Module:

@@ -116,6 +116,8 @@ def into_plain_modules(folder: Path) -> tuple[dict[str, set[Any]], dict[str, Ten
         model = Wrapped()
     told = load_pretrained(model, folder)
     mics_shard(model, MiCSConfig(shard_size=2), device_type="cpu")
+    with pytest.raises(CheckpointError, match=r"other names than the model: there is blocks.0.down.bias"):
+        load_pretrained(nn.Linear(2, 2), folder)
     with pytest.raises(CheckpointError) as error:
         load_pretrained(nn.ModuleDict({"first": nn.Linear(7, 2)}), folder)
     return told, full_state_dict(model), str(error.value)
