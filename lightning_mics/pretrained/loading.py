@@ -121,7 +121,7 @@ def _by_transformers(
             twin, told = cls.from_pretrained(None, state_dict=tensors_of(find_files(place)), **arguments)
         else:
             twin, told = cls.from_pretrained(place, use_safetensors=True, **arguments)
-    for name, there, here in told["mismatched_keys"] if not ignore_mismatched_sizes else ():
+    for name, there, here in sorted(told["mismatched_keys"]) if not ignore_mismatched_sizes else ():
         _refuse_shape(place, name, there, here)
     own, theirs = parameters_by_name(model), parameters_by_name(twin)
     if own.keys() != theirs.keys():
@@ -167,7 +167,7 @@ def _by_name(
         for name in shared
         if saved[name].shape != own[name].shape
     }
-    for name, there, here in mismatched if not ignore_mismatched_sizes else ():
+    for name, there, here in sorted(mismatched) if not ignore_mismatched_sizes else ():
         _refuse_shape(place, name, there, here)
     params = parameters_by_name(model)
     read = {name: saved[name] for name in shared - {name for name, *_ in mismatched}}

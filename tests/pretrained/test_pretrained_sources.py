@@ -133,7 +133,7 @@ def test_a_model_of_ones_own(pool: WorkerPool, tmp_path: Path) -> None:
         assert told["unexpected_keys"] == {"inner.other"}
         assert all(torch.equal(found[f"inner.{name}"], tensor) for name, tensor in expected.items())
         assert torch.equal(found["inner.extra.weight"], results[0][1]["inner.extra.weight"])
-        assert "first.weight has shape (8, 5) there and (2, 7) here" in error
+        assert "first.bias has shape (8,) there and (2,) here" in error
 
 
 def ranks_that_differ(folder: Path, other: Path, how: str) -> tuple[dict[str, Tensor] | str, int]:
