@@ -133,6 +133,7 @@ class Forecast:
             master_weights=master_weights or self._config.master_weights,
             micro_batch=self._micro_batch,
             activation_checkpointing=self._recomputation,
+            activation_checkpointing_offload=self._config.activation_checkpointing_offload,
             reshard_after_forward=self._config.reshard_after_forward,
         )
 

@@ -150,6 +150,7 @@ def _planned(trainer: pl.Trainer, pl_module: pl.LightningModule, plan: str | os.
         optimizer_shard_size=divided if divided > layout.shard_size else None,
         accumulation=trainer.accumulate_grad_batches,
         activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing_offload=config.activation_checkpointing_offload,
         reshard_after_forward=config.reshard_after_forward,
         master_weights=config.master_weights if divided > layout.shard_size else "partition",
     )

@@ -14,7 +14,7 @@ from lightning_mics.text import format_bytes, format_number
 # Settings of a candidate that a run has, too; where stages are left to a measurement, both are candidates.
 _SETTINGS = (
     *("shard_size", "optimizer_shard_size", "master_weights", "accumulation"),
-    *("activation_checkpointing", "reshard_after_forward"),
+    *("activation_checkpointing", "activation_checkpointing_offload", "reshard_after_forward"),
 )
 
 
@@ -31,6 +31,7 @@ class Run:
             :data:`~lightning_mics.topology.Recomputation`.
         reshard_after_forward: Whether blocks are freed between forward and backward.
         master_weights: Where float32 values of parameters are if optimizer states are divided further.
+        activation_checkpointing_offload: Whether what recomputed blocks keep waits in host memory.
     """
 
     world_size: int
@@ -40,6 +41,7 @@ class Run:
     activation_checkpointing: object
     reshard_after_forward: bool
     master_weights: str = "partition"
+    activation_checkpointing_offload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

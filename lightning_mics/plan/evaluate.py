@@ -110,7 +110,8 @@ def evaluate(
     time = simulate(_Step(profile, cluster, candidate, training).work(memory, engine))
     samples = candidate.micro_batch * candidate.accumulation
     blocks = zip(profile.blocks, candidate.again(profile.blocks), strict=True)
-    recomputed = sum(unit.forward_flops for unit, again in blocks if again == "all" and unit.runs_backward)
+    whole = [unit for unit, again in blocks if again in ("all", "offloaded") and unit.runs_backward]
+    recomputed = sum(unit.forward_flops for unit in whole)
     model_flops = profile.flops * samples / time.seconds
     return Plan(
         candidate=candidate,
@@ -208,9 +209,12 @@ class _Step:
     def _unit_times(self, unit: Unit, again: Again, least_message: int | None) -> UnitTimes:
         candidate, training, accelerator = self._candidate, self._training, self._accelerator
         forward, backward, rest = self._rates.seconds(unit, candidate.micro_batch)
-        backward += {"all": forward, "selective": rest}.get(again or "", 0.0)
+        backward += {"all": forward, "offloaded": forward, "selective": rest}.get(again or "", 0.0)
         if unit is not self._profile.root:
             forward, backward = forward / training.compile_gain, backward / training.compile_gain
+        if again == "offloaded":  # copies run on the stream of the computation
+            copying = unit.checkpoint.at(candidate.micro_batch) / accelerator.host_bandwidth
+            forward, backward = forward + copying, backward + copying
         compiled = training.compile_gain != 1
         times = UnitTimes(
             name=unit.name,

@@ -35,6 +35,7 @@ _QUANTITIES: dict[str, tuple[str, str, float | None]] = {
     "optimizer_efficiency": ("", "0.8", None),
     "product_efficiency": ("", "0.8", 0.0),
     "memory_bandwidth": ("B/s", "1555 GB/s", None),
+    "host_bandwidth": ("B/s", "32 GB/s", None),
     "unit": ("s", "500 us", 0.0),
     "unit_overhead": ("s", "1 ms", 0.0),
     "workspace": ("B", "32 MiB", 0.0),
@@ -79,6 +80,8 @@ class Accelerator:
         device_type: ``"cuda"`` or ``"cpu"``.
         unit_overhead: Seconds of host time in each pass of an FSDP unit that compute waits for. Accelerators hide it:
             their host runs ahead.
+        host_bandwidth: Bytes a second between the device's memory and the host's, one way; that of 16 lanes of PCI
+            Express 4.0 unless it is given.
         workspace: Bytes of scratch memory that PyTorch gives cuBLAS, for each thread that multiplies matrices.
         optimizer_efficiency: Share of the bandwidth that an optimizer's step reaches, above 0 and at most 1.
         source: Where the figures are from.
@@ -91,6 +94,7 @@ class Accelerator:
     compute_efficiency: float
     device_type: str = "cuda"
     unit_overhead: float = 0.0
+    host_bandwidth: float = 32e9
     workspace: float = 8.125 * 2**20
     optimizer_efficiency: float = 1.0
     product_efficiency: float = 0.0

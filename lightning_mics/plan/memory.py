@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 from lightning_mics._moved import open_door
 from lightning_mics.plan.hardware import Accelerator
-from lightning_mics.plan.profile import DTYPE_BYTES, ModelProfile, Param, Unit
+from lightning_mics.plan.profile import DTYPE_BYTES, Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.settings import Candidate, Training
 
 # What CUDA, its libraries and NCCL's channels take of a device (assumption), and what the caching allocator loses to
@@ -211,6 +211,7 @@ class _Walk:
             kept = unit.kept(again).at(samples)
             activations += kept
             extra = unit.checkpoint_extra if again else unit.forward_extra
+            extra += unit.checkpoint if again == "offloaded" else Amount()
             yield _Moment(resident + 2 * self._gathered(unit), 0.0, activations, extra.at(samples))
             if not candidate.reshard_after_forward:
                 resident += self._gathered(unit)

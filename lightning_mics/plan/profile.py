@@ -16,7 +16,7 @@ from typing import Literal
 DEFAULT_LENGTH = 8192
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # What of a block is computed again in the backward pass; selective: all but matrix products and attention.
-Again = Literal["all", "selective"] | None
+Again = Literal["all", "selective", "offloaded"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +131,13 @@ class Unit:
         """Returns what is there from its forward pass to its backward pass."""
         if again is None:
             return self.saved
-        return self.checkpoint if again == "all" else self.checkpoint + self.products
+        return {"all": self.checkpoint, "offloaded": Amount()}.get(again, self.checkpoint + self.products)
 
     def recomputed(self, again: Again) -> Amount:
         """Returns what computing it again allocates and lets go."""
         if again is None:
             return Amount()
-        return self.saved if again == "all" else self.rest
+        return {"all": self.saved, "offloaded": self.saved + self.checkpoint}.get(again, self.rest)
 
     @cached_property
     def numel(self) -> int:

@@ -68,6 +68,7 @@ class Choices:
         hierarchical: Whether to run partition collectives in two stages; both are tried by default.
         activation_checkpointing: Which blocks to compute again in the backward pass, as
             :class:`~lightning_mics.plan.Candidate` has it; none, all, and all but their products are tried by default.
+        activation_checkpointing_offload: Whether what blocks that are computed again keep waits in host memory.
         reshard_after_forward: Whether to free blocks after the forward pass; both are tried by default.
         memory_limit: Bytes that a rank has; by default those of the accelerator.
         ranking: Among plans whose step times differ by less than the error of the prediction, ``"advice"`` puts those
@@ -81,6 +82,7 @@ class Choices:
     master_weights: MasterWeights | None = None
     hierarchical: bool | None = None
     activation_checkpointing: Recomputation | None = None
+    activation_checkpointing_offload: bool = False
     reshard_after_forward: bool | None = None
     memory_limit: float | None = None
     ranking: str = "advice"
@@ -253,6 +255,7 @@ def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, cho
     topology = cluster.topology
     masters = _masters(training, choices)
     sizes = choices.shard_sizes or topology.valid_shard_sizes()
+    moves = choices.activation_checkpointing_offload
     # What makes no difference to a model is not tried.
     recomputes = _recomputations(profile, choices)
     reshards_or_not = _both(choices.reshard_after_forward, bool(profile.blocks), otherwise=True)
@@ -270,6 +273,7 @@ def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, cho
                 micro_batch=batch[0],
                 accumulation=batch[1],
                 activation_checkpointing=checkpoints,
+                activation_checkpointing_offload=moves and checkpoints not in (False, "selective"),
                 reshard_after_forward=reshards,
             )
 
@@ -441,6 +445,8 @@ def what_helps(planning: Planning, misfit: Misfit) -> list[str]:
     changes: dict[str, dict[str, Any]] = {}
     if candidate.recomputation != "all":
         changes["activation_checkpointing=True"] = {"activation_checkpointing": True}
+    elif planning.cluster.node.accelerator.device_type != "cpu" and not candidate.activation_checkpointing_offload:
+        changes["activation_checkpointing_offload=True"] = {"activation_checkpointing_offload": True}
     if candidate.slices == 1 and candidate.shard_size < planning.cluster.world_size:
         masters = _masters(planning.training, planning.choices)
         words = "optimizer_shard_size='world'" + " and master_weights='owners'" * (masters == "owners")

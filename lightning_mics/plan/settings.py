@@ -141,6 +141,7 @@ class Candidate:
         accumulation: Microsteps of an optimizer step.
         activation_checkpointing: Which blocks are computed again in the backward pass: ``False`` for none, ``True`` for
             all, a number for every so-many-th; or ``"selective"`` for all but their matrix products and attention.
+        activation_checkpointing_offload: Whether what blocks that are computed again keep is in host memory.
         reshard_after_forward: Whether blocks are freed between forward and backward.
         optimizer_shard_size: Ranks that divide optimizer states; ``None`` for those of a partition.
         master_weights: ``"owners"`` keeps shards in ``param_dtype``, and float32 beside sliced optimizer states.
@@ -152,6 +153,7 @@ class Candidate:
     micro_batch: int = 1
     accumulation: int = 1
     activation_checkpointing: Recomputation = False
+    activation_checkpointing_offload: bool = False
     reshard_after_forward: bool = True
     optimizer_shard_size: int | None = None
     master_weights: MasterWeights = "partition"
@@ -186,7 +188,9 @@ class Candidate:
                 return None
             if isinstance(how, str):
                 return how
-            return "all" if next(number) % how == 0 else None
+            if next(number) % how:
+                return None
+            return "offloaded" if self.activation_checkpointing_offload else "all"
 
         return [of(block) for block in blocks]
 

@@ -40,6 +40,7 @@ def plan(
     shard_size: ShardSize | None = None,
     hierarchical: bool | None = None,
     activation_checkpointing: Recomputation | None = None,
+    activation_checkpointing_offload: bool = False,
     reshard_after_forward: bool | None = None,
     memory_limit: float | None = None,
     ranking: str = "advice",
@@ -75,6 +76,7 @@ def plan(
         hierarchical: Fixes whether collectives across nodes run in two stages.
         activation_checkpointing: Fixes which blocks are computed again in the backward pass: ``False`` for none,
             ``True`` for all, a number for every so-many-th, ``"selective"`` for all but matrix products and attention.
+        activation_checkpointing_offload: Whether what blocks that are computed again keep waits in host memory.
         reshard_after_forward: Fixes whether blocks are freed after the forward pass.
         memory_limit: Bytes that a rank may use; by default the accelerator's memory.
         ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
@@ -151,6 +153,7 @@ def plan(
         master_weights=master_weights,
         hierarchical=hierarchical,
         activation_checkpointing=activation_checkpointing,
+        activation_checkpointing_offload=activation_checkpointing_offload,
         reshard_after_forward=reshard_after_forward,
         memory_limit=memory_limit,
         ranking=ranking,

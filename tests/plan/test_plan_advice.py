@@ -44,12 +44,13 @@ def test_a_llama_that_misses_by_little_is_told_what_fits():
     batch.pop("sequence_length")
     undivided = plan(planning.profile, cluster, **batch, optimizer_shard_size="partition")
     closest = next(misfit for misfit in undivided.misfits if misfit.candidate.shard_size == 8)
-    smaller, divided = what_helps(undivided, closest)
+    smaller, *moved, divided = what_helps(undivided, closest)
     assert smaller == "micro-batches of 7"
+    assert [words.partition(" ")[0] for words in moved] == ["activation_checkpointing_offload=True"]
     assert divided.startswith("optimizer_shard_size='world' and master_weights='owners'")
     # With masters in the partition, little is missing.
     masters = plan(planning.profile, cluster, **batch, master_weights="partition")
     closest = next(misfit for misfit in masters.misfits if misfit.candidate.shard_size == 8)
     assert closest.candidate.slices == 8 and 0 < closest.memory.total - closest.memory_limit < 2**30
-    smaller, limit = what_helps(masters, closest)
+    smaller, *_, limit = what_helps(masters, closest)
     assert smaller == "micro-batches of 7" and limit.startswith("memory_limit='80.6 GiB'")

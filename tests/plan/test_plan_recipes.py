@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable
@@ -184,8 +185,28 @@ def test_blocks_are_recomputed_as_asked() -> None:
     assert kept["selective"] - kept[True] == pytest.approx(4 * products, rel=0.02)
 
 
-def memory_of(found: ModelProfile, how: Any) -> MemoryBreakdown:
-    candidate = Candidate(shard_size=2, micro_batch=SAMPLES, activation_checkpointing=how)
+def test_what_recomputed_blocks_keep_is_in_host_memory_and_travels_twice() -> None:
+    found, cluster = small(), make_cluster()
+    inputs = sum(block.checkpoint.at(SAMPLES) for block in found.blocks)
+    kept = {moved: memory_of(found, True, activation_checkpointing_offload=moved) for moved in (False, True)}
+    assert kept[False].activations - kept[True].activations == inputs  # at the peak, when the root's backward begins
+    choices = Choices(
+        batches=[(SAMPLES, 1)], shard_sizes=[1], activation_checkpointing=True, reshard_after_forward=True
+    )
+    step = {
+        moved: search(
+            found, cluster, Training(), dataclasses.replace(choices, activation_checkpointing_offload=moved)
+        ).best
+        for moved in (False, True)
+    }
+    assert step[True].candidate.activation_checkpointing_offload
+    copied = 2 * inputs / cluster.node.accelerator.host_bandwidth
+    longer = step[True].time.compute - step[False].time.compute
+    assert 0.999 * copied < longer < 1.25 * copied  # what runs beside collectives takes longer
+
+
+def memory_of(found: ModelProfile, how: Any, **settings: Any) -> MemoryBreakdown:
+    candidate = Candidate(shard_size=2, micro_batch=SAMPLES, activation_checkpointing=how, **settings)
     return predict_memory(found, candidate, FP32, CPU)
 
 

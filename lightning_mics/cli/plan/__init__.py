@@ -105,6 +105,8 @@ def _add_fixed_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--activation-checkpointing", nargs="?", const="all", type=int_or_word, metavar="HOW", help=about)
     add("--no-activation-checkpointing", dest="activation_checkpointing", action="store_const", const="none")
+    about_offload = "keep what recomputed blocks need in host memory until the backward pass"
+    add("--activation-checkpointing-offload", action="store_true", help=about_offload)
     add("--reshard-after-forward", action=switch, help="free blocks between forward and backward")
 
 

@@ -75,6 +75,7 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         master_weights=options.master_weights,
         hierarchical={"auto": None, "true": True, "false": False}[options.hierarchical],
         activation_checkpointing=_recomputation(options.activation_checkpointing),
+        activation_checkpointing_offload=options.activation_checkpointing_offload,
         reshard_after_forward=options.reshard_after_forward,
         memory_limit=None if limit is None else as_bytes(limit, "--memory-limit"),
         ranking=options.rank,

@@ -141,6 +141,8 @@ def _commands(planning: Planning, plan: Plan, ask: Callable[..., str]) -> list[l
     loader = f"# DataLoader(..., batch_size={candidate.micro_batch})\n"
     names = ("shard_size", "micro_batch", "accumulation", "activation_checkpointing", "reshard_after_forward")
     fixed = {name: getattr(candidate, name) for name in names}
+    if candidate.activation_checkpointing_offload:
+        fixed["activation_checkpointing_offload"] = True
     if candidate.slices > 1:
         fixed |= {name: getattr(candidate, name) for name in ("optimizer_shard_size", "master_weights")}
     return [

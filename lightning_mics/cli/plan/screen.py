@@ -225,6 +225,7 @@ def settings(candidate: Candidate, *, microsteps: bool = False) -> str:
     words = [f"micro-batches of {candidate.micro_batch}{f' x {candidate.accumulation}' * microsteps}"]
     how = candidate.recomputation
     words += ["recompute" if how == "all" else f"recompute {how}"] * bool(how)
+    words += ["inputs on the host"] * candidate.activation_checkpointing_offload
     words += ["no reshard"] * (not candidate.reshard_after_forward)
     return ", ".join(words)
 

@@ -53,6 +53,8 @@ def mics_settings(planning: Planning) -> dict[str, Any]:
         settings["reshard_after_forward"] = False
     if candidate.activation_checkpointing:
         settings["activation_checkpointing"] = candidate.activation_checkpointing
+    if candidate.activation_checkpointing_offload:
+        settings["activation_checkpointing_offload"] = True
     return settings
 
 
@@ -123,6 +125,7 @@ def _write_for_accelerate(planning: Planning, path: Path, main_process_ip: str |
         cpu=planning.cluster.node.accelerator.device_type == "cpu",
         reshard_after_forward=candidate.reshard_after_forward,
         activation_checkpointing=candidate.activation_checkpointing is True,
+        activation_checkpointing_offload=candidate.activation_checkpointing_offload,
     )
     wires = ("replication_reduce_dtype", "replication_gather_dtype")
     names = ("hierarchical", "optimizer_shard_size", *wires, "master_weights")
