@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mics.config import MiCSConfig, chooses_modules
+from lightning_mics.core.adapters import prepare_adapters
 from lightning_mics.core.apart import meet
 from lightning_mics.core.apply import shard_units, units_of
 from lightning_mics.core.checks import check_layout, check_model
@@ -29,6 +30,7 @@ from lightning_mics.core.mesh import (
 )
 from lightning_mics.core.optimizers import ShardedParams, as_optimizers, check_rebinding
 from lightning_mics.core.plain import adopt_beside_shards, note_replaced, note_replaced_params, watch
+from lightning_mics.core.quantized import split_quantized
 from lightning_mics.core.recompute import blocks_to_recompute, checkpoint_activations
 from lightning_mics.core.replicas import require_agreement
 from lightning_mics.core.runtime import prepare_generation
@@ -93,6 +95,7 @@ def mics_shard(
     bound = [entry for entry in optimizers if isinstance(entry, Optimizer)] if rebind else []
     check_backends(config, device_type)
     check_model(model)
+    split_quantized(model)
     asked, whole = config, whole_parameters(model, config)
     config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
     units = _check_alone(model, config, topology, entries, bound)
@@ -132,6 +135,11 @@ def mics_shard(
         sharded.rebind(entry)
         adopt_beside_shards(entry)
     prepare_generation(model)
+    prepare_adapters(model)
+    if any(hasattr(type(module), "save_pretrained") for module in model.modules()):
+        from lightning_mics.checkpoint.savers import save_pretrained_whole  # others need no checkpoints
+
+        save_pretrained_whole(model)
     return model
 
 

@@ -27,7 +27,7 @@ from lightning_mics.accelerate.backends import ask_for_backends
 from lightning_mics.accelerate.joined import JoinedShard
 from lightning_mics.accelerate.plugin import MiCSPlugin, launched_world_size, take_over_launch
 from lightning_mics.accelerate.saving import load_state, save_state, write_weights
-from lightning_mics.accelerate.whole import WholeWeights
+from lightning_mics.checkpoint.savers import WholeWeights
 from lightning_mics.core._torch import tree_map_only
 from lightning_mics.core.accumulation import defer_replication_sync
 from lightning_mics.core.apart import on_all_ranks

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mics import checkpoint as checkpoints
-from lightning_mics.accelerate.whole import given
+from lightning_mics.checkpoint.savers import given
 from lightning_mics.core._torch import uncompiled
 from lightning_mics.core.buffers import broadcast_buffers
 from lightning_mics.core.runtime import is_sharded

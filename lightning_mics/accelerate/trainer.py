@@ -30,8 +30,8 @@ from lightning_mics.accelerate.resuming import (
     find_checkpoint,
     keep_additions,
 )
-from lightning_mics.accelerate.whole import given
 from lightning_mics.checkpoint import ranks
+from lightning_mics.checkpoint.savers import given
 from lightning_mics.core._torch import is_unread
 from lightning_mics.core.apart import on_all_ranks
 from lightning_mics.core.buffers import broadcast_buffers

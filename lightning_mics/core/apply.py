@@ -19,7 +19,7 @@ from lightning_mics.core.class_names import keep_class_names
 from lightning_mics.core.materialize import has_meta_tensors, materialize
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.units import Unit, is_batch_norm, plan_units, separate_batch_norms
-from lightning_mics.core.whole import compute_in_param_dtype, whole_parameters
+from lightning_mics.core.whole import compute_in_param_dtype, move_whole, whole_parameters
 
 
 def units_of(model: nn.Module, config: MiCSConfig, entries: Sequence[nn.Module] = ()) -> list[Unit]:
@@ -49,7 +49,7 @@ def apply_unit(
         is_root: Whether it is the model. It is needed first in backward, and never freed before.
         whole: Parameters that are not sharded.
     """
-    _make_contiguous(unit)
+    _make_contiguous(unit, whole)
     # Batch norms mix weights with running statistics, which keep their dtype; they take inputs of any.
     keeps_dtype = not is_root and all(is_batch_norm(module) for module in unit)
     casts_inputs = config.cast_forward_inputs is True or (not is_root and bool(config.cast_forward_inputs))
@@ -70,11 +70,11 @@ def apply_unit(
     keep_class_names(unit)
 
 
-def _make_contiguous(unit: Unit) -> None:
+def _make_contiguous(unit: Unit, whole: Collection[nn.Parameter]) -> None:
     """Lays out parameters in rows, as FSDP2 wants them: in another layout (``channels_last``) values are the same."""
     for module in unit:
         for param in module.parameters():
-            if not isinstance(param, DTensor) and not param.is_contiguous():
+            if not isinstance(param, DTensor) and not param.is_contiguous() and param not in whole:
                 param.data = param.data.contiguous()
 
 
@@ -110,8 +110,7 @@ def shard_units(
         if unit in on_meta:
             _materialize_alike(model, modules, config, device, set(filled_later))
         apply_unit(unit, mesh, config, is_root=unit == (model,), whole=whole)
-    for param in whole:
-        param.data = param.data.to(device)
+    move_whole(whole, device)
     compute_in_param_dtype(model, whole, config)
     if config.param_dtype is not None and config.cast_forward_inputs == "units":
         _cast_inputs_of_norms(_modules_outside(model, {module for unit in units for module in unit}))

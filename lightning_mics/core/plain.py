@@ -4,7 +4,8 @@ A sharded model is told of them where it can be seen that they belong together:
 
 - a front end was given the module that holds both;
 - a module that holds both is called, from the first forward pass on;
-- an optimizer holds the parameters of both, from its making on.
+- an optimizer holds the parameters of both, from its making on;
+- an optimizer is made of parameters that were put into a model after it was sharded.
 
 From then on they are like parameters that stay whole inside of the model: equal to rank 0's at first, and averaged at
 the end of each window. A model that nothing ties to a sharded one is left alone.
@@ -31,6 +32,7 @@ from lightning_mics.core.gradients.whole import is_taken
 from lightning_mics.core.mesh import communication_device
 from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.runtime import MiCSRuntime, own_runtime, runtime_of
+from lightning_mics.core.whole import move_whole
 from lightning_mics.errors import MiCSConfigError
 
 # Roots around which no module was called yet, with the modules inside of each.
@@ -70,10 +72,10 @@ def _outside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _move(layers: Iterable[nn.Module], device: torch.device) -> None:
+    layers = list(layers)
+    own = [param for layer in layers for param in layer.parameters(recurse=False)]
+    move_whole([param for param in own if not isinstance(param, DTensor)], device)
     for layer in layers:
-        for param in layer.parameters(recurse=False):
-            if not isinstance(param, DTensor):
-                param.data = param.data.to(device)
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(device))
 
@@ -163,7 +165,7 @@ def _watch_optimizers() -> None:
     @functools.wraps(add)
     def add_and_look(self: Optimizer, param_group: dict[str, Any]) -> None:
         add(self, param_group)
-        adopt_beside_shards(self)
+        adopt_beside_shards(self, alone=True)
 
     Optimizer.add_param_group = add_and_look  # type: ignore[method-assign]
     before_each_step(_adopt_late)
@@ -176,17 +178,21 @@ def _adopt_late(optimizer: Optimizer) -> None:
         found.window.synchronize()
 
 
-def adopt_beside_shards(optimizer: Optimizer) -> MiCSRuntime | None:
+def adopt_beside_shards(optimizer: Optimizer, *, alone: bool = False) -> MiCSRuntime | None:
     """Averages the gradients of plain parameters that an optimizer holds beside sharded ones.
 
     Collective if any are new.
+
+    Args:
+        optimizer: The optimizer.
+        alone: Whether plain parameters count also where it holds no others, if a sharded model has them.
 
     Returns:
         The sharded model to which new ones belong from now on, if there are any.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     plain = [param for param in params if not isinstance(param, DTensor)]
-    if not plain or len(plain) == len(params) or all(map(is_taken, plain)):
+    if not plain or (len(plain) == len(params) and not alone) or all(map(is_taken, plain)):
         return None
     ids = set(map(id, params))
     inside = {root: set(map(id, root.parameters())) for root in _ROOTS}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_mics.config import Wrap
 from lightning_mics.core._torch import BatchNorm, plain_name, uncompiled
@@ -55,10 +56,13 @@ def plan_units(
     Raises:
         MiCSConfigError: If ``wrap`` names a class that the model does not contain, or selects nothing.
     """
-    chosen = dict.fromkeys([*_outside_graphs(model, _choose(model, wrap)), *entries])
+    chosen = dict.fromkeys(_readers(model, [*_outside_graphs(model, _choose(model, wrap)), *entries]))
     sharded = [module for module in chosen if any(param not in whole for param in module.parameters())]
     units = _merge_tied(model, [{module} for module in sharded], whole)
-    return _innermost_first(_split_dtypes(model, units, whole))
+    split = _split_dtypes(model, units, whole)
+    if len(split) > len(units):  # what was split off may share a parameter
+        split = _merge_tied(model, [set(unit) for unit in split], whole)
+    return _innermost_first(split)
 
 
 def separate_batch_norms(model: nn.Module, units: list[Unit]) -> list[Unit]:
@@ -267,10 +271,11 @@ def _merge_tied(model: nn.Module, units: list[set[nn.Module]], whole: Collection
     starts anew after each.
     """
     owners: dict[nn.Parameter, set[nn.Module]] = {}
+    outer = _outermost_readers(model)
     for module in model.modules():
         for param in module.parameters(recurse=False):
             if param not in whole:
-                owners.setdefault(param, set()).add(module)
+                owners.setdefault(param, set()).update(outer.get(module, (module,)))
     while (crossing := _find_crossing(model, units, owners.values())) is not None:
         if model in crossing:
             raise MiCSConfigError(
@@ -293,6 +298,32 @@ def _find_crossing(
         if len({unit_of_root.get(root) for module in modules for root in units_of[module]}) > 1:
             return modules
     return None
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Returns whether a layer is an adapter of PEFT around another one."""
+    return hasattr(type(module), "get_base_layer")
+
+
+def _reads_inside(module: nn.Module) -> bool:
+    """Returns whether a layer reads weights of layers inside of it: an adapter, or a layer with parametrizations."""
+    return is_adapter(module) or parametrize.is_parametrized(module)
+
+
+def _outermost_readers(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Maps modules inside of layers that read their weights to the outermost of these; several where one is shared."""
+    readers = outermost_of([module for module in model.modules() if _reads_inside(module)])
+    result: dict[nn.Module, list[nn.Module]] = {}
+    for reader in readers:
+        for module in reader.modules():
+            result.setdefault(module, []).append(reader)
+    return result
+
+
+def _readers(model: nn.Module, chosen: Sequence[nn.Module]) -> list[nn.Module]:
+    """Puts layers that read weights of layers inside of them in the place of these."""
+    outer = _outermost_readers(model)
+    return [reader for module in chosen for reader in outer.get(module, (module,))]
 
 
 def _innermost_first(units: list[Unit]) -> list[Unit]:
@@ -333,17 +364,30 @@ def _split_dtypes(model: nn.Module, units: list[Unit], whole: Collection[nn.Para
     """Gives trainable parameters of a second dtype units of their own: FSDP2 reduces one dtype a unit."""
     members = {module for unit in units for module in unit}
     units_of = _units_of(model, members)
+    held = _held_dtypes(model, whole)
     result: list[Unit] = []
     for unit in [*units, (model,)]:
         inside = [module for module in model.modules() if not units_of[module].isdisjoint(unit)]
-        result += _minority_units(unit, inside, whole)
+        result += _minority_units(unit, inside, held, whole)
         if unit != (model,):
             result.append(unit)
     return result
 
 
-def _minority_units(unit: Unit, inside: list[nn.Module], whole: Collection[nn.Parameter]) -> list[Unit]:
-    dtypes = {module: _own_dtypes(module, whole) for module in inside}
+def _held_dtypes(model: nn.Module, whole: Collection[nn.Parameter]) -> dict[nn.Module, set[torch.dtype]]:
+    """Returns the dtypes that each module holds; what a layer reads inside of it is its own, if it is of one dtype."""
+    held = {module: _own_dtypes((module,), whole) for module in model.modules()}
+    for reader in {reader for readers in _outermost_readers(model).values() for reader in readers} - {model}:
+        dtypes = _own_dtypes(reader.modules(), whole)
+        if len(dtypes) == 1:
+            held |= {module: set() for module in reader.modules()} | {reader: dtypes}
+    return held
+
+
+def _minority_units(
+    unit: Unit, inside: list[nn.Module], held: dict[nn.Module, set[torch.dtype]], whole: Collection[nn.Parameter]
+) -> list[Unit]:
+    dtypes = {module: held[module] for module in inside}
     present = {dtype for own in dtypes.values() for dtype in own}
     if len(present) < 2:
         return []
@@ -352,7 +396,7 @@ def _minority_units(unit: Unit, inside: list[nn.Module], whole: Collection[nn.Pa
     for dtype in sorted(present - {kept}, key=str):
         owners = [module for module in inside if dtype in dtypes[module]]
         for module in owners:
-            others = {d for inner in module.modules() for d in _own_dtypes(inner, whole)} - {dtype}
+            others = _own_dtypes(module.modules(), whole) - {dtype}
             if others or module in unit or not _has_forward(module):
                 raise MiCSConfigError(
                     f"A {type(module).__name__} holds trainable parameters of several dtypes "
@@ -363,8 +407,8 @@ def _minority_units(unit: Unit, inside: list[nn.Module], whole: Collection[nn.Pa
     return result
 
 
-def _own_dtypes(module: nn.Module, whole: Collection[nn.Parameter]) -> set[torch.dtype]:
-    own = module.parameters(recurse=False)
+def _own_dtypes(modules: Iterable[nn.Module], whole: Collection[nn.Parameter]) -> set[torch.dtype]:
+    own = [param for module in modules for param in module.parameters(recurse=False)]
     return {param.dtype for param in own if param.requires_grad and param not in whole}
 
 
@@ -417,7 +461,9 @@ def _has_forward(module: nn.Module) -> bool:
 def _is_atomic(module: nn.Module) -> bool:
     """PyTorch's own composite modules read their children's weights directly; units inside them would not be seen.
 
-    Those that only stack layers do not.
+    So do adapters. Modules that only stack layers do not.
     """
+    if _reads_inside(module):
+        return True
     is_container = isinstance(module, _CONTAINERS)
     return type(module).__module__.startswith("torch.nn.modules") and not is_container and any(module.children())

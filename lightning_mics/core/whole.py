@@ -1,17 +1,22 @@
-"""Which parameters stay whole on every rank: those that FSDP2 cannot shard, and those that a user wants so."""
+"""Which parameters stay whole on every rank: those that FSDP2 cannot shard, and those that a user wants so.
+
+Two parameters may be one memory, such as a matrix and its transpose (adapters of PEFT on an embedding and on the head
+tied to it). Shards would be copies, which drift apart. Whole ones stay one memory.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_mics.config import MiCSConfig, as_dtype
-from lightning_mics.core._torch import BatchNorm, outside_graphs, parameter_registry, plain_name
+from lightning_mics.core._torch import BatchNorm, is_unread, outside_graphs, parameter_registry, plain_name
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.text import did_you_mean
 
@@ -31,11 +36,12 @@ def whole_parameters(model: nn.Module, config: MiCSConfig) -> dict[str, nn.Param
     """
     params = dict(model.named_parameters())
     chosen = {param for entry in _entries(config.ignore) for param in _selected(model, params, entry)}
+    chosen |= sharing_memory(params.values())
     whole = {name: param for name, param in params.items() if param in chosen or not can_be_sharded(param)}
     if params and len(whole) == len(params):
         raise MiCSConfigError(
             f"ignore={config.ignore!r} leaves no parameter of {type(model).__name__} to shard: a scalar, one without "
-            "elements and a complex one stay whole by themselves. Leave some to shard.",
+            "elements, a complex one and those that share memory stay whole by themselves. Leave some to shard.",
             setting="ignore",
         )
     return whole
@@ -44,6 +50,43 @@ def whole_parameters(model: nn.Module, config: MiCSConfig) -> dict[str, nn.Param
 def can_be_sharded(param: Tensor) -> bool:
     """Returns whether FSDP2 can shard a parameter and reduce its gradients."""
     return param.dim() > 0 and param.numel() > 0 and not param.is_complex()
+
+
+def sharing_memory(params: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Returns the parameters whose memory overlaps that of others."""
+    spans: dict[StorageWeakRef, list[tuple[int, int, nn.Parameter]]] = {}
+    for param in params:
+        if not is_unread(param) and param.numel() and not param.is_meta:
+            begin = int(param.storage_offset()) * param.itemsize
+            last = sum((int(size) - 1) * int(step) for size, step in zip(param.shape, param.stride(), strict=True))
+            storage = StorageWeakRef(param.untyped_storage())
+            spans.setdefault(storage, []).append((begin, begin + (last + 1) * param.itemsize, param))
+    found: set[nn.Parameter] = set()
+    for members in spans.values():
+        furthest, holder = 0, members[0][2]
+        for begin, end, param in sorted(members, key=lambda span: span[:2]):
+            if begin < furthest:
+                found |= {holder, param}
+            if end > furthest:
+                furthest, holder = end, param
+    return found
+
+
+def move_whole(params: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Puts parameters on a device; those that share memory go on sharing it."""
+    moved: dict[StorageWeakRef, Tensor] = {}
+    params = list(params)
+    shared = sharing_memory(params)
+    for param in params:
+        if param.device == device:
+            continue
+        if param not in shared:
+            param.data = param.data.to(device)
+            continue
+        storage, size, stride = param.untyped_storage(), param.size(), param.stride()
+        flat = param.data.as_strided((storage.nbytes() // param.itemsize,), (1,), 0)
+        flat = moved.setdefault(StorageWeakRef(storage), flat.to(device))
+        param.data = flat.as_strided(size, stride, param.storage_offset())
 
 
 def _entries(ignore: Any) -> list[Any]:

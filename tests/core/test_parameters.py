@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor.experimental import implicit_replication
 from works import refused, works
 
 from lightning_mics import MiCSConfig, defer_replication_sync, mics_shard
@@ -418,3 +419,30 @@ def test_writes_that_differ_are_refused(pool: WorkerPool) -> None:
     for said in pool.run(_different_writes, world_size=4):
         DIFFERENT.check(said)
         assert "last.bias" in said
+
+
+def write_rows() -> list[float]:
+    """Writes that DTensor works out of other operations, of which it would keep nothing."""
+    model = mics_shard(nn.Linear(4, 6), MiCSConfig(shard_size=2))
+    weight: Any = model.weight
+    rows, values = torch.tensor([1, 4]), torch.full((2, 4), 7.0)
+    found = []
+    with implicit_replication():
+        for write in (
+            lambda tensor: tensor.index_copy_(0, rows, values),
+            lambda tensor: tensor.index_add_(0, rows, values),
+            lambda tensor: tensor.scatter_add_(0, rows[:, None].expand(2, 4), values),
+            lambda tensor: tensor.cumsum_(0),
+            lambda tensor: tensor.tril_(),
+        ):
+            expected = write(weight.full_tensor().detach().clone())
+            version = weight._version
+            write(weight.data)
+            assert weight._version > version
+            found.append((weight.full_tensor() - expected).abs().max().item())
+    return found
+
+
+@works("Training loops", "`index_copy_`, `index_add_`, `scatter_add_`, `tril_` and the like on shards")
+def test_writes_made_of_other_operations_count(pool: WorkerPool) -> None:
+    assert pool.run(write_rows, world_size=2) == [[0.0] * 5] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -185,3 +186,28 @@ def step_in_a_window() -> None:
 def test_no_step_of_plain_layers_in_the_middle_of_a_window(pool: WorkerPool) -> None:
     for failure in pool.attempt(step_in_a_window, world_size=4):
         assert failure.kind == "UnsyncedGradientsError"
+
+
+def late_head() -> float:
+    """A head that takes the place of another after sharding, trained by an optimizer of its own."""
+    torch.manual_seed(0)
+    model, head = Parts(), nn.Linear(8, 2)
+    model.body.requires_grad_(False)
+    sharded = mics_shard(copy.deepcopy(model), MiCSConfig(shard_size=2, wrap=nn.Sequential))
+    data = Rows(2)
+    model.after = head
+    sharded.after = copy.deepcopy(head)
+    if dist.get_rank():
+        nn.init.zeros_(sharded.after.weight)  # rank 0's counts
+    optimizers = sgd(model.after.parameters()), sgd(sharded.after.parameters())
+    for step in range(2):
+        for who, optimizer, rank in zip((model, sharded), optimizers, (None, dist.get_rank()), strict=True):
+            who(rows=data.of_rank(step, rank))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return max(weight_differences(full_state_dict(sharded), model.state_dict()).values())
+
+
+@works("Model kinds", "A layer put into a sharded model, with an optimizer of its own")
+def test_a_layer_that_comes_later_is_averaged(pool: WorkerPool) -> None:
+    assert max(pool.run(late_head, world_size=4)) <= BOUND

@@ -323,3 +323,29 @@ def test_ignore_is_checked() -> None:
     with pytest.raises(MiCSConfigError, match="leaves no parameter of Scaled to shard"):
         whole_parameters(Scaled(), MiCSConfig(ignore="*"))
     assert "ignore" in {field.name for field in dataclasses.fields(MiCSConfig)}
+
+
+class OneMemory(nn.Module):
+    """A matrix and its transpose are two parameters of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.other = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.down.weight = nn.Parameter(self.up.weight.detach().t())
+
+    def forward(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.down(torch.tanh(self.up(self.other(rows)))) - 1).square().mean()}
+
+
+def one_memory(way: str) -> float:
+    return differences(OneMemory, way, {"shard_size": 2, "wrap": nn.Linear}, accumulate=2)
+
+
+@works("Model kinds", "Parameters that share memory (a matrix and its transpose)")
+@pytest.mark.parametrize("way", list(WAYS))
+def test_parameters_of_one_memory_stay_one(pool: WorkerPool, way: str) -> None:
+    assert max(pool.run(one_memory, way, world_size=4, timeout=120)) <= BOUND
+    whole = whole_parameters(OneMemory(), MiCSConfig())
+    assert whole.keys() == {"up.weight", "down.weight"}
+    parts = nn.ParameterList(nn.Parameter(part) for part in torch.ones(4, 3).split(2))  # not the same memory
+    assert not whole_parameters(nn.Sequential(parts), MiCSConfig())

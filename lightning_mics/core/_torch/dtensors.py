@@ -21,9 +21,11 @@ from lightning_mics.core._torch.notes import notes_by_shard
 from lightning_mics.errors import MiCSError
 
 try:
+    from torch._decomp import decomposition_table
     from torch._ops import OpOverload
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._dispatch import OpDispatcher
+    from torch.utils._pytree import tree_map_only
 except ImportError as error:
     raise gone(error) from error
 
@@ -71,8 +73,12 @@ def follow_data(shard: Tensor, follower: Callable[[], None]) -> None:
 def _install() -> None:
     handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     handlers[_scalar] = _scalar_of_whole
-    for op in _in_place_operations():
+    known = _in_place_operations()
+    for op in known:
         handlers.setdefault(op, _write)
+    for op in decomposition_table:  # what DTensor works out of other operations, it writes into copies
+        if isinstance(op, OpOverload) and op not in known and _writes(op):
+            handlers.setdefault(op, _write_by_the_whole)
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
     whole = DTensor.full_tensor  # as it is now: others wrap it too, before or after
 
@@ -98,14 +104,35 @@ def _scalar_of_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _in_place_operations() -> set[Any]:
     """Returns those that DTensor knows, which are what tables of its propagator of shardings have as keys."""
     tables = [table for table in vars(DTensor._op_dispatcher.sharding_propagator).values() if isinstance(table, dict)]
-    names = {
-        op: op.name().split("::")[-1].split(".")[0] for table in tables for op in table if isinstance(op, OpOverload)
-    }
-    return {
-        op
-        for op, name in names.items()
-        if name.endswith("_") and name not in _OF_OPTIMIZERS and (name.startswith("_foreach_") or name[0] != "_")
-    }
+    return {op for table in tables for op in table if isinstance(op, OpOverload) and _writes(op)}
+
+
+def _writes(op: OpOverload) -> bool:
+    name = op.name().split("::")[-1].split(".")[0]
+    return name.endswith("_") and name not in _OF_OPTIMIZERS and (name.startswith("_foreach_") or name[0] != "_")
+
+
+@torch.no_grad()
+def _write_by_the_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Writes to the whole of a shard, of which this rank keeps its part. Collective over the mesh."""
+    written = args[0]
+    if not isinstance(written, DTensor) or written.device_mesh not in _MESHES:
+        return _as_is(op, args, kwargs)
+    _refuse_copy(written)
+    whole = tree_map_only(DTensor, lambda shard: shard.full_tensor(), (args, kwargs))
+    written._local_tensor.copy_(_sharded_alike(written, op(*whole[0], **whole[1]))._local_tensor)
+    increment_version(written)
+    return written
+
+
+def _as_is(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an operation as if nobody looked at it."""
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
+    handler = handlers.pop(op, None)  # or it would come back here
+    try:
+        return op(*args, **kwargs)
+    finally:
+        handlers[op] = handler
 
 
 def _write(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,14 +140,9 @@ def _write(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     written = [args[0]] if isinstance(args[0], Tensor) else args[0]
     for tensor in written:
         _refuse_copy(tensor)
-    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
-    handlers.pop(op, None)  # or it would come back here
-    try:
-        result = None
-        for some in _by_kind(args) if written is args[0] else [args]:
-            result = op(*some, **kwargs)
-    finally:
-        handlers[op] = _write
+    result = None
+    for some in _by_kind(args) if written is args[0] else [args]:
+        result = _as_is(op, some, kwargs)
     if written is args[0]:
         increment_version([tensor for tensor in written if isinstance(tensor, DTensor) and not tensor.is_inference()])
     return result

@@ -1,8 +1,9 @@
-"""Whole weights for what saves a prepared model its own way: by ``state_dict()``, from a module inside, by pickling.
+"""Whole weights for what saves a sharded model its own way: by ``state_dict()``, from a module inside, by pickling.
 
-``state_dict()`` has shards, into which one may write. It has whole weights while a method of the model runs whose name
-says that it saves, and for libraries that save a module they are given. Shards that are pickled become whole, and whole
-weights that are loaded become shards.
+``save_pretrained`` gets them in every way in. The rest is for models that Accelerate has prepared, whose scripts do not
+know MiCS: ``state_dict()`` has shards, into which one may write. It has whole weights while a method of the model runs
+whose name says that it saves, and for libraries that save a module they are given. Shards that are pickled become
+whole, and whole weights that are loaded become shards.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_mics import checkpoint as checkpoints
+from lightning_mics.checkpoint import state as checkpoints
 from lightning_mics.core._torch import plain_name
 from lightning_mics.core.class_names import class_of
 from lightning_mics.errors import MiCSError
@@ -36,28 +38,46 @@ _meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
 
 
 class WholeWeights:
-    """Who gets whole weights of a prepared model now.
+    """Who gets whole weights of a sharded model now.
 
     Args:
-        model: The model, sharded.
+        model: The model.
         is_main: Whether this process writes.
+        only_pretrained: Whether nothing but ``save_pretrained`` and ``push_to_hub`` is looked after.
     """
 
-    def __init__(self, model: nn.Module, is_main: bool) -> None:
+    def __init__(self, model: nn.Module, is_main: bool, *, only_pretrained: bool = False) -> None:
         self._is_main = is_main
         self._saving = 0  # how many methods that save are running, one inside the other
         self._given: Mapping[Any, Tensor] | None = None
         self._entries: Callable[[], Any] = lambda: None  # the state that is being made, and first names in it
         self._names: dict[int, str] = {}
+        self._removals: list[Callable[[], Any]] = []
         methods = {cls: _saving_methods(cls) for cls in set(map(type, model.modules()))}
         for module in model.modules():
+            earlier = module.__dict__.get(_ATTRIBUTE)
+            if earlier is not None and earlier._removals:
+                earlier._remove()
             module.__dict__[_ATTRIBUTE] = self
-            module.register_state_dict_post_hook(functools.partial(self._after_state_dict))
-            module.register_load_state_dict_pre_hook(_shard_whole_entries)
-            for name in methods[type(module)]:
+            handles = [module.register_state_dict_post_hook(functools.partial(self._after_state_dict))]
+            names: Iterable[str] = methods[type(module)]
+            if only_pretrained:
+                names = [name for name in names if name in _BY_THE_MAIN_PROCESS]
+                self._removals += [handle.remove for handle in handles if handle is not None]
+                self._removals += [functools.partial(module.__dict__.pop, name, None) for name in names]
+            else:
+                module.register_load_state_dict_pre_hook(_shard_whole_entries)
+            for name in names:
                 module.__dict__[name] = self._wrapped(module, name)
+        if only_pretrained:
+            return
         _meshes.update(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
         copyreg.pickle(DTensor, _pickle)
+
+    def _remove(self) -> None:
+        """Makes room for one that looks after everything."""
+        while self._removals:
+            self._removals.pop()()
 
     @contextmanager
     def given(self, model: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
@@ -75,19 +95,17 @@ class WholeWeights:
             self._given = before
 
     def _wrapped(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        method = getattr(module, name)
+        method = getattr(module, name)  # no closure: a copy of a model saves its own weights
+        return functools.wraps(method)(functools.partial(self._save_whole, module, name, method))
 
-        @functools.wraps(method)
-        def save_whole(*args: Any, **kwargs: Any) -> Any:
-            if name in _BY_THE_MAIN_PROCESS:
-                return self._once(module, method, *args, **kwargs)
-            self._saving += 1
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._saving -= 1
-
-        return save_whole
+    def _save_whole(self, module: nn.Module, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name in _BY_THE_MAIN_PROCESS:
+            return self._once(module, method, *args, **kwargs)
+        self._saving += 1
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._saving -= 1
 
     def _once(self, module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a method on the main process, with whole weights; collective, unless these are given."""
@@ -157,6 +175,14 @@ def given(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[None]:
         return
     with whole.given(model, weights):
         yield
+
+
+def save_pretrained_whole(model: nn.Module) -> None:
+    """Gives ``save_pretrained`` and ``push_to_hub`` of a sharded model, and of models inside of it, whole weights.
+
+    They are collective over the world then, and rank 0 writes.
+    """
+    WholeWeights(model, dist.get_rank() == 0, only_pretrained=True)
 
 
 def _saving_methods(cls: type) -> tuple[str, ...]:
