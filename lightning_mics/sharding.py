@@ -95,7 +95,8 @@ def mics_shard(
     bound = [entry for entry in optimizers if isinstance(entry, Optimizer)] if rebind else []
     check_backends(config, device_type)
     check_model(model)
-    split_quantized(model)
+    sharded = ShardedParams()
+    sharded.forget(split_quantized(model, is_planned=config.shard_size == "auto"))
     asked, whole = config, whole_parameters(model, config)
     config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
     units = _check_alone(model, config, topology, entries, bound)
@@ -107,7 +108,6 @@ def mics_shard(
     _check_together(model, config, units, blocks, layout or topology, device)
     agree_on_unread(model, device)
     choice, check = None, None
-    sharded = ShardedParams()
     with waiting(model) as unread:
         if layout is None:
             choice, check = _decide(model, config, topology, device_type, optimizers, sample)

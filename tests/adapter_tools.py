@@ -123,6 +123,9 @@ class Int8(Tensor):
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Int8:
         return cls(parts["values"], parts["scales"], dtype)
 
+    def __deepcopy__(self, memo: Any) -> Int8:
+        return Int8(self.values.clone(), self.scales.clone(), self.dtype)
+
     def dequantize(self) -> Tensor:
         return (self.values * self.scales).to(self.dtype)
 

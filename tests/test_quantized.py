@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from adapter_tools import logits, quantized, train
+from adapter_tools import logits, loss_of, quantized, train
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from way_tools import WAYS, alone, sgd
 from works import refused, works
 
 from lightning_mics import MiCSConfig, MiCSError, mics_shard
@@ -97,6 +98,29 @@ def test_a_quantized_base_is_sharded(pool: WorkerPool, tmp_path: Path, kind: str
     torch.testing.assert_close(logits(read), torch.load(tmp_path / "logits.pt"), atol=1e-5, rtol=1e-5)
 
 
+class Net(nn.Module):
+    """A quantized base with adapters, of the rows that every way in is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = adapted("own int8")
+
+    def forward(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_of(self.model, (rows * 7).long().abs() % 23)}
+
+
+def by_way(way: str) -> float:
+    """The optimizer holds the frozen weights too, and is made before they are taken apart in most ways."""
+    expected = adapters(alone(Net(), sgd, 2))
+    trained = WAYS[way](Net(), sgd, 2, {"shard_size": 2})
+    return max(weight_differences(adapters(full_state_dict(trained)), expected).values())
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_every_way_in(pool: WorkerPool, way: str) -> None:
+    assert max(pool.run(by_way, way, world_size=4, timeout=120)) <= BOUND
+
+
 def of_other_dtypes() -> float:
     """Mixed precision casts neither values nor scales."""
     config = MiCSConfig(shard_size=2, param_dtype="bfloat16")
@@ -117,6 +141,7 @@ def test_mixed_precision_leaves_scales_alone(pool: WorkerPool) -> None:
 
 
 MERGED = refused("Training loops", "PEFT: merging into sharded 4- or 8-bit weights", says="merge them in one process")
+PLANNED = refused("Model kinds", "4- or 8-bit weights with `shard_size='auto'`", says="does not plan weights of 4 or 8")
 TRAINED = refused("Model kinds", "4- or 8-bit weights that are trained", says="of 4 or 8 bits, is to be trained")
 
 
@@ -126,6 +151,9 @@ def refuse() -> list[str]:
     model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
     with pytest.raises(MiCSConfigError) as error:
         mics_shard(model, MiCSConfig(shard_size=2))
+    says.append(str(error.value))
+    with pytest.raises(MiCSConfigError) as error:
+        mics_shard(adapted("own int8"), MiCSConfig(shard_size="auto"))
     says.append(str(error.value))
     model = mics_shard(adapted("own int8"), MiCSConfig(shard_size=2))
     for name in ("merge_adapter", "merge_and_unload"):
@@ -138,9 +166,11 @@ def refuse() -> list[str]:
 
 
 @MERGED
+@PLANNED
 @TRAINED
 def test_what_writes_to_quantized_weights_is_refused(pool: WorkerPool) -> None:
-    for trains, *merges in pool.run(refuse, world_size=2):
+    for trains, plans, *merges in pool.run(refuse, world_size=2):
         TRAINED.check(trains)
+        PLANNED.check(plans)
         for merge in merges:
             MERGED.check(merge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,21 @@ class ShardedParams:
 
     def __init__(self) -> None:
         # Parameters that nobody holds any more are forgotten, and their memory with them.
-        self._shards: MutableMapping[Tensor, nn.Parameter] = WeakIdKeyDictionary()
+        self._shards: MutableMapping[Tensor, nn.Parameter | None] = WeakIdKeyDictionary()
 
     @contextmanager
     def remember(self, model: nn.Module) -> Iterator[None]:
         """Notes what becomes of the parameters of ``model``, which is sharded inside this context."""
         before = dict(model.named_parameters())
         yield
-        for name, shard in model.named_parameters():
-            self._shards[before[name]] = shard
+        after = dict(model.named_parameters())
+        for name, param in before.items():
+            self._shards[param] = after.get(name)  # frozen weights of 4 or 8 bits are their parts now
+
+    def forget(self, params: Iterable[nn.Parameter]) -> None:
+        """Notes parameters of which none are left."""
+        for param in params:
+            self._shards[param] = None
 
     def rebind(self, optimizer: Optimizer) -> None:
         """Points an optimizer to the shards of its parameters.
@@ -42,10 +48,14 @@ class ShardedParams:
             for param in group["params"]:
                 if param in self._shards and param in optimizer.state:
                     states = optimizer.state.pop(param)
+                    shard = self._shards[param]
+                    if shard is None:
+                        continue
                     if not _is_initial(param, states):
                         _refuse_used(optimizer)
-                    optimizer.state[self._shards[param]] = _shard_states(optimizer, param, self._shards[param], states)
-            group["params"] = [self._shards.get(param, param) for param in group["params"]]
+                    optimizer.state[shard] = _shard_states(optimizer, param, shard, states)
+            shards = [self._shards.get(param, param) for param in group["params"]]
+            group["params"] = [shard for shard in shards if shard is not None]
 
 
 def widen_initial_states(optimizer: Optimizer) -> None:

@@ -24,14 +24,19 @@ _SMALL = 1024  # bytes: tables of values and the like, which every rank keeps
 _Make = Callable[[Sequence[Tensor]], Tensor]
 
 
-def split_quantized(model: nn.Module) -> None:
+def split_quantized(model: nn.Module, *, is_planned: bool = False) -> list[nn.Parameter]:
     """Replaces quantized weights by their parts. Between passes these are shards, of which no weight can be made.
 
     Args:
         model: The model, not sharded yet.
+        is_planned: Whether the planner is to choose a size for it.
+
+    Returns:
+        The weights, which are no longer the model's.
 
     Raises:
-        MiCSConfigError: If such a weight is to be trained, is tied to another, or lacks what rebuilds it.
+        MiCSConfigError: If such a weight is to be trained, is tied to another, or lacks what rebuilds it; if there are
+            any, and the planner is asked, which does not know them.
     """
     found = [
         (module, name, param)
@@ -39,6 +44,12 @@ def split_quantized(model: nn.Module) -> None:
         for name, param in module.named_parameters(recurse=False)
         if _is_quantized(param)
     ]
+    if found and is_planned:
+        raise MiCSConfigError(
+            f"shard_size='auto' does not plan weights of 4 or 8 bits, and {type(model).__name__} has {len(found)}. "
+            "Give a number, such as shard_size=2.",
+            setting="shard_size",
+        )
     names = {id(param): name for name, param in model.named_parameters()}
     written = {inner for layer in model.modules() if _has_dora(layer) for inner in layer.modules()}
     for module, _, param in found:
@@ -50,6 +61,7 @@ def split_quantized(model: nn.Module) -> None:
             module.register_state_dict_pre_hook(_forget)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # it would repack the weight in place
+    return [param for *_, param in found]
 
 
 def _forget(module: Any, *_: Any) -> None:
