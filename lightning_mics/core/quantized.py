@@ -176,9 +176,7 @@ _OF_STATE = ("absmax", "code", "offset")
 def _four_bits(weight: Any) -> tuple[list[Tensor], _Make]:
     """Of ``bitsandbytes.nn.Params4bit``."""
     kind, states = type(weight), [weight.quant_state, weight.quant_state.state2]
-    options = {
-        name: getattr(weight, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-    }
+    options = {name: getattr(weight, name) for name in _OF_WEIGHT}
     held = [
         (index, name)
         for index, state in enumerate(states)
