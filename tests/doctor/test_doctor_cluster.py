@@ -24,7 +24,7 @@ rank = os.environ["RANK"]
 if rank == "0" and planted:
     from lightning_mics.doctor import rates
     multiply = rates.multiply
-    rates.multiply = lambda *matrices: [multiply(*matrices) for _ in range(3)]
+    rates.multiply = lambda *matrices: [multiply(*matrices) for _ in range(6)]
 if rank == "1" and planted:
     sys.path.insert(0, packages)
 from lightning_mics.cli import main
