@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mics.config import MiCSConfig, chooses_modules
+from lightning_mics.core._torch import is_unread
 from lightning_mics.core.adapters import prepare_adapters
 from lightning_mics.core.apart import meet
 from lightning_mics.core.apply import shard_units, units_of
@@ -105,8 +106,10 @@ def mics_shard(
     topology = topology or detect_topology()
     layout = check_layout(config, topology)
     device = communication_device(device_type)
-    _check_together(model, config, units, blocks, layout or topology, device)
-    agree_on_unread(model, device)
+    unread_here = [is_unread(param) for param in model.parameters()]
+    alike = _check_together(model, config, units, blocks, layout or topology, device, unread_here)
+    if any(unread_here) or not alike:
+        agree_on_unread(model, device)
     choice, check = None, None
     with waiting(model) as unread:
         if layout is None:
@@ -167,8 +170,12 @@ def _check_together(
     blocks: Sequence[nn.Module],
     groups: object,
     device: torch.device,
-) -> None:
-    """Checks that all ranks shard the same model in the same way. Collective over the world."""
+    unread: Sequence[bool],
+) -> bool:
+    """Checks that all ranks shard the same model in the same way; returns whether the same of it is unread on all.
+
+    Collective over the world.
+    """
     # A function's repr holds its address; what it selects is compared instead. Ranks may differ in memory.
     chooses = chooses_modules(config.activation_checkpointing)
     alike = config.replace(activation_checkpointing=True) if chooses else config
@@ -184,7 +191,7 @@ def _check_together(
             f"{name} {tuple(buffer.shape)} {buffer.dtype}" for name, buffer in model.named_buffers()
         ],
     }
-    require_agreement(values, device)
+    return require_agreement(values, device, beside=unread)
 
 
 def _decide(

@@ -29,7 +29,7 @@ def differing(values: Tensor, group: dist.ProcessGroup | None = None) -> list[bo
     return (lowest[0] != ~lowest[1]).tolist()
 
 
-def require_agreement(values: Mapping[str, object], device: torch.device) -> None:
+def require_agreement(values: Mapping[str, object], device: torch.device, beside: object = None) -> bool:
     """Checks that all ranks hold the same values, so that a difference is an error on every rank and not a hang.
 
     Collective over the world. Values travel only where their digests differ.
@@ -37,16 +37,21 @@ def require_agreement(values: Mapping[str, object], device: torch.device) -> Non
     Args:
         values: By what is compared, for the message: picklable values that print as what they are.
         device: Where this rank communicates.
+        beside: What may differ, compared in the same message.
+
+    Returns:
+        Whether all ranks have the same ``beside``.
 
     Raises:
         MiCSConfigError: On every rank, if two ranks differ.
     """
-    digests = [hashlib.blake2b(repr(value).encode(), digest_size=8).digest() for value in values.values()]
+    digests = [hashlib.blake2b(repr(value).encode(), digest_size=8).digest() for value in (*values.values(), beside)]
     numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
-    different = differing(torch.tensor(numbers, dtype=torch.int64, device=device))
+    *different, differs_beside = differing(torch.tensor(numbers, dtype=torch.int64, device=device))
     for (what, value), differs in zip(values.items(), different, strict=True):
         if differs:
             _raise_difference(what, value)
+    return not differs_beside
 
 
 def _raise_difference(what: str, value: object) -> None:

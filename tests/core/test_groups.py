@@ -90,8 +90,7 @@ def test_set_up_communicates_as_often_however_large_the_model_is(large_world: Cl
         model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(9)))
         config = MiCSConfig(shard_size=8, wrap="Sequential", verify=False)
         mics_shard(model, config, topology=large_world, device_type="cpu")
-    # Digests of what ranks were given, which weights are unread on all of them, and fingerprints of all values.
-    assert reduce.call_count == 3
+    assert reduce.call_count == 2  # digests of what ranks were given, and fingerprints of all values
 
 
 class _RefuseHostReads(TorchDispatchMode):
