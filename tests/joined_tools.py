@@ -13,6 +13,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 LENGTHS = (10, 7, 7, 3)
+# How to end, ranks of a partition, and the lengths of four ranks' streams.
+ENDS = [
+    *((how, shard_size, LENGTHS) for how in ("shortest", "longest") for shard_size in (2, 4)),
+    ("longest", 2, (0, 4, 2, 0)),  # a rank without any data takes part
+]
 MODEL = "uneven"
 
 

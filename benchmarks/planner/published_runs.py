@@ -83,6 +83,11 @@ def _mosaic(instance: str, rows: list[tuple[str, int, int, int, bool, int]]) -> 
     ]
 
 
+def _gpt3(source: str, sequence: int, instance: str, gpus: int, batch: int, reported: float, **more: Any) -> Run:
+    settings = {"recompute": True, "unit": _TFLOPS, "attention": "eager", **more}
+    return Run(source, "gpt3-175b", sequence, instance, gpus, batch, reported, **settings)
+
+
 _TITAN, _IBM, _TFLOPS = "torchtitan", "IBM", "TFLOP/s"
 RUNS = [
     Run(_TITAN, "llama-3-8b", 8192, "8xH100-96GB-roce-3200g", 8, 2, 5762, recompute="selective", memory=82.4),
@@ -138,55 +143,10 @@ RUNS = [
             ("7b", 8, 6, 1, False, 10643),
         ],
     ),
-    Run(
-        "Zhao 2023",
-        "gpt3-175b",
-        2048,
-        "8xA100-roce-2000g",
-        512,
-        1,
-        173,
-        recompute=True,
-        unit=_TFLOPS,
-        attention="eager",
-    ),
-    Run(
-        "Zhao 2023",
-        "gpt3-175b",
-        2048,
-        "8xA100-roce-2000g",
-        512,
-        2,
-        186,
-        recompute=True,
-        unit=_TFLOPS,
-        attention="eager",
-    ),
-    Run(
-        "PyTorch on AWS",
-        "gpt3-175b",
-        512,
-        "p4d.24xlarge",
-        128,
-        20,
-        159,
-        recompute=True,
-        unit=_TFLOPS,
-        attention="eager",
-    ),
-    Run(
-        "Narayanan 2021",
-        "gpt3-175b",
-        2048,
-        "dgx-a100",
-        384,
-        4,
-        144,
-        recompute=True,
-        unit=_TFLOPS,
-        attention="eager",
-        engine=ZERO3_OF_2021,
-    ),
+    _gpt3("Zhao 2023", 2048, "8xA100-roce-2000g", 512, 1, 173),
+    _gpt3("Zhao 2023", 2048, "8xA100-roce-2000g", 512, 2, 186),
+    _gpt3("PyTorch on AWS", 512, "p4d.24xlarge", 128, 20, 159),
+    _gpt3("Narayanan 2021", 2048, "dgx-a100", 384, 4, 144, engine=ZERO3_OF_2021),
 ]
 
 

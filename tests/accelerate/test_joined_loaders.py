@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DataLoaderConfiguration
 from accelerate_tools import make_accelerator
-from joined_tools import LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, stateful, train_alone
+from joined_tools import ENDS, LENGTHS, MODEL, Stream, make_optimizer, mean_of_present, num_steps, stateful, train_alone
 from models import build, loss_of, microbatch
 from torch.utils.data import DataLoader
 from works import works
@@ -68,14 +68,9 @@ def check_parity(how: str, shard_size: int, *lengths: int) -> None:
 
 
 @works("Training loops", "Accelerate: streams of other lengths on each rank (`uneven_inputs`, `JoinedLoader`)")
-@pytest.mark.parametrize("shard_size", [2, 4])
-@pytest.mark.parametrize("how", ["shortest", "longest"])
-def test_training_equals_one_process(pool: WorkerPool, how: str, shard_size: int) -> None:
-    pool.run(check_parity, how, shard_size, *LENGTHS, world_size=4)
-
-
-def test_a_rank_without_any_data_takes_part(pool: WorkerPool) -> None:
-    pool.run(check_parity, "longest", 2, 0, 4, 2, 0, world_size=4)
+@pytest.mark.parametrize(("how", "shard_size", "lengths"), ENDS)
+def test_training_equals_one_process(pool: WorkerPool, how: str, shard_size: int, lengths: tuple[int, ...]) -> None:
+    pool.run(check_parity, how, shard_size, *lengths, world_size=4)
 
 
 def train_shared_rows(how: str) -> None:

@@ -73,6 +73,9 @@ class Browser:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        lock = self._folder / "SingletonSocket"  # leads to a folder elsewhere, which only a browser that ends deletes
+        if lock.is_symlink():
+            shutil.rmtree(lock.readlink().parent, ignore_errors=True)
         os.close(self._in)
         os.close(self._out)
 

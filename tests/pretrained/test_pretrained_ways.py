@@ -72,16 +72,20 @@ def by_init_module(make: Make, folder: str) -> nn.Module:
     return by_trainer(make, folder, early=True)
 
 
+def take_steps(model: nn.Module, optimizer: Any, backward: Callable[[Tensor], object]) -> None:
+    for _ in range(STEPS):
+        backward(loss_of(model))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def by_fabric(make: Make, folder: str) -> nn.Module:
     fabric = Fabric(strategy=FabricStrategy(shard_size=2), **where())
     fabric.launch()
     with fabric.init_module():
         model = make()
     wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for _ in range(STEPS):
-        fabric.backward(loss_of(wrapped))
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(wrapped, optimizer, fabric.backward)
     return model
 
 
@@ -89,10 +93,7 @@ def by_accelerate(make: Make, folder: str, adapt: Callable[[Any], Any] = lambda 
     accelerator = make_accelerator(settings={"shard_size": 2})
     model = adapt(make()).to(accelerator.device)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for _ in range(STEPS):
-        accelerator.backward(loss_of(model))
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, accelerator.backward)
     return model
 
 
@@ -121,10 +122,7 @@ def by_hand(make: Make, folder: str) -> nn.Module:
         model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     mics_shard(model, MiCSConfig(shard_size=2, optimizer_shard_size="world"), device_type="cpu", optimizer=optimizer)
-    for _ in range(STEPS):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, Tensor.backward)
     return model
 
 
