@@ -154,8 +154,13 @@ def acted(act: str) -> list[float]:
     return found
 
 
+MERGES_TOKENS = ("merge_adapter and unmerge_adapter: trainable tokens", "Training what merge_and_unload returns: tied")
+
+
 @pytest.mark.parametrize("act", [pytest.param(act, marks=works("Training loops", f"PEFT: {act}")) for act in ACTS])
 def test_adapters_come_and_go(pool: WorkerPool, act: str) -> None:
+    if act.startswith(MERGES_TOKENS) and torch.__version__ < "2.13":
+        pytest.skip("shards have no index_copy in this torch")
     for found in pool.run(acted, act, world_size=4, timeout=120):
         assert max(found) <= BOUND, found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from works import refused, works
 
 from lightning_mics import MiCSConfig, MiCSError, mics_shard
 from lightning_mics.checkpoint import load_checkpoint, save_checkpoint
+from lightning_mics.core import quantized as core_quantized
+from lightning_mics.core._torch import shards_integers
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.testing import WorkerPool, full_state_dict, weight_differences
 
 BOUND = 1e-6
+shards_them = pytest.mark.skipif(not shards_integers(), reason="FSDP2 of this torch shards no integers")
 KINDS = (
     "own int8",
     "torchao int8",
@@ -83,6 +87,7 @@ def trained(kind: str, folder: str) -> dict[str, Any]:
     return found
 
 
+@shards_them
 @works("Model kinds", "A frozen base of 4 or 8 bits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_base_is_sharded(pool: WorkerPool, tmp_path: Path, kind: str) -> None:
@@ -116,6 +121,7 @@ def by_way(way: str) -> float:
     return max(weight_differences(adapters(full_state_dict(trained)), expected).values())
 
 
+@shards_them
 @pytest.mark.parametrize("way", list(WAYS))
 def test_every_way_in(pool: WorkerPool, way: str) -> None:
     assert max(pool.run(by_way, way, world_size=4, timeout=120)) <= BOUND
@@ -136,6 +142,7 @@ def of_other_dtypes() -> float:
     return (gathered[0] - expected).abs().max().item()
 
 
+@shards_them
 def test_mixed_precision_leaves_scales_alone(pool: WorkerPool) -> None:
     assert pool.run(of_other_dtypes, world_size=2) == [0.0, 0.0]
 
@@ -165,6 +172,7 @@ def refuse() -> list[str]:
     return says
 
 
+@shards_them
 @MERGED
 @PLANNED
 @TRAINED
@@ -174,3 +182,14 @@ def test_what_writes_to_quantized_weights_is_refused(pool: WorkerPool) -> None:
         PLANNED.check(plans)
         for merge in merges:
             MERGED.check(merge)
+
+
+def refuse_of_old() -> str:
+    with mock.patch.object(core_quantized, "shards_integers", lambda: False), pytest.raises(MiCSConfigError) as error:
+        mics_shard(adapted("own int8"), MiCSConfig(shard_size=2))
+    return str(error.value)
+
+
+def test_a_torch_that_shards_no_integers_is_told(pool: WorkerPool) -> None:
+    for says in pool.run(refuse_of_old, world_size=2):
+        assert "shards no integers. Use PyTorch 2.13 or newer" in says

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from lightning_mics.core._torch import shards_integers
 from lightning_mics.errors import MiCSConfigError
 
 _BITS = {1: torch.int8, 2: torch.uint8, 4: torch.int32, 8: torch.int64}  # gloo sends no integers of 16 bits
@@ -36,7 +37,7 @@ def split_quantized(model: nn.Module, *, is_planned: bool = False) -> list[nn.Pa
 
     Raises:
         MiCSConfigError: If such a weight is to be trained, is tied to another, or lacks what rebuilds it; if there are
-            any, and the planner is asked, which does not know them.
+            any, and PyTorch shards none, or the planner is asked, which does not know them.
     """
     found = [
         (module, name, param)
@@ -44,6 +45,11 @@ def split_quantized(model: nn.Module, *, is_planned: bool = False) -> list[nn.Pa
         for name, param in module.named_parameters(recurse=False)
         if _is_quantized(param)
     ]
+    if found and not shards_integers():
+        raise MiCSConfigError(
+            f"{type(model).__name__} has {len(found)} weights of 4 or 8 bits, and FSDP2 of PyTorch {torch.__version__} "
+            "shards no integers. Use PyTorch 2.13 or newer, or load the model in bfloat16."
+        )
     if found and is_planned:
         raise MiCSConfigError(
             f"shard_size='auto' does not plan weights of 4 or 8 bits, and {type(model).__name__} has {len(found)}. "

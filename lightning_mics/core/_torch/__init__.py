@@ -91,6 +91,7 @@ from lightning_mics.core._torch.units import (
     name_params,
     pre_backward_hook,
     reduce_unused_params,
+    shards_integers,
     unit_param_groups,
 )
 from lightning_mics.core._torch.unread import Unread, become, is_unread, realize, source_of
@@ -175,6 +176,7 @@ __all__ = [
     "run_backward_passes_by",
     "sequence_number",
     "shard_like",
+    "shards_integers",
     "source_of",
     "tree_flatten_with_path",
     "tree_leaves",

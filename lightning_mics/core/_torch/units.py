@@ -126,6 +126,11 @@ class UnitParam:
         self.sharded.grad = self._fsdp_param.to_sharded_dtensor(local)
 
 
+def shards_integers() -> bool:
+    """Returns whether FSDP2 takes parameters of integers; 2.11 asks their shards for gradients, 2.13 does not."""
+    return torch.__version__ >= "2.13"
+
+
 def gradient_dtype(param: Tensor) -> torch.dtype:
     """Returns the dtype of a parameter's gradient, which may be wider than the parameter's."""
     return param.grad_dtype or param.dtype
