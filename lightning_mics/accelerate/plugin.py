@@ -157,8 +157,13 @@ def take_over_launch() -> None:
     if launched_world_size() > 1:
         if not torch.accelerator.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "true").lower() != "false":
-            read_on_demand()
+        read_on_demand(when=_shares_loading)
+
+
+def _shares_loading() -> bool:
+    """Returns whether this process is one of several and shall read only its part of pretrained weights."""
+    wanted = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "true").lower() != "false"
+    return wanted and launched_world_size() > 1
 
 
 def _launch_file() -> Path | None:

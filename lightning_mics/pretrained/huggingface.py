@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,7 +27,7 @@ _MODELS = "transformers.modeling_utils"
 _ARGUMENTS = ["model", "state_dict", "checkpoint_files", "load_config"]
 
 _in_context: ContextVar[bool] = ContextVar("_in_context", default=False)
-_state = {"everywhere": False, "installed": False}
+_state: dict[str, Any] = {"everywhere": lambda: False, "installed": False}
 _said: set[str] = set()
 
 
@@ -42,9 +42,9 @@ def reading_on_demand() -> Iterator[None]:
         _in_context.reset(token)
 
 
-def read_on_demand() -> None:
-    """Lets ``from_pretrained`` leave weights unread in this process from now on."""
-    _state["everywhere"] = True
+def read_on_demand(when: Callable[[], bool]) -> None:
+    """Lets ``from_pretrained`` leave weights unread outside a context too, whenever ``when()`` says so."""
+    _state["everywhere"] = when
     _install()
 
 
@@ -78,7 +78,7 @@ def _take_over(module: Any) -> None:
         model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         files = [] if state_dict is not None else [Path(file) for file in checkpoint_files or ()]
-        if (_state["everywhere"] or _in_context.get()) and files and _can_wait(model, files, load_config):
+        if (_in_context.get() or _state["everywhere"]()) and files and _can_wait(model, files, load_config):
             state_dict = tensors_of(files)
         result = theirs(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         for buffer in model.buffers():

@@ -17,6 +17,7 @@ from pretrained_tools import class_of_kind, inputs, saved
 from torch import Tensor, nn
 
 from lightning_mics import CheckpointError, MiCSError, load_pretrained
+from lightning_mics.accelerate.plugin import take_over_launch
 from lightning_mics.core._torch import is_unread
 from lightning_mics.pretrained.huggingface import reading_on_demand
 from lightning_mics.testing import WorkerPool
@@ -221,3 +222,14 @@ def test_damaged_files_are_told(folder: Path, tmp_path: Path, damage: str) -> No
     says = "lists b.safetensors" if damage == "part" else "damaged or not a safetensors file"
     with pytest.raises(CheckpointError, match=says):
         load_pretrained(nn.Linear(2, 2), tmp_path / "model")
+
+
+def test_one_process_of_several_reads_its_part_and_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was launched in this process before: what counts is how many there are, and what the user wants."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for world_size, wanted, waits in (("2", "true", True), ("2", "false", False), ("1", "true", False)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", wanted)
+        take_over_launch()
+        model = class_of_kind("gpt2").from_pretrained(folder)
+        assert {is_unread(param) for param in model.parameters()} == {waits}
