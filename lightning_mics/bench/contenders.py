@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
+
+import yaml
 
 from lightning_mics.bench.records import Case, Contender
 from lightning_mics.errors import MiCSConfigError
@@ -19,6 +22,13 @@ _PEERS = (
     "deepspeed-zero3",
 )
 
+# By setting of ours: how it is called in tables, and the value that is compared with the default.
+_SETTINGS = {
+    "reshard_after_forward": ("not resharded", "false"),
+    "activation_checkpointing": ("recomputed", "true"),
+    "replication_reduce_dtype": ("hop two in 16 bits", "bfloat16"),
+}
+
 
 def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
     """Returns the contender that a word names.
@@ -26,7 +36,8 @@ def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
     Args:
         word: ``"full-sharding"`` and so on; ``"mics:2"``, ``"mics:node"``, ``"mics:world"`` for ours with that shard
             size; ``"mics:node+world"`` for optimizer states divided further; ``"mics:4:flat"`` or
-            ``"mics:4:hierarchical"`` to choose the collectives.
+            ``"mics:4:hierarchical"`` to choose the collectives; ``"mics:2:reshard_after_forward=false"`` and so on for
+            other settings.
         topology: The cluster.
 
     Returns:
@@ -72,9 +83,11 @@ def parse_contender(word: str, topology: ClusterTopology) -> Contender | None:
 
 
 def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack: str) -> Contender | None:
-    sizes, kind = details[0].split("+"), details[1] if len(details) > 1 else None
+    settings = dict(map(_parse_setting, [detail for detail in details if "=" in detail]))
+    details = [detail for detail in details if "=" not in detail]
+    sizes, kind = details[0].split("+") if details else [], details[1] if len(details) > 1 else None
     words = {"node": topology.node_size, "world": topology.world_size}
-    are_sizes = len(sizes) <= 2 and all(size in words or size.isdecimal() for size in sizes)
+    are_sizes = 1 <= len(sizes) <= 2 and all(size in words or size.isdecimal() for size in sizes)
     if not are_sizes or kind not in (None, "flat", "hierarchical") or len(details) > 2:
         raise MiCSConfigError(
             f"contenders: {word!r} is unknown. Try mics:node, mics:node+world, mics:4:flat or mics:4:hierarchical."
@@ -94,6 +107,7 @@ def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack:
     label = f"MiCS p={sizes[0]}" + (f" q={sizes[1]}" if sizes[1:] else "")
     if can_be_hierarchical:
         label += " hierarchical" if hierarchical else " flat"
+    label += "".join(f", {_SETTINGS[name][0]}" for name in settings)
     return Contender(
         name="mics",
         label=label,
@@ -101,7 +115,16 @@ def _parse_mics(word: str, details: list[str], topology: ClusterTopology, stack:
         hierarchical=hierarchical,
         stack=stack,
         optimizer_shard_size=divided if divided > numbers[0] else None,
+        settings=settings,
     )
+
+
+def _parse_setting(detail: str) -> tuple[str, Any]:
+    name, _, value = detail.partition("=")
+    if name not in _SETTINGS or value != _SETTINGS[name][1]:
+        known = ", ".join(f"mics:2:{name}={value}" for name, (_, value) in _SETTINGS.items())
+        raise MiCSConfigError(f"contenders: {detail!r} is no setting that is compared. Values that work: {known}.")
+    return name, yaml.safe_load(value)
 
 
 def reason_to_skip(case: Case, contender: Contender) -> str | None:
@@ -136,14 +159,17 @@ def least_bytes(case: Case, contender: Contender, block_bytes: int, root_bytes: 
         return 0.0
     layout, divided = case.topology.layout(contender.shard_size), contender.optimizer_shard_size
     model_bytes = block_bytes + root_bytes
-    # Where blocks stay whole in a node until the backward pass, their second gather does not leave it.
-    gathers = 1 if contender.name == "full-sharding-node" else 2
+    # Where blocks stay whole until the backward pass, in a rank or in a node, their second gather does not leave it.
+    stays = contender.name == "full-sharding-node" or contender.settings.get("reshard_after_forward") is False
+    gathers = 1 if stays else 2
     gathered = case.accumulation * (gathers * block_bytes + root_bytes)
     reduced = model_bytes * (1 if contender.name == "mesh-2d-no-sync" else case.accumulation)
     in_partition = 0 if contender.shard_size == 1 else gathered + reduced
     replicated = model_bytes / contender.shard_size * (case.accumulation if contender.name == "mesh-2d" else 1)
     partition = partition_share(layout, contender.hierarchical)
     # ZeRO-1 beside DDP averages all gradients everywhere, and so has divided nothing yet when it steps.
-    replication = replication_share(layout, None if contender.name == "ddp-zero1" else divided).inter
-    replication += slice_share(layout, divided).inter if divided else 0
-    return float(partition.inter) * in_partition + float(replication) * replicated
+    replication = float(replication_share(layout, None if contender.name == "ddp-zero1" else divided).inter)
+    if "replication_reduce_dtype" in contender.settings:  # sums in 16 bits; what comes back has that of the shards
+        replication *= 0.5 if divided else 0.75
+    replication += float(slice_share(layout, divided).inter) if divided else 0
+    return float(partition.inter) * in_partition + replication * replicated

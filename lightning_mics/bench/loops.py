@@ -136,6 +136,7 @@ def _train_with_trainer(case: Case, contender: Contender, clock: StepClock) -> N
             shard_size=contender.shard_size,
             hierarchical=contender.hierarchical,
             optimizer_shard_size=contender.optimizer_shard_size or "partition",
+            **contender.settings,
             wrap=["GPT2Block"],
             node_size=case.node_size,
         )

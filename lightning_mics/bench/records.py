@@ -98,6 +98,7 @@ class Contender:
         hierarchical: Whether partition collectives run in two stages.
         stack: What it runs on, for example ``"Lightning Trainer 2.6.6, ModelParallelStrategy"``.
         optimizer_shard_size: Ranks that divide optimizer states, or ``None`` if these are ``shard_size``.
+        settings: What else of ours is set, for example ``{"reshard_after_forward": False}``.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Contender:
     hierarchical: bool
     stack: str
     optimizer_shard_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,6 +141,8 @@ def test_contenders_that_a_cluster_cannot_hold_are_left_out() -> None:
         ("mics:4+8:flat", 4, False, "MiCS p=4 q=8 flat"),
         ("full-sharding-node", 8, False, "Full sharding, hpZ"),
         ("ddp-zero1", 1, False, "DDP with ZeRO-1"),
+        ("mics:4:flat:reshard_after_forward=false", 4, False, "MiCS p=4 flat, not resharded"),
+        ("mics:2+8:replication_reduce_dtype=bfloat16", 2, False, "MiCS p=2 q=8, hop two in 16 bits"),
     ],
 )
 def test_words_for_contenders(word: str, shard_size: int, hierarchical: bool, label: str) -> None:
@@ -154,6 +156,15 @@ def test_words_for_contenders(word: str, shard_size: int, hierarchical: bool, la
 )
 def test_who_divides_optimizer_states(word: str, size: int | None) -> None:
     assert contender(word).optimizer_shard_size == size
+
+
+def test_other_settings_are_those_of_the_strategy() -> None:
+    parsed = contender("mics:2:reshard_after_forward=false:activation_checkpointing=true")
+    assert parsed.settings == {"reshard_after_forward": False, "activation_checkpointing": True}
+    assert parsed != contender("mics:2") and contender("mics:2").settings == {}
+    for word in ("mics:2:reshard_after_forward=true", "mics:2:wrap=Block"):
+        with pytest.raises(MiCSConfigError, match="no setting that is compared. Values that work: mics:2:reshard"):
+            contender(word)
 
 
 def test_states_that_cannot_be_divided_so_are_named() -> None:
@@ -172,6 +183,7 @@ def test_states_that_cannot_be_divided_so_are_named() -> None:
         "mics:x",
         "mics:4:ring",
         "mics:4:flat:x",
+        "mics:reshard_after_forward=false",
         "ddp:2",
         "MICS:2",
         "",
@@ -197,6 +209,8 @@ def test_words_that_name_no_contender(word: str) -> None:
         ("mics:2+8", 2 * (2 * 3 / 4 * 4400)),  # a reduce-scatter and a gather are an all-reduce
         ("full-sharding-node", (4 * (8000 + 800) + 4 * 8800) * 7 / 8),  # gathered out of a node once
         ("ddp-zero1", 3 * 7 / 8 * 8800),
+        ("mics:4:flat:reshard_after_forward=false", (4 * (8000 + 800) + 4 * 8800) * 3 / 4 + 2 * (2 * 1 / 2 * 2200)),
+        ("mics:2+8:replication_reduce_dtype=bfloat16", 2 * (1.5 * 3 / 4 * 4400)),  # the gather is in 32 bits
     ],
 )
 def test_the_least_bytes_that_leave_a_node(word: str, expected: float) -> None:
