@@ -39,6 +39,8 @@ from lightning_mics.trace.structure import Structure
 Progress = Callable[[float], None]
 
 BLOCKS = 3
+# The host works faster on few blocks, which its caches hold; so it is timed with more, where they are small.
+_HOST_BLOCKS, _HOST_BYTES = 12, 2**31
 _WORLD, _SHARD = 16, 8
 _TOKENS = 4  # of a sample for which the host takes longer than what it launches
 _WARM_UP, _ROUNDS = 4, (5, 60)
@@ -129,24 +131,32 @@ def calibrate(
     dtype = None if training.param_dtype == "float32" else training.param_dtype
     unit = _typical(built, sample, dtype, device_type)
     stack, step = _stack(built), next(steps(built, sample, None))
-    pair = [_cut(built, stack, number) for number in (BLOCKS, 1)]
-    blocks = len(list(pair[0].get_submodule(stack).children())) - 1  # by which they differ
-    plain = [_Contender(copy.deepcopy(found).to(as_dtype(training.param_dtype)), step, device) for found in pair]
+    many = min(_HOST_BLOCKS, int(_HOST_BYTES // (4 * unit.numel)))
+    if many > BLOCKS:
+        built, _, _ = build_model(
+            model, sequence_length=sequence_length, attention=attention, device=device_type, layers=many
+        )
+    one = _cut(built, stack, 1)
+    few, longer = (_Pair(_cut(built, stack, number), one, stack) for number in (BLOCKS, max(BLOCKS, many)))
+    cast = as_dtype(training.param_dtype)
     shares = iter((0.45, 0.65, 1.0))
 
-    def take_turns(contenders: list[_Contender], batch: Any, share: float) -> _Times:
+    def take_turns(contenders: list[_Contender], batch: Any, blocks: int, share: float) -> _Times:
         times = _differences(contenders, batch, blocks, share * seconds)
         tell(next(shares))
         return times
 
+    def plain(pair: _Pair) -> list[_Contender]:
+        return [_Contender(copy.deepcopy(found).to(cast), step, device) for found in pair.models]
+
     large, small = _batch(sample, micro_batch, None, device), _batch(sample, 1, _TOKENS, device)
-    passes = take_turns(plain, large, 0.4)
-    kept = _kept(plain, large) / blocks
-    alone = take_turns(plain, small, 0.2)
-    rate = _optimizer_rate(next(pair[0].get_submodule(stack).children()), training, device)
+    passes = take_turns(plain(few), large, few.blocks, 0.4)
+    kept = _kept(plain(few), large) / few.blocks
+    alone = take_turns(plain(longer), small, longer.blocks, 0.2)
+    rate = _optimizer_rate(next(one.get_submodule(stack).children()), training, device)
     with fake_world(_WORLD):
-        sharded = [_Contender(_shard(found, dtype, device_type), step, device) for found in pair]
-        together = take_turns(sharded, small, 0.3)
+        sharded = [_Contender(_shard(found, dtype, device_type), step, device) for found in longer.models]
+        together = take_turns(sharded, small, longer.blocks, 0.3)
         del sharded
     launches = unit.forward_launches + BACKWARD * unit.backward_launches
     return Calibration(
@@ -198,6 +208,14 @@ def _cut(model: nn.Module, stack: str, blocks: int) -> nn.Module:
     left: Any = cut.get_submodule(stack)
     del left[blocks:]
     return cut
+
+
+class _Pair:
+    """Two models that differ by some blocks of a stack."""
+
+    def __init__(self, more: nn.Module, less: nn.Module, stack: str) -> None:
+        self.models = (more, less)
+        self.blocks = len(list(more.get_submodule(stack).children())) - len(list(less.get_submodule(stack).children()))
 
 
 def _shard(model: nn.Module, dtype: str | None, device_type: str) -> nn.Module:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # In operations of a forward pass, for which modules run in Python: one that autograd launches by itself, and an
 # optimizer's work for a parameter. Of compiled blocks, which fuse operations: the share of launches that is left.
-BACKWARD, OPTIMIZER, COMPILED = 0.55, 1.5, 0.25
+BACKWARD, OPTIMIZER, COMPILED = 0.55, 1.8, 0.25
 # A unit's reduction, in its gathers.
 REDUCTION = 0.5
 _BOUND = 0.05

@@ -27,7 +27,7 @@ TOKENS, ACCUMULATION = 4, 4
 TRAINING = Training(param_dtype="float32")
 
 
-def narrow(layers: int = 6) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def narrow(layers: int = 12) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A model whose operations take less than their launch."""
     model = GPT2LMHeadModel(
         GPT2Config(
