@@ -4,7 +4,7 @@ python benchmarks/planner/step_time.py --json benchmarks/results/planner-step-ti
     --table docs/results/planner-step-time.md
 python benchmarks/planner/step_time.py --experiment scale
 
-Linux, as root, about ten minutes. Each cluster is first measured, then all contenders train on it in turn. Blocks
+Linux, as root, about twenty minutes. Each cluster is first measured, then all contenders train on it in turn. Blocks
 compute for given times without using a CPU, so that the ranks of a few cores stand for accelerators.
 """
 
@@ -38,6 +38,7 @@ from lightning_mics.plan.evaluate import peak_flops
 from lightning_mics.trace import profile_model
 
 _HERE = Path(__file__).parent
+_EXPERIMENTS = [str(_HERE / "step-time-single.yaml"), str(_HERE / "step-time.yaml")]
 _TRAINING = Training(param_dtype="float32")
 _SCHEMES: dict[str, Any] = {name: name for name in ("mics", "full-sharding", "mesh-2d", "ddp")}
 _HEADER = ["nodes", "link", "accumulation", "contender", "measured", "predicted", "error"]
@@ -109,6 +110,8 @@ def with_emulated_compute(profile: ModelProfile, case: Case, cluster: Cluster) -
 
 def predict(case: Case, contender: Contender, profile: ModelProfile, cluster: Cluster) -> Plan:
     """Returns what the planner says of a contender."""
+    in_training = {name: value for name, value in contender.settings.items() if name == "replication_reduce_dtype"}
+    in_candidate = {name: value for name, value in contender.settings.items() if name not in in_training}
     candidate = Candidate(
         scheme=_SCHEMES[contender.name],
         shard_size=contender.shard_size,
@@ -116,8 +119,10 @@ def predict(case: Case, contender: Contender, profile: ModelProfile, cluster: Cl
         optimizer_shard_size=contender.optimizer_shard_size,
         micro_batch=case.microbatch_size,
         accumulation=case.accumulation,
+        **in_candidate,
     )
-    return evaluate(with_emulated_compute(profile, case, cluster), cluster, candidate, _TRAINING)
+    training = dataclasses.replace(_TRAINING, **in_training)
+    return evaluate(with_emulated_compute(profile, case, cluster), cluster, candidate, training)
 
 
 def compare(records: list[Record], folder: Path) -> Iterator[Comparison]:
@@ -170,17 +175,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines")
     parser.add_argument("--table", type=Path, help="write a Markdown table")
-    parser.add_argument("--experiment", default=str(_HERE / "step-time.yaml"), help="what to measure")
+    parser.add_argument("--experiment", nargs="+", default=_EXPERIMENTS, help="what to measure")
     parser.add_argument("--folder", type=Path, help="keep measurements here, and go on from what is there")
     options = parser.parse_args()
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        experiment, results = load_experiment(options.experiment), folder / "records.jsonl"
-        for case in experiment.cases():
-            measure_cluster(case, folder)
-        run_experiment(experiment, results, console)
+        results = folder / "records.jsonl"
+        for experiment in map(load_experiment, options.experiment):
+            for case in experiment.cases():
+                measure_cluster(case, folder)
+            run_experiment(experiment, results, console)
         records = [
             record for record in read_results(results) if record.status == "ok" and record.contender.name in _SCHEMES
         ]
