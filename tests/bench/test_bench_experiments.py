@@ -163,7 +163,7 @@ def test_other_settings_are_those_of_the_strategy() -> None:
     assert parsed.settings == {"reshard_after_forward": False, "activation_checkpointing": True}
     assert parsed != contender("mics:2") and contender("mics:2").settings == {}
     for word in ("mics:2:reshard_after_forward=true", "mics:2:wrap=Block"):
-        with pytest.raises(MiCSConfigError, match="no setting that is compared. Values that work: mics:2:reshard"):
+        with pytest.raises(MiCSConfigError, match=r"no setting that is compared\. Values that work: mics:2:reshard"):
             contender(word)
 
 
