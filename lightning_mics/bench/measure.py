@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from lightning_mics.core import collectives
-from lightning_mics.core._torch import fsdp_collectives, held_gradients, local_tensor
-from lightning_mics.core.cpu.collectives import RingAllGather, RingReduceScatter
-from lightning_mics.core.cpu.rings import ThreadedWork
-from lightning_mics.core.gradients.agreement import Agreement
-from lightning_mics.core.gradients.unit import UnitGradients
-from lightning_mics.core.gradients.window import AccumulationWindow, put_rows
-from lightning_mics.metrics import CommLedger, Hop
+from lightning_mics.core._torch import held_gradients, local_tensor
+from lightning_mics.core.gradients.window import put_rows
+from lightning_mics.metrics import CommLedger
 
 _COUNTER = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
@@ -144,55 +135,3 @@ def state_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> int:
         own = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's, of this rank's parameters
         tensors += [value for states in own.state.values() for value in states.values() if isinstance(value, Tensor)]
     return sum({local.data_ptr(): local.nbytes for local in map(local_tensor, tensors) if local.numel()}.values())
-
-
-@contextmanager
-def timed_hops(clock: StepClock) -> Iterator[None]:
-    """Tells the clock how long the main thread waits in collectives of FSDP2 and of ours, inside this context."""
-    gather, reduce = Hop.PARTITION_GATHER.value, Hop.PARTITION_REDUCE.value
-    replicate = Hop.REPLICATION_REDUCE.value
-    fsdp = fsdp_collectives()
-    fsdp_dist = SimpleNamespace(**vars(dist))  # FSDP2's own, so that its all-reduce is told apart
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fsdp, "dist", fsdp_dist))
-        for owner, name, hop in (
-            (fsdp.DefaultAllGather, "__call__", gather),
-            (fsdp.DefaultReduceScatter, "__call__", reduce),
-            (collectives.FlatAllGather, "__call__", gather),
-            (collectives.HierarchicalAllGather, "__call__", gather),
-            (collectives.FlatReduceScatter, "__call__", reduce),
-            (collectives.HierarchicalReduceScatter, "__call__", reduce),
-            (RingAllGather, "__call__", gather),
-            (RingReduceScatter, "__call__", reduce),
-            (ThreadedWork, "wait", gather),
-            (UnitGradients, "finish_reduction", reduce),
-            (UnitGradients, "wait", replicate),
-            (AccumulationWindow, "put_rows", replicate),
-            (Agreement, "reach", replicate),
-            (fsdp_dist, "all_reduce", replicate),
-        ):
-            stack.enter_context(_timed(owner, name, functools.partial(clock.note, hop)))
-        yield
-
-
-_running: list[str] = []  # timed calls of the main thread
-
-
-@contextmanager
-def _timed(owner: Any, name: str, note: Callable[[float], None]) -> Iterator[None]:
-    original = owner.__dict__[name]
-
-    @functools.wraps(original)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        if _running:  # what is inside of another counts with that
-            return original(*args, **kwargs)
-        _running.append(name)
-        begin = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            note(time.perf_counter() - begin)
-            _running.pop()
-
-    with mock.patch.object(owner, name, timed):
-        yield

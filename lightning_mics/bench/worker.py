@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from lightning_mics.bench.contenders import least_bytes
 from lightning_mics.bench.loops import model_spec, train
-from lightning_mics.bench.measure import StepClock, timed_hops
+from lightning_mics.bench.measure import StepClock
 from lightning_mics.bench.ranks import device_of, join
 from lightning_mics.bench.records import Case, Contender, Measurement, append
 from lightning_mics.bench.workload import unit_bytes
 from lightning_mics.core.groups import destroy_groups
 from lightning_mics.core.resources import ResidentMemory
+from lightning_mics.core.waits import timed_waits
 from lightning_mics.metrics import Hop
 from lightning_mics.processes import end_with_parent
 
@@ -74,7 +75,7 @@ def measure(case: Case, contender: Contender, warmup: int, steps: int) -> dict[s
 def _run_on_cpu(case: Case, contender: Contender, warmup: int, steps: int) -> tuple[StepClock, dict[str, Any]]:
     memory = ResidentMemory()
     clock = StepClock(warmup, steps)
-    with timed_hops(clock):
+    with timed_waits(clock.note):
         train(case, contender, clock)
     return clock, {"hop_seconds": clock.hop_seconds(), "process_bytes": max(0, memory.peak_growth())}
 

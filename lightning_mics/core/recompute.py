@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_mics.config import MiCSConfig, chooses_modules
 from lightning_mics.core._torch import (
@@ -84,6 +85,16 @@ def planned_recomputation(model: nn.Module, units: Sequence[Unit], config: MiCSC
         return cast("Recomputation", how)
     blocks = {unit[0] for unit in units if recomputes(unit)}
     return True if blocks == set(blocks_to_recompute(model, units, config)) else None
+
+
+def recomputation_of(model: nn.Module, config: MiCSConfig) -> object:
+    """Returns what a plan calls the blocks of a sharded model that recompute; the setting where no plan knows it."""
+    how = config.activation_checkpointing
+    if not chooses_modules(how):
+        return how
+    units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    blocks = {module for module in model.modules() if module in _BLOCKS}
+    return True if blocks == set(outermost_of([unit for unit in units if recomputes((unit,))])) else how
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], config: MiCSConfig, device_type: str) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,9 +16,11 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_mics.core.log import inform
+from lightning_mics.core.recompute import recomputation_of
 from lightning_mics.core.resources import Usage
 from lightning_mics.core.runtime import is_sharded, runtime_of
 from lightning_mics.core.timing import across_ranks
+from lightning_mics.core.waits import timed_waits
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.metrics import Hop, Traffic
 from lightning_mics.plan.compare import Figures, PlannedRun, Run
@@ -46,8 +49,8 @@ class MiCSMonitor(Callback):
     Args:
         every_n_steps: Log once in so many optimizer steps; by default as often as the Trainer logs.
         prog_bar: Whether to show metrics in the progress bar.
-        plan: What ``mics plan --json`` wrote. The second time that it logs, rank 0 says how step, memory and bytes out
-            of a node compare with what was planned.
+        plan: What ``mics plan --json`` wrote. The second time that it logs, rank 0 says how step, memory, bytes out of
+            a node and, on CPUs, exposed communication compare with what was planned.
 
     Raises:
         MiCSConfigError: If ``every_n_steps`` is not positive, the Trainer's strategy is not MiCS, or ``plan`` has none
@@ -64,6 +67,7 @@ class MiCSMonitor(Callback):
         self._plan = plan
         self._planned: PlannedRun | None = None
         self._usage: Usage | None = None
+        self._watch, self._waited = ExitStack(), 0.0
         self._begin(0, {})
 
     def _begin(self, step: int, traffic: dict[Hop, Traffic]) -> None:
@@ -114,14 +118,35 @@ class MiCSMonitor(Callback):
         """Compares what was planned with the second window: the first one compiles, allocates and makes states."""
         assert self._usage is not None
         self._windows += 1
+        holds_up = pl_module.device.type == "cpu"  # a card's collectives hold up its streams, not this thread
         if self._windows == 1:
             self._usage.restart_peak()
+            if holds_up:
+                self._watch.enter_context(timed_waits(self._note_wait))
             return
+        self._watch.close()
         peak, seconds = self._usage.peak(), (time.monotonic() - self._time) / steps
-        memory, seconds = across_ranks([-1.0 if peak is None else peak, seconds], pl_module.device)
-        measured = Figures(seconds=seconds, memory=None if memory < 0 else memory, inter_bytes=inter_bytes)
+        figures = [-1.0 if peak is None else peak, seconds, self._waited / steps]
+        memory, seconds, waited = across_ranks(figures, pl_module.device)
+        measured = Figures(
+            seconds=seconds,
+            memory=None if memory < 0 else memory,
+            inter_bytes=inter_bytes,
+            exposed=waited / seconds if holds_up else None,
+        )
         inform(planned.compare(micro_batch, measured))
         self._planned = None
+
+    def _note_wait(self, hop: str, seconds: float) -> None:
+        self._waited += seconds
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stops timing waits, if training ends before there is something to compare."""
+        self._watch.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same."""
+        self._watch.close()
 
     def _bytes_per_step(self, traffic: dict[Hop, Traffic], steps: int) -> dict[str, float]:
         metrics = {}
@@ -149,7 +174,7 @@ def _planned(trainer: pl.Trainer, pl_module: pl.LightningModule, plan: str | os.
         shard_size=layout.shard_size,
         optimizer_shard_size=divided if divided > layout.shard_size else None,
         accumulation=trainer.accumulate_grad_batches,
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=recomputation_of(pl_module, config),
         activation_checkpointing_offload=config.activation_checkpointing_offload,
         reshard_after_forward=config.reshard_after_forward,
         master_weights=config.master_weights if divided > layout.shard_size else "partition",

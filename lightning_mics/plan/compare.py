@@ -52,11 +52,13 @@ class Figures:
         seconds: Of an optimizer step.
         memory: Bytes of the rank that needs most, without the device's context and fragments; ``None`` if unknown.
         inter_bytes: Bytes that leave a node in an optimizer step.
+        exposed: Share of the step in which compute waits for communication; ``None`` if unknown.
     """
 
     seconds: float
     memory: float | None
     inter_bytes: float
+    exposed: float | None = None
 
 
 class PlannedRun:
@@ -119,12 +121,12 @@ class PlannedRun:
             memory=memory["total"] - memory["reserve"],
             inter_bytes=sum(hop["inter_bytes"] for hop in traffic),
         )
-        waits = sum(time["exposed"].values()) / time["seconds"]
+        waits, waited = sum(time["exposed"].values()) / time["seconds"], measured.exposed
         rows = [["step", *_row(planned.seconds, measured.seconds, _seconds)]]
         if measured.memory is not None:
             rows.append(["peak memory of a rank", *_row(planned.memory or 0.0, measured.memory, format_bytes)])
         rows.append(["out of a node, a step", *_row(planned.inter_bytes, measured.inter_bytes, format_bytes)])
-        rows.append(["exposed communication", f"{waits:.1%}", "-", ""])
+        rows.append(["exposed communication", f"{waits:.1%}", "-" if waited is None else f"{waited:.1%}", ""])
         lines = [f"  {name:<22}{was:>12}{found:>12}{off:>9}" for name, was, found, off in rows]
         return "\n".join([self._sentence(planned, measured), f"  {'':<22}{'planned':>12}{'measured':>12}", *lines])
 

@@ -151,8 +151,15 @@ class Unit:
 
     def gathered_numel(self, shard_size: int, *, only_trainable: bool = False) -> int:
         """Returns the elements of a gathered message: as many shards as ranks, all as large as the largest."""
-        params = (param for param in self.params if param.trainable or not only_trainable)
-        return shard_size * sum(param.shard_numel(shard_size) for param in params)
+        known, key = self._gathered_numels, (shard_size, only_trainable)
+        if key not in known:
+            params = (param for param in self.params if param.trainable or not only_trainable)
+            known[key] = shard_size * sum(param.shard_numel(shard_size) for param in params)
+        return known[key]
+
+    @cached_property
+    def _gathered_numels(self) -> dict[tuple[int, bool], int]:
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

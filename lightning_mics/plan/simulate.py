@@ -108,7 +108,7 @@ class UnitTimes:
     runs_backward: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True)
 class Event:
     """Something that occupies a stream.
 
@@ -301,7 +301,7 @@ class _Run:
 
     def _note(self, stream: str, unit: str, start: float, end: float) -> None:
         phase, microstep = self._where
-        self.events.append(Event(stream=stream, unit=unit, phase=phase, microstep=microstep, start=start, end=end))
+        self.events.append(Event(stream, unit, phase, microstep, start, end))
 
     def _gather(self, unit: UnitTimes) -> float:
         self._wait(self._rows.popleft() if self._rows else 0.0, REPLICATE)

@@ -42,7 +42,9 @@ def test_the_line_and_the_table_say_how_far_off_it_was(written):
         and not plan.candidate.activation_checkpointing
     )
     memory = plan.memory.total - plan.memory.reserve
-    measured = Figures(seconds=1.5 * plan.time.seconds, memory=0.8 * memory, inter_bytes=plan.inter_bytes)
+    measured = Figures(
+        seconds=1.5 * plan.time.seconds, memory=0.8 * memory, inter_bytes=plan.inter_bytes, exposed=0.125
+    )
     said, head, step, peak, sent, exposed = PlannedRun(file, RUN).compare(2, measured).splitlines()
     assert said == (
         f"A step takes {format_number(measured.seconds)} s, 50% more than {file} says; a rank needs "
@@ -52,10 +54,10 @@ def test_the_line_and_the_table_say_how_far_off_it_was(written):
     assert step.split()[0] == "step" and step.split()[-1] == "+50%" and format_number(plan.time.seconds) in step
     assert peak.split()[-1] == "-20%" and format_bytes(memory) in peak
     assert sent.split()[-1] == "+0%" and sent.count(format_bytes(plan.inter_bytes)) == 2
-    assert f"{plan.time.waiting:.1%}" in exposed
+    assert exposed.split()[-2:] == [f"{plan.time.waiting:.1%}", "12.5%"]
     assert max(map(len, (head, step, peak, sent, exposed))) <= 80
     unknown = PlannedRun(file, RUN).compare(2, Figures(seconds=1.0, memory=None, inter_bytes=0))
-    assert "a rank needs" not in unknown and "peak" not in unknown
+    assert "a rank needs" not in unknown and "peak" not in unknown and unknown.endswith("-         ")
 
 
 def test_other_micro_batches_are_not_compared(written):
