@@ -28,13 +28,14 @@ from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import Cluster, Host
 from lightning_mics.plan.host import BACKWARD, REDUCTION
 from lightning_mics.plan.profile import Unit
-from lightning_mics.plan.settings import Training
+from lightning_mics.plan.settings import Training, Variant
 from lightning_mics.sharding import mics_shard
 from lightning_mics.trace import profile_model
 from lightning_mics.trace._torch import fake_world
 from lightning_mics.trace.models import build_model
 from lightning_mics.trace.steps import Loss, steps
 from lightning_mics.trace.structure import Structure
+from lightning_mics.trace.variants import apply_variant
 
 Progress = Callable[[float], None]
 
@@ -100,7 +101,7 @@ def calibrate(
     training: Training,
     *,
     sequence_length: int | None = None,
-    attention: str | None = None,
+    variant: Variant | None = None,
     micro_batch: int = 1,
     device_type: str = "cpu",
     seconds: float = 40.0,
@@ -112,30 +113,40 @@ def calibrate(
         model: A name or path, as for :func:`~lightning_mics.trace.models.build_model`.
         training: Dtypes and the optimizer.
         sequence_length: Tokens of a sample.
-        attention: As for :func:`~lightning_mics.trace.models.build_model`.
+        variant: What differs in its blocks; a loss in chunks is none of that.
         micro_batch: Samples of a pass.
         device_type: ``"cpu"`` or ``"cuda"``.
         seconds: How long it may take, beside building the model.
         progress: Told the share that is done.
 
     Raises:
-        MiCSConfigError: If the model has no stack of equal blocks, or cannot be run.
+        MiCSConfigError: If the model has no stack of equal blocks, cannot be run, or has blocks that are frozen whole.
     """
+    variant = variant or Variant()
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     tell = progress or (lambda share: None)
-    built, sample, _ = build_model(
-        model, sequence_length=sequence_length, attention=attention, device=device_type, layers=BLOCKS
-    )
+
+    def build(layers: int) -> tuple[nn.Module, Any]:
+        built, sample, _ = build_model(
+            model, sequence_length=sequence_length, attention=variant.attention, device=device_type, layers=layers
+        )
+        apply_variant(built, variant, is_whole=False)
+        return built, sample
+
+    built, sample = build(BLOCKS)
     if sample is None:
         raise MiCSConfigError("The factory returned no sample, so nothing can be run. Return (model, sample).")
     dtype = None if training.param_dtype == "float32" else training.param_dtype
     unit = _typical(built, sample, dtype, device_type)
+    if not unit.trainable_numel:
+        raise MiCSConfigError(
+            f"--freeze {' '.join(variant.frozen)} leaves nothing to train in {unit.name}, which would be measured. "
+            "Calibrate without it, and plan with it and the file that this writes."
+        )
     stack, step = _stack(built), next(steps(built, sample, None))
     many = min(_HOST_BLOCKS, int(_HOST_BYTES // (4 * unit.numel)))
     if many > BLOCKS:
-        built, _, _ = build_model(
-            model, sequence_length=sequence_length, attention=attention, device=device_type, layers=many
-        )
+        built, _ = build(many)
     one = _cut(built, stack, 1)
     few, longer = (_Pair(_cut(built, stack, number), one, stack) for number in (BLOCKS, max(BLOCKS, many)))
     cast = as_dtype(training.param_dtype)
@@ -317,8 +328,8 @@ def _kept(contenders: list[_Contender], batch: Any) -> float:
 
 
 def _optimizer_rate(block: nn.Module, training: Training, device: torch.device) -> float:
-    """Returns the bytes a second that a step on the float32 parameters of one block moves."""
-    params = [nn.Parameter(param.detach().float()) for param in block.parameters()]
+    """Returns the bytes a second that a step on the float32 parameters of one block that are trained moves."""
+    params = [nn.Parameter(param.detach().float()) for param in block.parameters() if param.requires_grad]
     for param in params:
         param.grad = torch.randn_like(param)
     kind: Any = training.optimizer

@@ -12,8 +12,13 @@ from lightning_mics.plan.settings import Variant
 from lightning_mics.text import did_you_mean
 
 
-def apply_variant(model: nn.Module, variant: Variant) -> None:
+def apply_variant(model: nn.Module, variant: Variant, *, is_whole: bool = True) -> None:
     """Adds adapters to a model, and freezes what is not trained.
+
+    Args:
+        model: The model; adapters get the device of what they are beside.
+        variant: What differs.
+        is_whole: Whether a pattern of what is frozen must match; not where layers of the model have been left out.
 
     Raises:
         MiCSConfigError: If a pattern matches nothing.
@@ -23,12 +28,13 @@ def apply_variant(model: nn.Module, variant: Variant) -> None:
         model.requires_grad_(False)
         for name in adapted:
             owner, _, last = name.rpartition(".")
-            with torch.device("meta"):
-                adapter = Adapted(model.get_submodule(name), variant.lora_rank)
+            base = model.get_submodule(name)
+            with torch.device(base.get_parameter("weight").device):
+                adapter = Adapted(base, variant.lora_rank)
             setattr(model.get_submodule(owner), last, adapter)
     for pattern in variant.frozen:
         found = [param for name, param in model.named_parameters() if _matches(name, pattern)]
-        if not found:
+        if not found and is_whole:
             raise MiCSConfigError(_unmatched("frozen", pattern, [name for name, _ in model.named_parameters()]))
         for param in found:
             param.requires_grad_(False)

@@ -18,7 +18,7 @@ from lightning_mics.bench.calibration import Calibration, calibrate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.evaluate import evaluate
 from lightning_mics.plan.hardware import Host
-from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.plan.settings import Candidate, Training, Variant
 from lightning_mics.testing import WorkerPool
 from lightning_mics.trace import profile_model
 from lightning_mics.trace._torch import fake_world
@@ -43,6 +43,10 @@ def one_block() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return narrow(1)
 
 
+def short() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return narrow(4)
+
+
 def without_a_group(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs something in a pool's worker as in a process that no launcher started."""
     torch.distributed.destroy_process_group()
@@ -50,9 +54,13 @@ def without_a_group(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def test_a_block_is_measured(pool: WorkerPool) -> None:
+@pytest.mark.parametrize("variant", [Variant(), Variant(lora_rank=4), Variant(frozen=("transformer.h.3", "mlp"))])
+def test_a_block_is_measured(pool: WorkerPool, variant: Variant) -> None:
     found: Calibration
-    (found,) = pool.run(without_a_group, calibrate, f"{__name__}:narrow", TRAINING, seconds=0.0, world_size=1)
+    options = {"seconds": 0.0, "variant": variant}
+    (found,) = pool.run(without_a_group, calibrate, f"{__name__}:short", TRAINING, **options, world_size=1)
+    whole = profile_model(*narrow(2)).blocks[1]
+    assert (found.unit.trainable_numel < whole.trainable_numel) == (variant != Variant())
     assert found.kept == found.predicted == found.unit.saved.at(1)
     assert 1e-6 < found.host.launch < 1e-3 and found.host.unit > 0
     assert found.host_seconds > found.host.launch * found.unit.forward_launches
@@ -65,6 +73,11 @@ def test_a_block_is_measured(pool: WorkerPool) -> None:
 def test_a_model_without_a_stack_is_refused() -> None:
     with pytest.raises(MiCSConfigError, match="no stack of two equal blocks or more"):
         calibrate(f"{__name__}:one_block", TRAINING)
+
+
+def test_a_block_that_is_frozen_whole_is_refused() -> None:
+    with pytest.raises(MiCSConfigError, match=r"--freeze h leaves nothing to train in transformer\.h\.2"):
+        calibrate(f"{__name__}:short", TRAINING, variant=Variant(frozen=("h",)))
 
 
 def test_what_is_faster_than_the_peak_moves_the_peak() -> None:

@@ -16,7 +16,7 @@ from lightning_mics.cli.code import write_text
 from lightning_mics.cli.plan.page import Page, format_rate
 from lightning_mics.errors import MiCSConfigError
 from lightning_mics.plan.hardware import Accelerator, Cluster, cluster_to_yaml, find_accelerator
-from lightning_mics.plan.settings import Training
+from lightning_mics.plan.settings import Training, Variant
 from lightning_mics.text import format_bytes, format_number
 
 
@@ -29,12 +29,18 @@ def calibrated(options: argparse.Namespace, cluster: Cluster) -> Cluster:
     accelerator = cluster.node.accelerator
     _check_device(accelerator)
     training = Training.in_precision(options.precision, options.optimizer)
+    variant = Variant(
+        lora_rank=options.lora_rank,
+        lora_targets=tuple(options.lora_targets),
+        frozen=tuple(options.freeze),
+        attention=options.attention,
+    )
     with _bar(options.model) as progress:
         found = calibrate(
             options.model,
             training,
             sequence_length=options.sequence,
-            attention=options.attention,
+            variant=variant,
             micro_batch=options.micro_batch or 1,
             device_type=accelerator.device_type,
             progress=progress,
@@ -43,7 +49,7 @@ def calibrated(options: argparse.Namespace, cluster: Cluster) -> Cluster:
     file = options.save_cluster
     write_text(file, cluster_to_yaml(result), force=options.force)
     page = Page(Console(highlight=False, stderr=options.json == "-"))
-    _show(found, cluster, training.param_dtype, page)
+    _show(found, variant, cluster, training.param_dtype, page)
     page.lines(f"Wrote {file}. Plan with it anywhere: mics plan --cluster {file} --model {options.model}\n")
     return result
 
@@ -76,11 +82,12 @@ def _bar(model: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: bar.update(task, completed=share)
 
 
-def _show(found: Calibration, cluster: Cluster, dtype: str, page: Page) -> None:
+def _show(found: Calibration, variant: Variant, cluster: Cluster, dtype: str, page: Page) -> None:
     accelerator, host, unit = cluster.node.accelerator, cluster.node.host, found.unit
     assumed = accelerator.peak_in(dtype) * accelerator.compute_efficiency
     moved = accelerator.memory_bandwidth * accelerator.optimizer_efficiency
-    page.lines(f"A block ({unit.name}) on {found.device}, {found.micro_batch} samples a pass", style="bold")
+    words = ", ".join([f"A block ({unit.name})", *variant.words])
+    page.lines(f"{words} on {found.device}, {found.micro_batch} samples a pass", style="bold")
     rows = [
         ["both passes, a second", _flops(assumed), _flops(found.rate)],
         ["  forward", "", _flops(found.forward_rate)],
