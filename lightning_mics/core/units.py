@@ -365,6 +365,8 @@ def _split_dtypes(model: nn.Module, units: list[Unit], whole: Collection[nn.Para
     members = {module for unit in units for module in unit}
     units_of = _units_of(model, members)
     held = _held_dtypes(model, whole)
+    if len(set().union(*held.values())) < 2:
+        return units
     result: list[Unit] = []
     for unit in [*units, (model,)]:
         inside = [module for module in model.modules() if not units_of[module].isdisjoint(unit)]

@@ -8,14 +8,16 @@ parameters; in the backward pass its whole gradients and the message of its redu
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
+from typing import NamedTuple
 
 from lightning_mics._moved import open_door
 from lightning_mics.plan.hardware import Accelerator
-from lightning_mics.plan.profile import DTYPE_BYTES, Amount, ModelProfile, Param, Unit
+from lightning_mics.plan.profile import DTYPE_BYTES, Again, Amount, ModelProfile, Param, Unit
 from lightning_mics.plan.settings import Candidate, Training
 
 # What CUDA, its libraries and NCCL's channels take of a device (assumption), and what the caching allocator loses to
@@ -59,7 +61,7 @@ class MemoryBreakdown:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(asdict(self).values())
+        return sum(self.parts().values())
 
     @property
     def states(self) -> float:
@@ -71,8 +73,7 @@ class MemoryBreakdown:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
-@dataclass(frozen=True)
-class _Moment:
+class _Moment(NamedTuple):
     gathered: float = 0.0
     communication: float = 0.0
     activations: float = 0.0
@@ -127,7 +128,10 @@ def predict_memory(
         optimizer=optimizer,
         masters=masters,
         partial_sums=partial_sums,
-        **asdict(peak),
+        gathered=peak.gathered,
+        communication=peak.communication,
+        activations=peak.activations,
+        temporaries=peak.temporaries,
         outputs=outputs,
         workspaces=workspaces,
         reserve=0.0 if on_cpu else _CONTEXT_BYTES + _FRAGMENTS * used,
@@ -179,20 +183,43 @@ def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: T
         yield _Moment(cast, buckets, activations, extra)
 
 
+class _Size(NamedTuple):
+    """Bytes of a unit in a microstep."""
+
+    gathered: float
+    gradient: float
+    message: float
+    kept: float
+    forward: float  # allocated beyond what is kept
+    backward: float
+
+
 class _Walk:
     """Walks through the passes of a microstep of FSDP2."""
 
     def __init__(self, profile: ModelProfile, candidate: Candidate, training: Training) -> None:
         self.profile, self.candidate = profile, candidate
-        self._blocks = list(zip(profile.blocks, candidate.again(profile.blocks), strict=True))
         self._gather_width = DTYPE_BYTES[training.param_dtype]
         self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
+        size = functools.cache(self._size)  # equal units are one object
+        self._root = size(profile.root, None)
+        self._blocks = [
+            (size(unit, again), unit.runs_backward)
+            for unit, again in zip(profile.blocks, candidate.again(profile.blocks), strict=True)
+        ]
 
-    def _gathered(self, unit: Unit) -> float:
-        return unit.gathered_numel(self.candidate.shard_size) * self._gather_width
-
-    def _gradient(self, unit: Unit) -> float:
-        return unit.trainable_numel * self._gather_width
+    def _size(self, unit: Unit, again: Again) -> _Size:
+        shard_size, samples = self.candidate.shard_size, self.candidate.micro_batch
+        extra = unit.checkpoint_extra if again else unit.forward_extra
+        extra += unit.checkpoint if again == "offloaded" else Amount()
+        return _Size(
+            gathered=unit.gathered_numel(shard_size) * self._gather_width,
+            gradient=unit.trainable_numel * self._gather_width,
+            message=unit.gathered_numel(shard_size, only_trainable=True) * self._reduce_width,
+            kept=unit.kept(again).at(samples),
+            forward=extra.at(samples),
+            backward=unit.recomputed(again).at(samples) + unit.backward_extra.at(samples),
+        )
 
     @property
     def _early_gradient(self) -> float:
@@ -200,42 +227,34 @@ class _Walk:
         root = self.profile.root
         return (root.trainable_numel if root.early_numel is None else root.early_numel) * self._gather_width
 
-    def _message(self, unit: Unit) -> float:
-        return unit.gathered_numel(self.candidate.shard_size, only_trainable=True) * self._reduce_width
-
     def moments(self) -> Iterator[_Moment]:
         """Yields the moments of the forward, then of the backward pass."""
-        candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
-        activations, resident = 0.0, self._gathered(root)
-        for unit, again in self._blocks:
-            kept = unit.kept(again).at(samples)
-            activations += kept
-            extra = unit.checkpoint_extra if again else unit.forward_extra
-            extra += unit.checkpoint if again == "offloaded" else Amount()
-            yield _Moment(resident + 2 * self._gathered(unit), 0.0, activations, extra.at(samples))
-            if not candidate.reshard_after_forward:
-                resident += self._gathered(unit)
-        activations += root.saved.at(samples)
-        yield _Moment(resident, self._early_gradient * root.fuses_backward, activations, root.forward_extra.at(samples))
-        yield from self._backward_moments(activations, resident)
+        root, early = self._root, self._early_gradient
+        activations, resident = 0.0, root.gathered
+        for unit, _ in self._blocks:
+            activations += unit.kept
+            yield _Moment(resident + 2 * unit.gathered, 0.0, activations, unit.forward)
+            if not self.candidate.reshard_after_forward:
+                resident += unit.gathered
+        activations += root.kept
+        yield _Moment(resident, early * self.profile.root.fuses_backward, activations, root.forward)
+        yield from self._backward_moments(activations, resident, early)
 
-    def _backward_moments(self, activations: float, resident: float) -> Iterator[_Moment]:
-        candidate, samples, root = self.candidate, self.candidate.micro_batch, self.profile.root
-        blocks = [entry for entry in self._blocks[::-1] if entry[0].runs_backward]
-        reshards = candidate.reshard_after_forward
-        first = self._gathered(blocks[0][0]) if blocks and reshards else 0.0
-        yield _Moment(resident + first, self._early_gradient, activations, root.backward_extra.at(samples))
-        activations -= root.saved.at(samples)
+    def _backward_moments(self, activations: float, resident: float, early: float) -> Iterator[_Moment]:
+        root, reshards = self._root, self.candidate.reshard_after_forward
+        blocks = [unit for unit, runs_backward in self._blocks[::-1] if runs_backward]
+        first = blocks[0].gathered if blocks and reshards else 0.0
+        yield _Moment(resident + first, early, activations, root.backward)
+        activations -= root.kept
         in_flight = 0.0
-        for (unit, again), following in zip_longest(blocks, blocks[1:]):
-            here, gradients = resident, self._early_gradient + self._gradient(unit)
+        for unit, following in zip_longest(blocks, blocks[1:]):
+            here, gradients = resident, early + unit.gradient
             if reshards:
-                here += self._gathered(unit) + (self._gathered(following[0]) if following else 0.0)
-            extra = unit.recomputed(again).at(samples) + unit.backward_extra.at(samples)
-            yield _Moment(here, gradients + in_flight, activations, extra)
-            activations -= unit.kept(again).at(samples)
-            in_flight = self._message(unit)
+                here += unit.gathered + (following.gathered if following else 0.0)
+            yield _Moment(here, gradients + in_flight, activations, unit.backward)
+            activations -= unit.kept
+            in_flight = unit.message
             yield _Moment(here, gradients + in_flight, activations, 0.0)
             if not reshards:
-                resident -= self._gathered(unit)
-        yield _Moment(self._gathered(root), self._gradient(root) + max(in_flight, self._message(root)))
+                resident -= unit.gathered
+        yield _Moment(root.gathered, root.gradient + max(in_flight, root.message))

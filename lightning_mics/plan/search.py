@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lightning_mics.errors import MiCSConfigError
@@ -113,6 +114,11 @@ class Planning:
     plans: Sequence[Plan]
     misfits: Sequence[Misfit] = field(repr=False)
     contenders: Sequence[Plan] = field(default=(), repr=False)
+
+    @cached_property
+    def under(self) -> dict[tuple[Candidate, object], Plan]:
+        """Plans under other conditions, as far as :mod:`lightning_mics.plan.sensitivity` has worked them out."""
+        return {}
 
     @property
     def memory_limit(self) -> float:

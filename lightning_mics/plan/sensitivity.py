@@ -59,6 +59,13 @@ def sensitivity(planning: Planning, plan: Plan, rates: Iterable[float] = RATES) 
 
 def under(planning: Planning, plan: Plan, conditions: Conditions) -> Plan:
     """Returns a plan as it would be under other conditions."""
+    known = planning.under.get((plan.candidate, conditions))
+    if known is None:
+        known = planning.under[plan.candidate, conditions] = _evaluated(planning, plan, conditions)
+    return known
+
+
+def _evaluated(planning: Planning, plan: Plan, conditions: Conditions) -> Plan:
     cluster, candidate, engine = planning.cluster.with_links_at(conditions.rate), plan.candidate, None
     if not conditions.overlaps:
         engine = engine_of(candidate.scheme, cluster.node.accelerator.device_type, settles=False).without_overlap()

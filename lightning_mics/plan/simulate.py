@@ -223,7 +223,8 @@ class _Run:
         self.events: list[Event] = []
         self.exposed: defaultdict[str, float] = defaultdict(float)
         self._free: defaultdict[str, float] = defaultdict(float)
-        self._link_free = 0.0
+        self.now = self._link_free = 0.0  # when the compute stream is free, and the link between nodes
+        self._busy_until = 0.0  # of collectives
         self._reduced = self._replicated = 0.0
         self._where = ("forward", 0)
         # The host begins a step with some lead, or else the device would wait for the first unit in each of them.
@@ -255,11 +256,6 @@ class _Run:
             events=tuple(self.events),
         )
 
-    @property
-    def now(self) -> float:
-        """When the compute stream is free."""
-        return self._free[COMPUTE]
-
     def _compute(self, unit: str, seconds: float, host: float = 0.0) -> None:
         """Computes for some seconds, and ends no earlier than the host has launched all of it."""
         self._host += host
@@ -267,24 +263,26 @@ class _Run:
         self._wait_for_host(self._host - self._lead - self.now - seconds)
         if seconds > 0:
             self._note(COMPUTE, unit, self.now, self.now + seconds)
-            self._free[COMPUTE] += seconds
+            self.now += seconds
 
     def _beside_collectives(self, seconds: float) -> float:
         """Returns what some seconds of compute become that begin now, with the collectives that are under way."""
         if not self.engine.slowdown:
             return seconds
-        until = max(self._free[GATHER], self._free[REDUCE], self._free[REPLICATE]) - self.now
-        return seconds + self.engine.slowdown * min(seconds, max(0.0, until) / (1 + self.engine.slowdown))
+        until = self._busy_until - self.now
+        if until <= 0:
+            return seconds
+        return seconds + self.engine.slowdown * min(seconds, until / (1 + self.engine.slowdown))
 
     def _wait_for_host(self, seconds: float) -> None:
         if seconds > 0:
             self._idle += seconds
-            self._free[COMPUTE] += seconds
+            self.now += seconds
 
     def _wait(self, until: float, hop: str) -> None:
         if until > self.now:
             self.exposed[hop] += until - self.now
-            self._free[COMPUTE] = until
+            self.now = until
 
     def _launch(self, hop: str, unit: str, cost: Cost, ready: float) -> float:
         """Starts a collective; returns when it ends."""
@@ -294,6 +292,7 @@ class _Run:
         start = max(ready, self._free[stream], self._link_free if cost.inter_seconds else 0.0)
         end = start + cost.seconds
         self._free[stream] = end
+        self._busy_until = max(self._busy_until, end)
         if cost.inter_seconds:
             self._link_free = start + cost.inter_seconds
         self._note(hop, unit, start, end)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +151,11 @@ def _run(asked: Mapping[str, Any], options: argparse.Namespace) -> int | None:
 
         print_known()
         return None
+    with _few_collections():
+        return _answer(options, asked)
+
+
+def _answer(options: argparse.Namespace, asked: Mapping[str, Any]) -> int | None:
     try:
         cluster = _cluster(options)
     except MiCSConfigError:
@@ -160,6 +167,17 @@ def _run(asked: Mapping[str, Any], options: argparse.Namespace) -> int | None:
 
         plan_on(options, cluster, asked)
     return None
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Imports and traces make many objects that stay; looking through them again and again took a tenth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _cluster(options: argparse.Namespace) -> Cluster | None:
