@@ -76,7 +76,7 @@ def test_a_model_without_a_stack_is_refused() -> None:
 
 
 def test_a_block_that_is_frozen_whole_is_refused() -> None:
-    with pytest.raises(MiCSConfigError, match=r"--freeze h leaves nothing to train in transformer\.h\.2"):
+    with pytest.raises(MiCSConfigError, match=r"--freeze h leaves nothing to train in transformer\.h\.0"):
         calibrate(f"{__name__}:short", TRAINING, variant=Variant(frozen=("h",)))
 
 
