@@ -27,6 +27,8 @@ UNKNOWN_ACTIVATIONS = 0.2
 ERROR = 0.04
 RANKINGS = ("advice", "throughput")
 _MOST_NODES = 4096
+# Partitions that divide optimizer states, where it is not all of more.
+_FEW_INSTANCES = 8
 
 
 def usable_memory(limit: float, *, knows_activations: bool) -> float:
@@ -270,7 +272,7 @@ def _candidates(profile: ModelProfile, cluster: Cluster, training: Training, cho
         staged = [False]
         if layout.spans_nodes and layout.local_size > 1:
             staged = _both(choices.hierarchical, True)
-        for hierarchical, slices in itertools.product(staged, _optimizer_shard_sizes(layout, choices)):
+        for hierarchical, slices in itertools.product(staged, _optimizer_shard_sizes(layout, choices, masters)):
             yield Candidate(
                 shard_size=size,
                 optimizer_shard_size=slices,
@@ -289,9 +291,12 @@ def _masters(training: Training, choices: Choices) -> MasterWeights:
     return choices.master_weights or ("owners" if training.has_masters else "partition")
 
 
-def _optimizer_shard_sizes(layout: GroupLayout, choices: Choices) -> list[int | None]:
+def _optimizer_shard_sizes(layout: GroupLayout, choices: Choices, masters: MasterWeights) -> list[int | None]:
     """Returns how far optimizer states may be divided; ``None`` where they are as parameters are."""
     asked: list[OptimizerShardSize] = ["partition", "world"]
+    has_part = layout.num_replicas > _FEW_INSTANCES and layout.num_replicas % _FEW_INSTANCES == 0
+    if masters == "owners" and has_part:
+        asked.append(layout.shard_size * _FEW_INSTANCES)  # rings over all replicas take long in large worlds
     if isinstance(choices.optimizer_shard_size, int) and choices.optimizer_shard_size % layout.shard_size:
         asked = [] if choices.shard_sizes is None else [choices.optimizer_shard_size]
     elif choices.optimizer_shard_size is not None:

@@ -81,7 +81,7 @@ def plan(
         memory_limit: Bytes that a rank may use; by default the accelerator's memory.
         ranking: ``"advice"`` or ``"throughput"``; see :class:`~lightning_mics.plan.search.Choices`.
         optimizer_shard_size: Fixes over how many ranks optimizer states are divided; by default those of the partition,
-            and all where that does not fit.
+            all where that does not fit, and with masters there all or those of eight partitions where that is faster.
         replication_reduce_dtype: Dtype in which replicas exchange gradients; by default that of the reduction.
         replication_gather_dtype: Dtype in which what others have stepped on is fetched; by default that of the shards.
         master_weights: Fixes where float32 values of parameters are if optimizer states are divided over more ranks:

@@ -36,6 +36,15 @@ def test_no_plan_is_advised_over_one_that_is_smaller_sends_less_and_is_as_fast(g
         assert not (smaller and sends_less and other.samples_per_second * (1 + ERROR) >= best.samples_per_second)
 
 
+def test_large_worlds_divide_states_over_a_part_of_them(profile):
+    planning = plan(profile, "p4d.24xlarge", num_nodes=256, micro_batch=1, accumulation=4, reshard_after_forward=True)
+    candidate = planning.best.candidate
+    assert (candidate.shard_size, candidate.optimizer_shard_size, candidate.has_owners) == (8, 64, True)
+    others = [each for each in planning.plans if each.candidate.optimizer_shard_size in (None, 2048)]
+    assert planning.best.samples_per_second > 1.1 * max(each.samples_per_second for each in others)
+    assert "divided over 64 ranks" in explain_division(planning)
+
+
 def test_a_llama_that_misses_by_little_is_told_what_fits():
     cluster = find_instance("8xA100-ethernet-100g", 8)
     batch = {"micro_batch": 8, "accumulation": 1, "sequence_length": 4096}
