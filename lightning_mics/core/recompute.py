@@ -83,7 +83,7 @@ def planned_recomputation(model: nn.Module, units: Sequence[Unit], config: MiCSC
     how = config.activation_checkpointing
     if not chooses_modules(how):
         return cast("Recomputation", how)
-    blocks = {unit[0] for unit in units if recomputes(unit)}
+    blocks = set(outermost_of([unit[0] for unit in units if recomputes(unit)]))
     return True if blocks == set(blocks_to_recompute(model, units, config)) else None
 
 

@@ -176,11 +176,20 @@ def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: T
     buckets = sum(gradient_bytes(unit, training) for unit in profile.units)
     units = list(zip(profile.units, [None, *candidate.again(profile.blocks)], strict=True))
     activations = sum(unit.kept(again).at(samples) for unit, again in units)
-    for unit, again in units:
-        extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + unit.recomputed(again).at(
-            samples
-        )
+    for (unit, _), again in zip(units, _computed_again(units, samples), strict=True):
+        extra = max(unit.forward_extra.at(samples), unit.backward_extra.at(samples)) + again
         yield _Moment(cast, buckets, activations, extra)
+
+
+def _computed_again(units: Iterable[tuple[Unit, Again]], samples: int) -> Iterator[float]:
+    """Yields the bytes that are there a second time when a unit's backward pass begins.
+
+    A block is computed again at once with what is inside of it, whose backward passes come first.
+    """
+    there = 0.0
+    for unit, again in units:
+        there = unit.recomputed(again).at(samples) + (there if unit.is_inside else 0.0)
+        yield there
 
 
 class _Size(NamedTuple):
@@ -203,10 +212,9 @@ class _Walk:
         self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
         size = functools.cache(self._size)  # equal units are one object
         self._root = size(profile.root, None)
-        self._blocks = [
-            (size(unit, again), unit.runs_backward)
-            for unit, again in zip(profile.blocks, candidate.again(profile.blocks), strict=True)
-        ]
+        blocks = list(zip(profile.blocks, candidate.again(profile.blocks), strict=True))
+        self._blocks = [(size(unit, again), unit.runs_backward) for unit, again in blocks]
+        self._again = list(_computed_again(blocks, candidate.micro_batch))
 
     def _size(self, unit: Unit, again: Again) -> _Size:
         shard_size, samples = self.candidate.shard_size, self.candidate.micro_batch
@@ -218,7 +226,7 @@ class _Walk:
             message=unit.gathered_numel(shard_size, only_trainable=True) * self._reduce_width,
             kept=unit.kept(again).at(samples),
             forward=extra.at(samples),
-            backward=unit.recomputed(again).at(samples) + unit.backward_extra.at(samples),
+            backward=unit.backward_extra.at(samples),
         )
 
     @property
@@ -242,16 +250,17 @@ class _Walk:
 
     def _backward_moments(self, activations: float, resident: float, early: float) -> Iterator[_Moment]:
         root, reshards = self._root, self.candidate.reshard_after_forward
-        blocks = [unit for unit, runs_backward in self._blocks[::-1] if runs_backward]
-        first = blocks[0].gathered if blocks and reshards else 0.0
+        entries = zip(self._blocks[::-1], self._again[::-1], strict=True)
+        blocks = [(unit, again) for (unit, runs_backward), again in entries if runs_backward]
+        first = blocks[0][0].gathered if blocks and reshards else 0.0
         yield _Moment(resident + first, early, activations, root.backward)
         activations -= root.kept
         in_flight = 0.0
-        for unit, following in zip_longest(blocks, blocks[1:]):
+        for (unit, again), following in zip_longest(blocks, blocks[1:]):
             here, gradients = resident, early + unit.gradient
             if reshards:
-                here += unit.gathered + (following.gathered if following else 0.0)
-            yield _Moment(here, gradients + in_flight, activations, unit.backward)
+                here += unit.gathered + (following[0].gathered if following else 0.0)
+            yield _Moment(here, gradients + in_flight, activations, again + unit.backward)
             activations -= unit.kept
             in_flight = unit.message
             yield _Moment(here, gradients + in_flight, activations, 0.0)

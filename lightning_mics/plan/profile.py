@@ -88,6 +88,8 @@ class Unit:
         backward_extra: Most that is allocated during its backward pass beyond what was kept; without gradients of
             parameters.
         can_checkpoint: Whether activation checkpointing applies to it.
+        is_inside: Whether it lies inside a block to which that applies, and is computed again when that one is: the
+            last one before it that is inside of none.
         forward_traffic: What operations of its forward pass read and write that are no products of matrices.
         backward_traffic: The same of its backward pass, without recomputation.
         attention_flops: Of ``forward_flops``, those of attention in one piece; twice as many in the backward pass.
@@ -110,6 +112,7 @@ class Unit:
     checkpoint_extra: Amount = field(default_factory=Amount)
     backward_extra: Amount = field(default_factory=Amount)
     can_checkpoint: bool = True
+    is_inside: bool = False
     forward_traffic: Amount = field(default_factory=Amount)
     backward_traffic: Amount = field(default_factory=Amount)
     attention_flops: float = 0.0

@@ -180,8 +180,9 @@ class Candidate:
         return self.master_weights == "owners" and self.slices > 1
 
     def again(self, blocks: Sequence[Unit]) -> list[Again]:
-        """Returns for each block what of it is computed again in the backward pass."""
+        """Returns for each block what of it is computed again in the backward pass, alone or in one around it."""
         how, number = self.activation_checkpointing, itertools.count()
+        around: Again = None
 
         def of(block: Unit) -> Again:
             if not how or not block.can_checkpoint:
@@ -192,7 +193,11 @@ class Candidate:
                 return None
             return "offloaded" if self.activation_checkpointing_offload else "all"
 
-        return [of(block) for block in blocks]
+        result = []
+        for block in blocks:
+            around = around if block.is_inside else of(block)
+            result.append(around)
+        return result
 
     @property
     def recomputation(self) -> str:

@@ -82,7 +82,7 @@ def _measure(
                 if twins and not _compute_alike(structure, one):
                     break
                 kept = run(structure, twins, sample, step, device_type, checkpoints=True)
-                return _expand(structure, twins, _fit([one, two], kept, structure.compute_dtype.itemsize))
+                return _expand(structure, twins, _fit(structure, [one, two], kept))
             except MiCSConfigError:
                 raise
             except Exception as error:
@@ -100,11 +100,9 @@ def _compute_alike(structure: Structure, counts: Trace) -> bool:
     return all(len({counts[(member,)].forward_flops for member in group}) == 1 for group in structure.stand_ins)
 
 
-def _fit(traces: list[Trace], kept: list[Trace], width: int) -> dict[Key, Unit]:
-    """Makes lines of the counts for one and for two samples, in the order of the forward pass.
-
-    An element of a gradient has ``width`` bytes.
-    """
+def _fit(structure: Structure, traces: list[Trace], kept: list[Trace]) -> dict[Key, Unit]:
+    """Makes lines of the counts for one and for two samples, in the order of the forward pass."""
+    width = structure.compute_dtype.itemsize  # of an element of a gradient
 
     def line(key: Key, name: str, of: list[Trace] = traces) -> Amount:
         one, two = (max(0, getattr(trace.get(key, Counts()), name)) for trace in of)
@@ -113,6 +111,9 @@ def _fit(traces: list[Trace], kept: list[Trace], width: int) -> dict[Key, Unit]:
             return Amount(per_sample=two / 2)
         return Amount(fixed=one - slope, per_sample=slope)
 
+    def is_recomputed(key: Key) -> bool:
+        return key is not None and (recomputes(key) or key in structure.around)
+
     return {
         key: Unit(
             name="",
@@ -120,7 +121,7 @@ def _fit(traces: list[Trace], kept: list[Trace], width: int) -> dict[Key, Unit]:
             forward_flops=line(key, "forward_flops").at(1),
             backward_flops=line(key, "backward_flops").at(1),
             saved=line(key, "saved"),
-            checkpoint=line(key, "saved", kept if key is not None and recomputes(key) else traces),
+            checkpoint=line(key, "saved", kept if is_recomputed(key) else traces),
             products=line(key, "products"),
             rest=line(key, "rest"),
             outputs=line(key, "outputs"),

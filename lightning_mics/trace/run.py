@@ -75,7 +75,7 @@ def _build(
         if unit[0] not in twins:
             modules = tuple(copies[module] for module in unit)
             unit_of.update(dict.fromkeys(modules, unit))
-            if checkpoints and recomputes(modules):
+            if checkpoints and recomputes(modules) and unit not in structure.around:
                 checkpoint(modules[0])
             apply_unit(modules, mesh, structure.config, is_root=False)
     root = _Step(copied, step)

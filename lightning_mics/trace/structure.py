@@ -16,6 +16,7 @@ from lightning_mics.config import MiCSConfig, as_dtype
 from lightning_mics.core.apply import units_of
 from lightning_mics.core.recompute import recomputes
 from lightning_mics.core.units import Unit as Modules
+from lightning_mics.core.units import outermost_of
 from lightning_mics.plan.profile import ModelProfile, Param, Unit
 from lightning_mics.trace._torch import hooks_of
 from lightning_mics.trace.huggingface import share_of_experts
@@ -36,12 +37,14 @@ class Structure:
         params: Parameters of each unit and of the root.
         stacks: The members of each list or sequence of modules that are plain units.
         stand_ins: First, second and last of those that are alike in a stack; they run for the others.
+        around: By unit the outermost block that it is inside of, where that can be recomputed.
         twins: For those that need not run, who stands for them.
     """
 
     def __init__(self, model: nn.Module, config: MiCSConfig) -> None:
         self.model, self.config = model, config
         self.units = units_of(model, config)
+        self.around = self._find_around()
         self.params = self._params_by_unit()
         self.compute_dtype = as_dtype(config.param_dtype) or _commonest_dtype(model)
         self.stacks = list(self._find_stacks())
@@ -64,9 +67,13 @@ class Structure:
         interned: dict[Unit, Unit] = {}
 
         def complete(unit: Key, name: str = "") -> Unit:
-            can_checkpoint = unit is not None and recomputes(unit)
-            known = figures.get(unit, _NO_FIGURES)
-            return replace(known, name=name, params=self.params[unit], can_checkpoint=can_checkpoint)
+            return replace(
+                figures.get(unit, _NO_FIGURES),
+                name=name,
+                params=self.params[unit],
+                can_checkpoint=unit is not None and recomputes(unit),
+                is_inside=unit in self.around,
+            )
 
         def named(unit: Modules) -> Unit:
             return interned.setdefault(complete(unit), complete(unit, " + ".join(names[module] for module in unit)))
@@ -74,7 +81,7 @@ class Structure:
         return ModelProfile(
             name=name or type(self.model).__name__,
             root=complete(None, "(root)"),
-            blocks=tuple(map(named, order)),
+            blocks=tuple(map(named, _behind_those_around(list(order), self.around))),
             sequence_length=sequence_length,
             buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in self.model.buffers()),
             compute_dtype=dtype_name(self.compute_dtype),
@@ -90,6 +97,16 @@ class Structure:
         params = [param for unit in self.params.values() for param in unit]
         routed = sum(p.numel for p in params if len(p.shape) == 3 and p.shape[0] == experts)
         return round(sum(p.numel for p in params) - (1 - share) * routed)
+
+    def _find_around(self) -> dict[Modules, Modules]:
+        units = {unit[0]: unit for unit in self.units if recomputes(unit)}
+        holder = {inner: module for module in outermost_of(list(units)) for inner in module.modules()}
+        found = {unit: {holder.get(module) for module in unit} for unit in self.units}
+        return {
+            unit: units[module]
+            for unit, modules in found.items()
+            if len(modules) == 1 and (module := modules.pop()) is not None and module is not unit[0]
+        }
 
     def root_sizes(self) -> set[int]:
         """Returns the sizes of the root's gradients in bytes."""
@@ -127,6 +144,14 @@ class Structure:
                 for member in stack:
                     alike.setdefault(_signature(member), []).append(member)
             yield from (group for group in alike.values() if len(group) > 3)
+
+
+def _behind_those_around(order: list[Modules], around: Mapping[Modules, Modules]) -> Iterator[Modules]:
+    """Yields units in their order, those inside a block that is recomputed behind it."""
+    for unit in order:
+        if unit not in around:
+            yield unit
+            yield from (inner for inner in order if around.get(inner) == unit)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:

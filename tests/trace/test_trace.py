@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_mics import MiCSConfigError
+from lightning_mics import MiCSConfig, MiCSConfigError, mics_shard
+from lightning_mics.plan.hardware import find_instance
+from lightning_mics.plan.memory import predict_memory
 from lightning_mics.plan.profile import ModelProfile
+from lightning_mics.plan.settings import Candidate, Training
+from lightning_mics.topology import Recomputation
 from lightning_mics.trace import profile_model, run
+from lightning_mics.trace._torch import fake_world
 from lightning_mics.trace.models import build_model
 from lightning_mics.trace.structure import Structure
 
@@ -207,6 +212,33 @@ def test_checkpointed_blocks_keep_their_inputs() -> None:
     for block in profile_model(gpt2(4), tokens(), param_dtype="bfloat16").blocks:
         assert block.can_checkpoint
         assert (block.checkpoint.fixed, block.checkpoint.per_sample) == (0, 2 * TOKENS * WIDTH)
+
+
+@pytest.mark.parametrize("how", [False, True, 2, "selective"])
+def test_units_inside_a_block_are_computed_again_with_it(how: Recomputation) -> None:
+    batch, wrap = tokens(), ["GPT2Block", "GPT2MLP"]
+    profile = profile_model(gpt2(3), batch, wrap=wrap)
+    passes = dict.fromkeys(range(6), 0)
+    with fake_world(4):
+        model = gpt2(3)
+        parts = [part for block in model.transformer.h for part in (block.ln_1, block.mlp.act)]
+        for number, part in enumerate(parts):
+            part.register_forward_hook(lambda *args, number=number: passes.update({number: passes[number] + 1}))
+        config = MiCSConfig(shard_size=2, node_size=2, verify=False, wrap=wrap, activation_checkpointing=how)
+        mics_shard(model, config, device_type="cpu")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    again = Candidate(shard_size=2, activation_checkpointing=how).again(profile.blocks)
+    assert [1 + bool(what) for what in again] == list(passes.values())
+
+
+def test_memory_of_recomputed_blocks_is_that_with_units_inside_of_them() -> None:
+    inside, alone = (profile_model(gpt2(3), tokens(), wrap=["GPT2Block", *more]) for more in (["GPT2MLP"], []))
+    accelerator = find_instance("p4d.24xlarge", 1).node.accelerator
+    for how in (True, 2, "selective"):
+        candidate = Candidate(shard_size=1, micro_batch=64, activation_checkpointing=how)
+        ours, theirs = (predict_memory(p, candidate, Training(), accelerator) for p in (inside, alone))
+        assert ours.activations == theirs.activations
+        assert ours.temporaries == pytest.approx(theirs.temporaries, rel=0.02)
 
 
 def test_the_dtype_of_the_computation_decides() -> None:
