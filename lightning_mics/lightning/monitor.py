@@ -31,6 +31,12 @@ _NAMES = {
     Hop.REPLICATION_REDUCE: "replication_reduce",
     Hop.REPLICATION_GATHER: "replication_gather",
 }
+# What a plan calls that which compute waits for.
+_WAITS = {
+    Hop.PARTITION_GATHER.value: "gather",
+    Hop.PARTITION_REDUCE.value: "reduce",
+    Hop.REPLICATION_REDUCE.value: "replicate",
+}
 _MEBI = 2**20
 
 
@@ -67,7 +73,7 @@ class MiCSMonitor(Callback):
         self._plan = plan
         self._planned: PlannedRun | None = None
         self._usage: Usage | None = None
-        self._watch, self._waited = ExitStack(), 0.0
+        self._watch, self._waited = ExitStack(), dict.fromkeys(_WAITS.values(), 0.0)
         self._begin(0, {})
 
     def _begin(self, step: int, traffic: dict[Hop, Traffic]) -> None:
@@ -126,19 +132,21 @@ class MiCSMonitor(Callback):
             return
         self._watch.close()
         peak, seconds = self._usage.peak(), (time.monotonic() - self._time) / steps
-        figures = [-1.0 if peak is None else peak, seconds, self._waited / steps]
-        memory, seconds, waited = across_ranks(figures, pl_module.device)
+        waited = sum(self._waited.values())
+        memory, seconds, longest = across_ranks([-1.0 if peak is None else peak, seconds, waited], pl_module.device)
+        # The parts are those of the rank that waits longest, which are in proportion.
+        parts = across_ranks([part * (waited == longest) / steps for part in self._waited.values()], pl_module.device)
         measured = Figures(
             seconds=seconds,
             memory=None if memory < 0 else memory,
             inter_bytes=inter_bytes,
-            exposed=waited / seconds if holds_up else None,
+            exposed=dict(zip(self._waited, parts, strict=True)) if holds_up else None,
         )
         inform(planned.compare(micro_batch, measured))
         self._planned = None
 
     def _note_wait(self, hop: str, seconds: float) -> None:
-        self._waited += seconds
+        self._waited[_WAITS[hop]] += seconds
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stops timing waits, if training ends before there is something to compare."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ class Figures:
         seconds: Of an optimizer step.
         memory: Bytes of the rank that needs most, without the device's context and fragments; ``None`` if unknown.
         inter_bytes: Bytes that leave a node in an optimizer step.
-        exposed: Share of the step in which compute waits for communication; ``None`` if unknown.
+        exposed: Seconds of a step in which compute waits for communication, by what it waits for as
+            :class:`~lightning_mics.plan.StepTime` has it; ``None`` if unknown.
     """
 
     seconds: float
     memory: float | None
     inter_bytes: float
-    exposed: float | None = None
+    exposed: Mapping[str, float] | None = None
 
 
 class PlannedRun:
@@ -84,9 +86,7 @@ class PlannedRun:
         found = [plan for plan in answer["plans"] if {name: plan["candidate"][name] for name in _SETTINGS} == wanted]
         if not found:
             settings = ", ".join(f"{name}={value}" for name, value in wanted.items() if value is not None)
-            raise MiCSConfigError(
-                f"{path} has no plan with {settings}. Plan again with the settings of this run, or leave plan= out."
-            )
+            raise MiCSConfigError(f"{path} has no plan with {settings}. {_advice(run)}, or leave plan= out.")
         self._plans: dict[int, dict[str, Any]] = {}
         for plan in found:  # the best of each
             self._plans.setdefault(plan["candidate"]["micro_batch"], plan)
@@ -121,12 +121,11 @@ class PlannedRun:
             memory=memory["total"] - memory["reserve"],
             inter_bytes=sum(hop["inter_bytes"] for hop in traffic),
         )
-        waits, waited = sum(time["exposed"].values()) / time["seconds"], measured.exposed
         rows = [["step", *_row(planned.seconds, measured.seconds, _seconds)]]
         if measured.memory is not None:
             rows.append(["peak memory of a rank", *_row(planned.memory or 0.0, measured.memory, format_bytes)])
         rows.append(["out of a node, a step", *_row(planned.inter_bytes, measured.inter_bytes, format_bytes)])
-        rows.append(["exposed communication", f"{waits:.1%}", "-" if waited is None else f"{waited:.1%}", ""])
+        rows += _exposed(time, measured)
         lines = [f"  {name:<22}{was:>12}{found:>12}{off:>9}" for name, was, found, off in rows]
         return "\n".join([self._sentence(planned, measured), f"  {'':<22}{'planned':>12}{'measured':>12}", *lines])
 
@@ -136,6 +135,26 @@ class PlannedRun:
         if measured.memory is None:
             return f"{text}."
         return f"{text}; a rank needs {format_bytes(measured.memory)}, {_off(planned.memory or 0.0, measured.memory)}."
+
+
+def _advice(run: Run) -> str:
+    if isinstance(run.activation_checkpointing, bool | int | str):
+        return "Plan again with the settings of this run"
+    return (
+        "A plan recomputes all blocks, every so-many-th, or all but their products: choose blocks by "
+        "activation_checkpointing=True, a number or 'selective', and plan again with the settings of this run"
+    )
+
+
+def _exposed(time: Mapping[str, Any], measured: Figures) -> Iterator[list[str]]:
+    """Yields the share of the step that compute waits for communication, then that of each part of it."""
+    planned, found = time["exposed"], measured.exposed
+    for name, parts in {"exposed communication": planned, **{f"  {part}": (part,) for part in planned}}.items():
+        was = sum(planned[part] for part in parts) / time["seconds"]
+        if found is None:
+            yield [name, f"{was:.1%}", "-", ""]
+        else:
+            yield [name, f"{was:.1%}", f"{sum(found[part] for part in parts) / measured.seconds:.1%}", ""]
 
 
 def _row(planned: float, measured: float, show: Any) -> list[str]:

@@ -51,6 +51,8 @@ def test_a_run_is_compared_once_with_its_plan(pool: WorkerPool, tmp_path: Path) 
     assert float(rows["out of a node, a step"][2]) == pytest.approx(sent, rel=0.02)
     waited = rows["exposed communication"][-1]  # of gloo's collectives, beside blocks of next to nothing
     assert waited.endswith("%") and 5 < float(waited[:-1]) <= 100
+    parts = [float(rows[part][-1][:-1]) for part in ("gather", "reduce", "replicate")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(float(waited[:-1]), abs=0.2)
     assert not any("A step takes" in told for told in others)
     assert pool.run(timed_still, world_size=4) == [False] * 4
 

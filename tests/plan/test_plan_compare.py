@@ -42,10 +42,10 @@ def test_the_line_and_the_table_say_how_far_off_it_was(written):
         and not plan.candidate.activation_checkpointing
     )
     memory = plan.memory.total - plan.memory.reserve
-    measured = Figures(
-        seconds=1.5 * plan.time.seconds, memory=0.8 * memory, inter_bytes=plan.inter_bytes, exposed=0.125
-    )
-    said, head, step, peak, sent, exposed = PlannedRun(file, RUN).compare(2, measured).splitlines()
+    seconds = 1.5 * plan.time.seconds
+    waits = {"gather": 0.1 * seconds, "reduce": 0.02 * seconds, "replicate": 0.005 * seconds}
+    measured = Figures(seconds=seconds, memory=0.8 * memory, inter_bytes=plan.inter_bytes, exposed=waits)
+    said, head, step, peak, sent, exposed, *parts = PlannedRun(file, RUN).compare(2, measured).splitlines()
     assert said == (
         f"A step takes {format_number(measured.seconds)} s, 50% more than {file} says; a rank needs "
         f"{format_bytes(measured.memory)}, 20% less."
@@ -55,6 +55,10 @@ def test_the_line_and_the_table_say_how_far_off_it_was(written):
     assert peak.split()[-1] == "-20%" and format_bytes(memory) in peak
     assert sent.split()[-1] == "+0%" and sent.count(format_bytes(plan.inter_bytes)) == 2
     assert exposed.split()[-2:] == [f"{plan.time.waiting:.1%}", "12.5%"]
+    shares = [f"{plan.time.exposed[part] / plan.time.seconds:.1%}" for part in waits]
+    assert [line.split() for line in parts] == [
+        [part, share, found] for part, share, found in zip(waits, shares, ("10.0%", "2.0%", "0.5%"), strict=True)
+    ]
     assert max(map(len, (head, step, peak, sent, exposed))) <= 80
     unknown = PlannedRun(file, RUN).compare(2, Figures(seconds=1.0, memory=None, inter_bytes=0))
     assert "a rank needs" not in unknown and "peak" not in unknown and unknown.endswith("-         ")
@@ -71,6 +75,7 @@ def test_other_micro_batches_are_not_compared(written):
         (changed(world_size=16), "plans for 8 ranks, and this run has 16"),
         (changed(accumulation=3), "has no plan with shard_size=4, accumulation=3, activation_checkpointing=False"),
         (changed(optimizer_shard_size=8), "optimizer_shard_size=8"),
+        (changed(activation_checkpointing=["Block"]), "choose blocks by activation_checkpointing=True, a number or"),
     ],
 )
 def test_what_was_not_planned_is_refused(written, run, words):
