@@ -89,6 +89,10 @@ class Placement:
 
     def pretend(self, stack: ExitStack) -> None:
         """Makes tensors tell where they pretend to be, and move there."""
+        # PyTorch lists what makes tensors when a device first becomes the current one, and keeps the list for good:
+        # with the substitutes below in it, ``from_pretrained`` would leave buffers without values ever after.
+        with CPU:
+            torch.empty(0)
 
         def device(tensor: Tensor) -> torch.device:
             return self.device_of(tensor)

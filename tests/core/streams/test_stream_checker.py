@@ -233,3 +233,13 @@ def find_waits_left_out(plain: Plain, function: str) -> None:
     sites = frozenset(site for site in plain.run().timeline.waits.sites if any(f"({name})" in site for name in names))
     assert sites
     assert plain.run(Settings(left_out=sites)).races
+
+
+def test_what_pytorch_learns_on_the_device_stays_true_after_it() -> None:
+    from torch.utils._device import _device_constructors
+
+    _device_constructors.cache_clear()  # as in a process in which no device has been the current one
+    with pretended_device(), torch.device("meta"):
+        torch.ones(2)
+    with torch.device("meta"):
+        assert torch.tensor([]).device == torch.as_tensor([]).device == torch.device("meta")
