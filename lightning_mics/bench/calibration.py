@@ -161,8 +161,10 @@ def calibrate(
         return [_Contender(copy.deepcopy(found).to(cast), step, device) for found in pair.models]
 
     large, small = _batch(sample, micro_batch, None, device), _batch(sample, 1, _TOKENS, device)
-    passes = take_turns(plain(few), large, few.blocks, 0.4)
-    kept = _kept(plain(few), large) / few.blocks
+    contenders = plain(few)
+    passes = take_turns(contenders, large, few.blocks, 0.4)
+    kept = _kept(contenders, large) / few.blocks
+    del contenders
     alone = take_turns(plain(longer), small, longer.blocks, 0.2)
     rate = _optimizer_rate(next(one.get_submodule(stack).children()), training, device)
     with fake_world(_WORLD):

@@ -83,8 +83,7 @@ def planned_recomputation(model: nn.Module, units: Sequence[Unit], config: MiCSC
     how = config.activation_checkpointing
     if not chooses_modules(how):
         return cast("Recomputation", how)
-    blocks = set(outermost_of([unit[0] for unit in units if recomputes(unit)]))
-    return True if blocks == set(blocks_to_recompute(model, units, config)) else None
+    return True if _are_all(blocks_to_recompute(model, units, config), units) else None
 
 
 def recomputation_of(model: nn.Module, config: MiCSConfig) -> object:
@@ -92,9 +91,15 @@ def recomputation_of(model: nn.Module, config: MiCSConfig) -> object:
     how = config.activation_checkpointing
     if not chooses_modules(how):
         return how
-    units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
-    blocks = {module for module in model.modules() if module in _BLOCKS}
-    return True if blocks == set(outermost_of([unit for unit in units if recomputes((unit,))])) else how
+    units: list[Unit] = [
+        (module,) for module in model.modules() if isinstance(module, FSDPModule) and module is not model
+    ]
+    return True if _are_all([module for module in model.modules() if module in _BLOCKS], units) else how
+
+
+def _are_all(blocks: Sequence[nn.Module], units: Sequence[Unit]) -> bool:
+    """Returns whether blocks are those that ``activation_checkpointing=True`` chooses."""
+    return set(blocks) == set(outermost_of([unit[0] for unit in units if recomputes(unit)]))
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], config: MiCSConfig, device_type: str) -> None:

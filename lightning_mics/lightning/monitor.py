@@ -73,7 +73,7 @@ class MiCSMonitor(Callback):
         self._plan = plan
         self._planned: PlannedRun | None = None
         self._usage: Usage | None = None
-        self._watch, self._waited = ExitStack(), dict.fromkeys(_WAITS.values(), 0.0)
+        self._watch = ExitStack()
         self._begin(0, {})
 
     def _begin(self, step: int, traffic: dict[Hop, Traffic]) -> None:
@@ -127,6 +127,7 @@ class MiCSMonitor(Callback):
         holds_up = pl_module.device.type == "cpu"  # a card's collectives hold up its streams, not this thread
         if self._windows == 1:
             self._usage.restart_peak()
+            self._waited = dict.fromkeys(_WAITS.values(), 0.0)
             if holds_up:
                 self._watch.enter_context(timed_waits(self._note_wait))
             return

@@ -35,6 +35,18 @@ def train(file: str, **settings: Any) -> str:
     return told.getvalue()
 
 
+def train_again(file: str, fits: int) -> float:
+    """Returns the share of a step that waits take in the last of several fits with one callback, in percent."""
+    callback = MiCSMonitor(every_n_steps=2, plan=file)
+    for _ in range(fits):
+        strategy = MiCSStrategy(shard_size=2, node_size=2)
+        trainer = make_trainer(strategy=strategy, accumulate_grad_batches=2, callbacks=[callback])
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            trainer.fit(LanguageModel(), loader(16, trainer.world_size))
+    waited = next((line for line in told.getvalue().splitlines() if "exposed communication" in line), "nan%")
+    return float(waited.split()[-1][:-1])
+
+
 def timed_still() -> bool:
     return hasattr(Agreement.reach, "__wrapped__")
 
@@ -55,6 +67,11 @@ def test_a_run_is_compared_once_with_its_plan(pool: WorkerPool, tmp_path: Path) 
     assert min(parts) > 0 and sum(parts) == pytest.approx(float(waited[:-1]), abs=0.2)
     assert not any("A step takes" in told for told in others)
     assert pool.run(timed_still, world_size=4) == [False] * 4
+
+
+def test_a_second_fit_has_waits_of_its_own(pool: WorkerPool, tmp_path: Path) -> None:
+    waited, *_ = pool.run(train_again, planned(tmp_path / "plan.json", 2), fits=4, world_size=4)
+    assert 5 < waited <= 100
 
 
 def test_blocks_that_recompute_are_found_however_they_were_chosen(pool: WorkerPool, tmp_path: Path) -> None:
