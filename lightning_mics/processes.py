@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, and programs that tidy up when told to end."""
+"""Who a process is, processes that do not outlive the one that started them, and programs that tidy up at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+
+
+def start_time(pid: int) -> int | None:
+    """Returns when a process started, in the kernel's ticks; ``None`` if it is over, or the system does not tell.
+
+    A process is its number and its start: numbers are used again. One that nobody has waited for is over.
+    """
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, *fields = told.rpartition(")")[2].split()  # the second field, a name, may hold spaces and brackets
+    return None if state in "ZX" else int(fields[18])
 
 
 def end_with_parent() -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_mics.errors import MiCSError
+from lightning_mics.processes import start_time
 
 _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "mount": "mount"}
 _NAME = re.compile(r"mics-(?P<pid>\d+)-(?P<start>\d+)-\d+-(node\d+|storage|switch|files-\w+)")
@@ -104,19 +105,6 @@ def clean(everything: bool = False) -> list[str]:
 def _is_to_remove(name: str, everything: bool) -> bool:
     found = _NAME.fullmatch(name)
     return found is not None and (everything or start_time(int(found["pid"])) != int(found["start"]))
-
-
-def start_time(pid: int) -> int | None:
-    """Returns when a process started, in the kernel's ticks, or None if none with this number runs.
-
-    A process is its number and its start: numbers are used again.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    state, *fields = stat.rpartition(")")[2].split()  # the second field, a name, may hold spaces and brackets
-    return None if state == "Z" else int(fields[18])
 
 
 def _list_namespaces() -> list[str]:

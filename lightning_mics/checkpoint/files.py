@@ -26,6 +26,7 @@ from typing import BinaryIO, Literal, TypeVar
 from lightning_mics.checkpoint.manifest import GENERATION, INDEX, MANIFEST, META, Facts, Manifest
 from lightning_mics.checkpoint.storage import Place, Remote
 from lightning_mics.errors import CheckpointError
+from lightning_mics.processes import start_time
 
 _INCOMPLETE, _REPLACED = ".mics-incomplete-", ".mics-replaced-"
 _STALE_SECONDS = 3600.0
@@ -46,7 +47,7 @@ P = TypeVar("P", Path, Remote)
 
 def temporary_name(path: P) -> P:
     """Returns a hidden name under which to write the checkpoint ``path``; it is the caller's until :func:`release`."""
-    owner = f"{_place()}-{os.getpid()}-{_birth(os.getpid())}.{next(_counter)}"
+    owner = f"{_place()}-{os.getpid()}-{start_time(os.getpid()) or ''}.{next(_counter)}"
     _running.add(owner)
     return path.parent / f"{_hidden(path)}{_INCOMPLETE}{owner}"
 
@@ -76,16 +77,6 @@ def _place() -> str:
     except OSError:
         namespace = 0
     return f"{socket.gethostname()}-{namespace}"
-
-
-def _birth(pid: int) -> str:
-    """Returns when a process started, in the kernel's ticks; process ids are reused. Empty if it is over."""
-    try:
-        told = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    state, *rest = told.rpartition(")")[2].split()
-    return "" if state in "ZX" else rest[18]  # one that nobody has waited for is over as well
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -187,7 +178,7 @@ def _is_abandoned(leftover: Place, last_change: Callable[[], float], stale_secon
     if place == _place() and birth:
         if int(pid) == os.getpid():
             return owner_of(leftover) not in _running
-        return _birth(int(pid)) != birth
+        return start_time(int(pid)) != int(birth)
     return time.time() - last_change() > stale_seconds
 
 

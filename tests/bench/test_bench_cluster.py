@@ -15,6 +15,7 @@ from lightning_mics.bench.namespaces import EmulatorError
 from lightning_mics.bench.spec import ClusterSpec, format_rate, parse_rate
 from lightning_mics.cli import main
 from lightning_mics.errors import MiCSConfigError
+from lightning_mics.processes import start_time
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_specs_that_cannot_work(change: dict[str, int], words: str) -> None:
 
 
 def test_clean_tells_dead_owners_from_living_ones() -> None:
-    pid, start = os.getpid(), namespaces.start_time(os.getpid())
+    pid, start = os.getpid(), start_time(os.getpid())
     assert start is not None
     living, reused, dead = f"mics-{pid}-{start}-0", f"mics-{pid}-{start - 1}-0", f"mics-{2**22 + 1}-5-3"
     for part in ("node0", "node12", "switch", "files-ab_12"):

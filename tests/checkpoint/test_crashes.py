@@ -19,6 +19,7 @@ from checkpoint_tools import OWN_SCALE, PLAIN, equal, load_anew, save_new, train
 
 from lightning_mics import MiCSConfig, save_checkpoint
 from lightning_mics.checkpoint import files
+from lightning_mics.processes import start_time
 from lightning_mics.testing import WorkerPool
 
 # What touches the disk or other ranks during a save.
@@ -232,13 +233,13 @@ def test_leftovers_of_running_saves_are_left_alone(tmp_path: Path) -> None:
     mine = files.temporary_name(path).name
     prefix, _, rest = mine.rpartition(f"-{os.getpid()}-")
     birth, number = rest.split(".")
-    running = tmp_path / f"{prefix}-{os.getppid()}-{files._birth(os.getppid())}.0"
+    running = tmp_path / f"{prefix}-{os.getppid()}-{start_time(os.getppid())}.0"
     ours = tmp_path / mine
     over = tmp_path / f"{mine}0"  # another save of this process, which is none of those that run
     reused = tmp_path / f"{prefix}-{os.getppid()}-{int(birth) + 1}.{number}"
     dead = tmp_path / f"{prefix}-{2**22 + 1}-5.0"
     child = subprocess.Popen(["sleep", "60"])
-    birth_of_child = files._birth(child.pid)
+    birth_of_child = start_time(child.pid)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     zombie = tmp_path / f"{prefix}-{child.pid}-{birth_of_child}.0"  # its parent has not waited for it
