@@ -81,6 +81,12 @@ def listing(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
+def first_of(values: Sequence[object], most: int) -> str:
+    """Returns the first values separated by commas, and how many more there are, for example ``"1, 2 and 3 more"``."""
+    more = len(values) - most
+    return ", ".join(map(str, values[:most])) + (f" and {more} more" if more > 0 else "")
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word that looks most like another one; ``None`` if none does.
 

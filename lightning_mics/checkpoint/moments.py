@@ -245,20 +245,13 @@ def fill_optimizer(
     Raises:
         CheckpointError: If they do not fit.
     """
-    params = trained_parameters(model, optimizer)
-    order = [index for group in saved["param_groups"] for index in group["params"]]
+    params, order = trained_parameters(model, optimizer), _positions(saved)
     if "names" in saved or all(isinstance(index, str) for index in order):
         owners = [to_own(name) for name in saved.get("names", order)]
     else:
         others = {name: param for name, param in model.named_parameters() if param not in set(params.values())}
         owners = _by_position(path, optimizer, saved, params, others if strict else {})
-    name_of = dict(zip(order, owners, strict=True))
-    states = {
-        name: sharded_state(state, params[name])
-        for index, state in saved["state"].items()
-        if (name := name_of[index]) in params
-    }
-    Moments(path, _by_group(owners, saved), states, saved["param_groups"]).put(optimizer, params, strict=strict)
+    _moments(path, saved, params, owners).put(optimizer, params, strict=strict)
 
 
 def fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any], *, strict: bool) -> None:
@@ -268,15 +261,22 @@ def fill_by_position(path: Place, optimizer: Optimizer, saved: dict[str, Any], *
     own = [param for group in optimizer.param_groups for param in group["params"]]
     params = {f"parameter {place}": param for place, param in enumerate(own)}
     owners = _by_position(path, optimizer, saved, params, {})
-    order = [index for group in saved["param_groups"] for index in group["params"]]
-    name_of = dict(zip(order, owners, strict=True))
-    states = {name_of[index]: sharded_state(state, params[name_of[index]]) for index, state in saved["state"].items()}
-    Moments(path, _by_group(owners, saved), states, saved["param_groups"]).put(optimizer, params, strict=strict)
+    _moments(path, saved, params, owners).put(optimizer, params, strict=strict)
 
 
-def _by_group(owners: Sequence[str], saved: dict[str, Any]) -> list[Sequence[str]]:
-    rest = iter(owners)
-    return [[next(rest) for _ in group["params"]] for group in saved["param_groups"]]
+def _moments(path: Place, saved: dict[str, Any], params: Mapping[str, Tensor], owners: Sequence[str]) -> Moments:
+    name_of = dict(zip(_positions(saved), owners, strict=True))
+    states = {
+        name: sharded_state(state, params[name])
+        for index, state in saved["state"].items()
+        if (name := name_of[index]) in params
+    }
+    names = [[name_of[index] for index in group["params"]] for group in saved["param_groups"]]
+    return Moments(path, names, states, saved["param_groups"])
+
+
+def _positions(saved: dict[str, Any]) -> list[Any]:
+    return [index for group in saved["param_groups"] for index in group["params"]]
 
 
 def _by_position(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mics.errors import CheckpointError
+from lightning_mics.text import first_of
 
 _NAMED = 4
 
@@ -113,12 +114,8 @@ def agree(call: str, **arguments: object) -> None:
         for source, said in enumerate(given):
             by_value.setdefault(said[name], []).append(source)
         if len(by_value) > 1:
-            told = "; ".join(f"{value} on rank(s) {_some(sources)}" for value, sources in by_value.items())
+            told = "; ".join(f"{value} on rank(s) {first_of(sources, _NAMED)}" for value, sources in by_value.items())
             raise CheckpointError(f"{call} was given another {name} on some ranks: {told}. Give all ranks the same.")
-
-
-def _some(sources: list[int]) -> str:
-    return ", ".join(map(str, sources[:_NAMED])) + (f" and {len(sources) - _NAMED} more" * (len(sources) > _NAMED))
 
 
 def on_each_rank(step: Callable[[], T]) -> T:

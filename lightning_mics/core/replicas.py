@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core.fingerprints import fingerprint as fingerprint
 from lightning_mics.core.fingerprints import fingerprints
 from lightning_mics.errors import MiCSConfigError, MiCSError, SelfCheckError
+from lightning_mics.text import first_of
 
 _MOST_TOLD = 3
 
@@ -71,19 +71,14 @@ def _what_differs(first: list[Any], other: list[Any]) -> tuple[str, str]:
     """Returns the first few entries that one list has and the other has not, or where their order differs."""
     if len(first) == len(other):
         pairs = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
-        return _some([pair[0] for pair in pairs]), _some([pair[1] for pair in pairs])
+        return first_of([pair[0] for pair in pairs], _MOST_TOLD), first_of([pair[1] for pair in pairs], _MOST_TOLD)
     return _with_surplus(first, other), _with_surplus(other, first)
 
 
 def _with_surplus(entries: list[Any], others: list[Any]) -> str:
     known = set(others)
     surplus = [entry for entry in entries if entry not in known]
-    return f"{len(entries)} entries" + (f" ({_some(surplus)} on it alone)" if surplus else "")
-
-
-def _some(entries: Sequence[Any]) -> str:
-    more = len(entries) - _MOST_TOLD
-    return ", ".join(map(str, entries[:_MOST_TOLD])) + (f" and {more} more" if more > 0 else "")
+    return f"{len(entries)} entries" + (f" ({first_of(surplus, _MOST_TOLD)} on it alone)" if surplus else "")
 
 
 def raise_together(problems: Sequence[str], advice: str) -> None:

@@ -137,10 +137,7 @@ def _environment(findings: Findings) -> Check:
         ranks = [rank for rank, told in harmful if told == effect]
         where = "" if len(ranks) == findings.world_size else f" ({findings.named(ranks)})"
         words.append(("look at", f"{effect}{where}"))
-    if not words:
-        return Check("environment", "ok", "the same on all ranks, and nothing that slows down")
-    verdict = worst(verdict for verdict, _ in words)
-    return Check("environment", verdict, ". ".join(text for _, text in words), " ".join(steps))
+    return _summed_up("environment", words, steps, "the same on all ranks, and nothing that slows down")
 
 
 def _network(findings: Findings) -> Check | None:
@@ -169,10 +166,7 @@ def _network(findings: Findings) -> Check | None:
     if used and (differs := findings.differing(used)):
         words.append(("look at", f"the way to rank 0 differs: {differs}"))
         steps.append("Let all nodes use the same network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and the same MTU.")
-    if not words:
-        return Check("interfaces", "ok", listing(sorted(set(used.values()))) or "no way to rank 0 by IPv4")
-    verdict = worst(verdict for verdict, _ in words)
-    return Check("interfaces", verdict, ". ".join(text for _, text in words), " ".join(steps))
+    return _summed_up("interfaces", words, steps, listing(sorted(set(used.values()))) or "no way to rank 0 by IPv4")
 
 
 def _unknown_interfaces(findings: Findings) -> list[tuple[Verdict, str]]:
@@ -195,6 +189,14 @@ def _unknown_interfaces(findings: Findings) -> list[tuple[Verdict, str]]:
             elif found == ["lo"]:
                 wrong[f"{name}={value} leads to no other node from {{}}"].append(rank)
     return [("broken", words.format(findings.named(ranks))) for words, ranks in wrong.items()]
+
+
+def _summed_up(name: str, words: Sequence[tuple[Verdict, str]], steps: Sequence[str], fine: str) -> Check:
+    """Returns what was found of one thing, which is ``fine`` if that is nothing."""
+    if not words:
+        return Check(name, "ok", fine)
+    verdict = worst(verdict for verdict, _ in words)
+    return Check(name, verdict, ". ".join(text for _, text in words), " ".join(steps))
 
 
 # What they compute and send.
@@ -227,10 +229,7 @@ def _cards(findings: Findings) -> Check | None:
         most = format_bytes(max(taken.values()))
         words.append(("look at", f"other processes hold up to {most} of the cards of {findings.named(taken)}"))
         steps.append("End what is left of earlier jobs (nvidia-smi).")
-    if not words:
-        return Check("cards", "ok", listing(sorted(set(kinds.values()))))
-    verdict = worst(verdict for verdict, _ in words)
-    return Check("cards", verdict, ". ".join(text for _, text in words), " ".join(steps))
+    return _summed_up("cards", words, steps, listing(sorted(set(kinds.values()))))
 
 
 def _compute(findings: Findings) -> Check:

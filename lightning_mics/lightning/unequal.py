@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.data import sized_len
 from torch import nn
-from torch.utils.data import IterableDataset
 
+from lightning_mics.core.joined import counted_length
 from lightning_mics.core.unequal import UnequalPasses, lengths_differ
 
 
@@ -18,19 +17,10 @@ def allow_unequal_batches(loop: Any, model: nn.Module) -> None:
         loop: The loop, whose loaders and fetcher are there.
         model: The LightningModule, sharded.
     """
-    if lengths_differ(model, [_known_length(*pair) for pair in zip(_loaders(loop), loop.max_batches, strict=True)]):
+    loaders = zip(loop._combined_loader.flattened, loop.max_batches, strict=True)  # which end at a limit as well
+    if lengths_differ(model, [None if counted_length(loader) is None else int(most) for loader, most in loaders]):
         fetcher = loop._data_fetcher
         fetcher.__class__ = _waiting(type(fetcher), UnequalPasses(model))
-
-
-def _loaders(loop: Any) -> list[Any]:
-    return list(loop._combined_loader.flattened)
-
-
-def _known_length(loader: Any, max_batches: float) -> int | None:
-    """Returns a loader's number of batches; one of an iterable dataset may end before its length, and a limit."""
-    is_known = sized_len(loader) is not None and not isinstance(getattr(loader, "dataset", None), IterableDataset)
-    return int(max_batches) if is_known else None
 
 
 def _waiting(kind: Any, passes: UnequalPasses) -> type:

@@ -26,6 +26,7 @@ from lightning_mics.errors import CheckpointError
 from lightning_mics.pretrained.files import SINGLE, find_files, tensors_of
 from lightning_mics.pretrained.filling import read_into
 from lightning_mics.pretrained.huggingface import reading_on_demand
+from lightning_mics.text import first_of
 
 _NAMED = 5
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -181,8 +182,7 @@ def _by_name(
     for what, entries in told.items():
         if entries:
             shown = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
-            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
-            inform(f"{place}: {len(shown)} {what.partition('_')[0]} ({', '.join(shown[:_NAMED])}{more}).")
+            inform(f"{place}: {len(shown)} {what.partition('_')[0]} ({first_of(shown, _NAMED)}).")
     return _Found(read, {}), told
 
 

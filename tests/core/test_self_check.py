@@ -23,10 +23,11 @@ from lightning_mics import (
     mics_shard,
     sync_gradients,
 )
+from lightning_mics.core.fingerprints import fingerprint
 from lightning_mics.core.gradients.unit import Phase, UnitGradients
 from lightning_mics.core.gradients.window import AccumulationWindow
 from lightning_mics.core.mesh import build_mesh
-from lightning_mics.core.replicas import equalize_replicas, fingerprint
+from lightning_mics.core.replicas import equalize_replicas
 from lightning_mics.core.runtime import runtime_of
 from lightning_mics.core.self_check import check_groups
 from lightning_mics.testing import WorkerPool
