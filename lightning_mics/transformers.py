@@ -16,7 +16,6 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from lightning_mics.accelerate import MiCSPlugin
 from lightning_mics.accelerate.plugin import take_over_launch
-from lightning_mics.accelerate.resuming import OPTIMIZER_FOLDER as OPTIMIZER_FOLDER
 from lightning_mics.accelerate.trainer import TrainerMethods
 
 take_over_launch()

@@ -27,19 +27,17 @@ _Key = TypeVar("_Key")
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, the quartiles around it, and the extremes."""
+    """A median and the quartiles around it."""
 
-    minimum: float
     lower: float
     median: float
     upper: float
-    maximum: float
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """Returns the spread of at least one value."""
         lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
-        return cls(min(values), lower, middle, upper, max(values))
+        return cls(lower, middle, upper)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,7 @@ def connect(
     passes = RootPasses(model, window, prefetch, parameters)
     _watch_outputs(found, units, window)
     whole_gradients.on_backward = weakref.WeakMethod(passes.begin_backward_outside)
-    names = tuple(unit.name for unit in found)
-    runtime = MiCSRuntime(config, mesh, ledger, names, window, passes, gathers, choice)
+    runtime = MiCSRuntime(config, mesh, ledger, window, passes, gathers, choice)
     attach(model, runtime)
     watch_copies(model)
     return runtime

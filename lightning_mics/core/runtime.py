@@ -31,7 +31,6 @@ class MiCSRuntime:
         config: The settings it was sharded with.
         mesh: The groups it communicates in.
         ledger: The counts of its collectives.
-        unit_names: Names of its FSDP units, root first (the root's name is ``"(root)"``).
         window: Its gradients.
         passes: What watches the root's forward and backward passes.
         gathers: What its units gather.
@@ -41,7 +40,6 @@ class MiCSRuntime:
     config: MiCSConfig
     mesh: MiCSMesh
     ledger: CommLedger
-    unit_names: tuple[str, ...]
     window: AccumulationWindow = field(repr=False)
     passes: RootPasses = field(repr=False)
     gathers: Gathers = field(repr=False)

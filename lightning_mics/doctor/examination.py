@@ -29,7 +29,6 @@ from lightning_mics.errors import MiCSError
 _POLL = 0.1
 _AFTER_ERROR = 2.0  # seconds that the others have when a rank has failed
 _LATE = 10.0  # seconds that a verdict may come later than time is up
-_Connect = Callable[[], Meeting]
 
 
 class Examination:

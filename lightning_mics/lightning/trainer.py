@@ -327,16 +327,13 @@ class MiCSStrategy(ParallelStrategy):
             broadcast_buffers(self.model)
             allow_unequal_batches(self.lightning_module.trainer._active_loop, self.model)  # type: ignore[union-attr]
 
-    def _agree_on_buffers(self) -> None:
-        if self.model is not None and is_sharded(self.model):
-            broadcast_buffers(self.model)
-
     # Checkpoints.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the model's states: shards, or all of it on rank 0 for a full file."""
         assert self.model is not None
-        self._agree_on_buffers()
+        if is_sharded(self.model):
+            broadcast_buffers(self.model)
         return checkpoints.model_state(self.model, full=not self._save_distributed_checkpoint)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -147,8 +146,3 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media="print" if paper else "screen", features=scheme)
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
-
-    def picture(self, file: Path) -> None:
-        """Writes the whole page as a PNG file."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        file.write_bytes(base64.b64decode(data))

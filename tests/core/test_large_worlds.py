@@ -63,7 +63,7 @@ def test_calls_and_bytes_of_a_step(world: ClusterTopology, shard_size: int, hier
         with defer_replication_sync(model, enabled=step < 3):
             regression_loss(model, microbatch("uneven", step, 2)).backward()
     ledger = communication_ledger(model)
-    for unit in runtime_of(model).unit_names:
+    for unit in {gradients.name for gradients in runtime_of(model).window.units}:
         # The root is gathered once a microstep: it stays until its backward.
         gathers = (4 if unit == "(root)" else 8) if shard_size > 1 else 0
         assert ledger.total(Hop.PARTITION_GATHER, unit).calls == gathers

@@ -65,8 +65,8 @@ def count_calls(shard_size: int, hierarchical: bool) -> dict[str, tuple[int, int
     ledger.reset()
     train_step(model, optimizer)
     return {
-        unit: tuple(ledger.total(hop, unit).calls for hop in (Hop.PARTITION_REDUCE, Hop.REPLICATION_REDUCE))
-        for unit in runtime_of(model).unit_names
+        unit.name: tuple(ledger.total(hop, unit.name).calls for hop in (Hop.PARTITION_REDUCE, Hop.REPLICATION_REDUCE))
+        for unit in runtime_of(model).window.units
     }
 
 
