@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from models import SEQUENCE, VOCABULARY, build
+from models import SEQUENCE, VOCABULARY, build, language_loss
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,17 +83,12 @@ def tokens(step: int, num_rows: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (num_rows, SEQUENCE), generator=torch.Generator().manual_seed(step))
 
 
-def loss_of(model: Any, rows: Tensor) -> Tensor:
-    logits = model(input_ids=rows).logits
-    return functional.cross_entropy(logits.flatten(0, 1), ((rows * 5 + 2) % VOCABULARY).flatten())
-
-
 def train(model: nn.Module, first: int, rank: int | None = None, world: int = 4) -> None:
     """Takes two steps, on the rows of one rank or of all."""
     optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.3, momentum=0.9)
     for step in (first, first + 1):
         rows = tokens(step, 2 * world)
-        loss_of(model, rows if rank is None else rows[2 * rank : 2 * rank + 2]).backward()
+        language_loss(model, rows if rank is None else rows[2 * rank : 2 * rank + 2]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

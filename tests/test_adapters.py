@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from adapter_tools import FORMS, adapted, base, logits, loss_of, settings, train
+from adapter_tools import FORMS, adapted, base, logits, settings, train
+from models import language_loss
 from torch import Tensor, nn
 from way_tools import WAYS, alone, sgd
 from works import refused, works
@@ -177,7 +178,7 @@ class Combined(nn.Module):
         self.model: Any = get_peft_model(base("llama"), config)
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_of(self.model, (rows * 7).long().abs() % 23)}
+        return {"loss": language_loss(self.model, (rows * 7).long().abs() % 23)}
 
 
 def combined(way: str, folder: str) -> float:

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from adapter_tools import logits, loss_of, quantized, train
+from adapter_tools import logits, quantized, train
+from models import language_loss
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from way_tools import WAYS, alone, sgd
@@ -111,7 +112,7 @@ class Net(nn.Module):
         self.model = adapted("own int8")
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_of(self.model, (rows * 7).long().abs() % 23)}
+        return {"loss": language_loss(self.model, (rows * 7).long().abs() % 23)}
 
 
 def by_way(way: str) -> float:

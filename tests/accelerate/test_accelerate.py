@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, ParallelismConfig
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, compile_regions
 from accelerate_tools import forget_accelerate, loader_of, lora, make_accelerator
-from checkpoint_tools import slow_writing
+from checkpoint_tools import equal, everything, slow_writing
 from lightning_tools import make_trainer
 from models import VOCABULARY, build, loss_of, microbatch
 from object_storage import keys
@@ -281,18 +281,6 @@ def set_up(
     return accelerator, model, optimizer, scheduler, counter
 
 
-def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    tensors = full_state_dict(model)
-    for name, state in optimizer_state(model, optimizer.optimizer)["state"].items():
-        for key, value in state.items():
-            tensors[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-    return tensors
-
-
-def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
 def save(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
     accelerator, model, optimizer, scheduler, counter = set_up(shard, seed=1)
     for index in range(6):  # one window and half of the next
@@ -306,7 +294,7 @@ def save(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], Tens
     accelerator.save_state(path)
     accelerator.save_model(model, f"{path}-model")
     return (
-        everything(model, optimizer),
+        everything(model, optimizer.optimizer),
         scheduler.state_dict(),
         loss_of("gpt2", model, microbatch("gpt2", 9, 4)).detach(),
     )
@@ -315,7 +303,7 @@ def save(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], Tens
 def load(path: str, shard: int) -> tuple[dict[str, Tensor], dict[str, Any], int, int]:
     accelerator, model, optimizer, scheduler, counter = set_up(shard, seed=2)
     accelerator.load_state(path)
-    return everything(model, optimizer), scheduler.state_dict(), counter.value, accelerator.step
+    return everything(model, optimizer.optimizer), scheduler.state_dict(), counter.value, accelerator.step
 
 
 def test_state_is_loaded_bitwise_on_other_shapes(pool: WorkerPool, tmp_path: Path) -> None:
@@ -336,10 +324,10 @@ def save_and_load_at_a_url(root: str) -> tuple[bool, int, int, list[str]]:
     for value in (16, 17, 18):
         counter.value = value
         accelerator.save_state(storage_options=options)
-    before, counter.value = everything(model, optimizer), 0
+    before, counter.value = everything(model, optimizer.optimizer), 0
     optimizer.step()
     accelerator.load_state("objects://bucket/run/checkpoints/checkpoint_1", storage_options=options)
-    same, first = equal(everything(model, optimizer), before), counter.value
+    same, first = equal(everything(model, optimizer.optimizer), before), counter.value
     accelerator.load_state(storage_options=options)
     with pytest.raises(CheckpointError, match=r"a URL, and accelerator\.save_model writes to file systems only"):
         accelerator.save_model(model, "objects://bucket/model")
@@ -382,11 +370,11 @@ def save_and_load_by_hooks(path: str) -> tuple[bool, bool, int]:
     accelerator.backward(loss_of("gpt2", model, microbatch("gpt2", 0, 2)))
     optimizer.optimizer.step()
     accelerator.step = 5
-    saved = everything(model, optimizer)
+    saved = everything(model, optimizer.optimizer)
     accelerator.save_state(path)
     accelerator, model, optimizer = begin(2)
     accelerator.load_state(path)
-    return equal(everything(model, optimizer), saved), bool(optimizer.state), accelerator.step
+    return equal(everything(model, optimizer.optimizer), saved), bool(optimizer.state), accelerator.step
 
 
 def test_hooks_may_take_over_the_weights(pool: WorkerPool, tmp_path: Path) -> None:
@@ -571,7 +559,7 @@ def fit(folder: str, shard: int, steps: int, ckpt_path: str | None, full: bool =
 def load_from_lightning(folder: str) -> dict[str, Tensor]:
     accelerator, model, optimizer, *_ = set_up(4, seed=2)
     accelerator.load_state(f"{folder}/lightning.ckpt")
-    return everything(model, optimizer)
+    return everything(model, optimizer.optimizer)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
