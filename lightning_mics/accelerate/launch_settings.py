@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -165,7 +164,7 @@ def mics_settings() -> list[str]:
     """Returns the names of all settings of MiCS."""
     from lightning_mics.config import MiCSConfig
 
-    return [entry.name for entry in dataclasses.fields(MiCSConfig)]
+    return list(MiCSConfig.setting_names())
 
 
 def yaml_scalar(value: bool | str) -> str:

@@ -68,7 +68,7 @@ class MiCSPlugin(_Settings):
     config: MiCSConfig = None  # type: ignore[assignment]  # it is there after construction
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(MiCSConfig)]
+        names = MiCSConfig.setting_names()
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         own: MiCSConfig | None = self.__dict__["config"]
         if own is not None:

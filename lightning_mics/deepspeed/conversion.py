@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ class Conversion:
 
     def settings(self) -> dict[str, Any]:
         """Returns the shard size and the settings of ``config`` that differ from the defaults, as plain values."""
-        values = {item.name: getattr(self.config, item.name) for item in dataclasses.fields(MiCSConfig)}
+        values = {name: getattr(self.config, name) for name in MiCSConfig.setting_names()}
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
             for name, value in values.items()
