@@ -275,6 +275,8 @@ class MiCSStrategy(ParallelStrategy):
         elif loaders:
             meta["mics"] = loaders
         target = self._place(path, storage_options)
+        if module is None and not loaders:
+            meta, _ = checkpoints.made_whole(meta)  # a plain file: with no model to load it into, nothing is a shard again
         if full:
             checkpoints.save_full(target, {**tensors, **meta}, background=self.config.async_checkpoint)
         else:

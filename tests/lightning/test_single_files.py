@@ -110,6 +110,12 @@ def save_without_a_model(folder: str) -> None:
     other = {"step": 0, "plain": nn.Linear(2, 2)}
     assert set(fabric.load(f"{folder}/rest.pt", other)) == {"scheduler", "averages", "pair"}
     assert other["step"] == 7 and torch.equal(other["plain"].weight, _of_rank_0(plain.weight))
+    # Weights alone are a file that anything reads, as without MiCS.
+    fabric.save(f"{folder}/weights.pt", net.state_dict())
+    net_of(2).load_state_dict(torch.load(f"{folder}/weights.pt", weights_only=True))
+    again = net_of(2)
+    fabric.load_raw(f"{folder}/weights.pt", fabric.setup(again))
+    assert_parity(full_state_dict(again), full_state_dict(net))
     # Beside a model, too.
     fabric.save(f"{folder}/folder", {"model": net, "averages": averages})
     state = {"model": net, "averages": None}

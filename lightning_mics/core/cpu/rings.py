@@ -35,6 +35,22 @@ def _nothing(piece: int) -> None:
     pass
 
 
+# A message counts once it is launched: a rank that waits in a ring of all ranks must not seem to lack a collective of
+# the user's that is behind it.
+
+
+def _receive(tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+    work = group.recv([tensor], peer, tag)
+    here.launched[id(group)] += 1
+    return work
+
+
+def _send(tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+    work = group.send([tensor], peer, tag)
+    here.launched[id(group)] += 1
+    return work
+
+
 def ring_all_gather(
     pieces: Sequence[Sequence[Tensor]],
     group: dist.ProcessGroup,
@@ -53,15 +69,14 @@ def ring_all_gather(
     following, preceding = (rank + 1) % size, (rank - 1) % size
     arriving = [(rank - step) % size for step in range(1, size)]
     # A fast neighbour's messages find their places waiting.
-    receives = [[group.recv([part], preceding, tag) for part in pieces[piece]] for piece in arriving]
-    sends = [group.send([part], following, tag) for part in pieces[rank] if size > 1]
-    here.launched[id(group)] += 2 * len(arriving) * len(pieces[rank])
+    receives = [[_receive(part, preceding, group, tag) for part in pieces[piece]] for piece in arriving]
+    sends = [_send(part, following, group, tag) for part in pieces[rank] if size > 1]
     arrived(rank)
     for step, piece in enumerate(arriving):
         for part, receive in zip(pieces[piece], receives[step], strict=True):
             receive.wait()
             if step + 2 < size:
-                sends.append(group.send([part], following, tag))
+                sends.append(_send(part, following, group, tag))
         arrived(piece)
     for send in sends:
         send.wait()
@@ -89,13 +104,12 @@ def ring_reduce_scatter(
     if size == 1:
         output.copy_(part_of(0))
         return
-    here.launched[id(group)] += 2 * (size - 1)
     spare = [torch.empty_like(output) for _ in range(min(2, size - 2))]
     outgoing = part_of(preceding).contiguous()
     for step in range(size - 1):
         incoming = output if step == size - 2 else spare[step % 2]
-        receive = group.recv([incoming], preceding, tag)
-        send = group.send([outgoing], following, tag)
+        receive = _receive(incoming, preceding, group, tag)
+        send = _send(outgoing, following, group, tag)
         part = part_of((rank - 2 - step) % size)
         receive.wait()
         incoming += part
@@ -114,10 +128,9 @@ def exchange(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
         group: Who takes part.
     """
     size, rank = group.size(), group.rank()
-    here.launched[id(group)] += 2 * (size - 1)
     others = [(rank + step) % size for step in range(1, size)]
-    works = [group.recv([received[peer]], peer, _EXCHANGE_TAG) for peer in reversed(others)]
-    works += [group.send([sent[peer]], peer, _EXCHANGE_TAG) for peer in others]
+    works = [_receive(received[peer], peer, group, _EXCHANGE_TAG) for peer in reversed(others)]
+    works += [_send(sent[peer], peer, group, _EXCHANGE_TAG) for peer in others]
     received[rank] = sent[rank]
     for work in works:
         work.wait()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics.core.cpu.rings import CommunicationThread, ring_all_gather, ring_reduce_scatter
+from lightning_mics.core.cpu.rings import CommunicationThread, exchange, ring_all_gather, ring_reduce_scatter
+from lightning_mics.core.places import look_around
 from lightning_mics.core.transport import RingTransport, transport_for
 from lightning_mics.testing import WorkerPool
 
@@ -108,6 +110,32 @@ def test_rings_carry_sums_and_averages_of_cpu_tensors_and_leave_the_rest_to_gloo
     for rank, (chosen, results) in enumerate(pool.run(ring_cases)):
         assert chosen == [False, True]
         assert [result.item() / (rank + 1) for result in results] == [3.0, 1.5, 2.0]
+
+
+def collectives_of_others() -> dict[str, int]:
+    """Returns how many collectives that are not ours a rank seems to have begun, while it waits in each ring."""
+    size, rank, name = world().size(), world().rank(), world().group_name
+    pieces, output = list(torch.zeros(size, 2)), torch.zeros(2)
+    rings = {
+        "gather": lambda: ring_all_gather([[piece] for piece in pieces], world()),
+        "reduction": lambda: ring_reduce_scatter(output, pieces.__getitem__, world(), dist.ReduceOp.SUM),
+        "exchange": lambda: exchange(torch.zeros(size, 2), torch.zeros(size, 2), world()),
+    }
+    seen = {}
+    for ring, run in rings.items():
+        before = look_around().counts.get(name, 0)
+        thread = threading.Thread(target=run)
+        time.sleep(rank == 0)  # the others wait for it
+        thread.start()
+        time.sleep(0.3)
+        seen[ring] = look_around().counts[name] - before
+        thread.join()
+        dist.barrier()
+    return seen
+
+
+def test_who_waits_in_a_ring_of_all_ranks_lacks_no_collective_of_others(pool: WorkerPool) -> None:
+    assert pool.run(collectives_of_others, world_size=4) == [dict.fromkeys(("gather", "reduction", "exchange"), 0)] * 4
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------
