@@ -276,7 +276,7 @@ class MiCSStrategy(ParallelStrategy):
             meta["mics"] = loaders
         target = self._place(path, storage_options)
         if module is None and not loaders:
-            meta, _ = checkpoints.made_whole(meta)  # a plain file: with no model to load it into, nothing is a shard again
+            meta, _ = checkpoints.made_whole(meta)  # with no model to load it into, nothing becomes a shard again
         if full:
             checkpoints.save_full(target, {**tensors, **meta}, background=self.config.async_checkpoint)
         else:
