@@ -116,8 +116,12 @@ def register_forward_method(module: nn.Module, name: str) -> None:
     """
     runtime, root = own_runtime(module), _root_of(module)
     if runtime is not None:
-        setattr(module, name, runtime.passes.telling(getattr(module, name)))
+        method = getattr(module, name)
+        setattr(module, name, runtime.passes.telling(method))
         register_fsdp_forward_method(module, name)
+        # Who asks what a method takes (Lightning: also the batch's index?) looks beneath one decorator.
+        registered = getattr(module, name)
+        vars(getattr(registered, "__func__", registered))["__wrapped__"] = getattr(method, "__wrapped__", method)
     elif root is not None:
         _register_inner_method(root, module, name)
     else:

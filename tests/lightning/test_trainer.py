@@ -173,6 +173,36 @@ def test_validate_test_predict_and_then_fit(pool: WorkerPool) -> None:
     pool.run(evaluate, world_size=4)
 
 
+class StepsOfABatch(LanguageModel):
+    """Its steps do not ask for the batch's index, as in Lightning's own examples; one is decorated."""
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.log("val_loss", cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    @torch.no_grad()
+    def predict_step(self, batch: list[Tensor]) -> Tensor:
+        return self(batch[0]).argmax(-1)
+
+
+def fit_by_batches_alone() -> None:
+    ours, alone = module(StepsOfABatch), reference()
+    trainer = make_trainer(strategy=MiCSStrategy(shard_size=2, node_size=2))
+    trainer.fit(ours, loader(2, trainer.world_size), loader(1, trainer.world_size))
+    train_alone(alone, 2, trainer.world_size)
+    assert_parity(net_state(ours), alone.state_dict())
+    rows = dataset(1, trainer.world_size).tensors[0]
+    predicted = torch.cat(trainer.predict(ours, loader(1, trainer.world_size)))
+    assert torch.equal(predicted, alone(rows).argmax(-1)[trainer.global_rank :: trainer.world_size])
+
+
+@works("Training loops", "Steps that take a batch without its index (`training_step(self, batch)`)")
+def test_steps_need_not_take_the_index_of_a_batch(pool: WorkerPool) -> None:
+    pool.run(fit_by_batches_alone, world_size=4)
+
+
 def weights_after_fit(evaluate_first: bool, precision: str, **strategy: Any) -> dict[str, Tensor]:
     ours = module()
     trainer = make_trainer(strategy=MiCSStrategy(node_size=2, **strategy), precision=precision)
