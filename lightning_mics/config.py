@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeGuard, TypeVar, get_type_hints
 
@@ -74,7 +74,8 @@ class MiCSConfig:
             in backward, never is.
         param_dtype: Dtype in which parameters are gathered and computed with; ``None`` keeps their own.
         reduce_dtype: Dtype of gradient reduction and of the accumulation over microsteps; ``None`` keeps the
-            gradient's own. The default ``float32`` keeps long accumulation windows exact.
+            gradient's own. The default ``float32`` keeps long accumulation windows exact; where float64
+            parameters are trained it is ``float64``.
         output_dtype: Dtype to which the root's floating-point outputs are cast; ``None`` leaves them.
         cast_forward_inputs: Whether floating-point inputs of units are cast to ``param_dtype``; ``"units"`` leaves out
             the root's inputs.
@@ -346,6 +347,16 @@ class MiCSConfig:
         """Returns a copy with some settings changed, checked anew."""
         return dataclasses.replace(self, **changes)
 
+    def with_trained(self, dtypes: Iterable[torch.dtype]) -> MiCSConfig:
+        """Returns a copy that reduces gradients in float64, in the place of the default, if parameters are float64.
+
+        Args:
+            dtypes: Dtypes of the parameters that are trained.
+        """
+        computed = {as_dtype(self.param_dtype)} if self.param_dtype is not None else set(dtypes)
+        is_rounded = torch.float64 in computed and self.reduce_dtype == torch.float32
+        return self.replace(reduce_dtype=torch.float64) if is_rounded else self
+
     def with_precision(self, precision: str) -> MiCSConfig:
         """Returns a copy with the gather dtype that a precision asks for; an explicit ``param_dtype`` wins.
 
@@ -360,8 +371,8 @@ class MiCSConfig:
             MiCSConfigError: If the precision is not supported.
         """
         found = supported_precision(precision)
-        if as_dtype(found.reduce_dtype) != torch.float32 == self.reduce_dtype:
-            return self.replace(reduce_dtype=found.reduce_dtype)
+        if as_dtype(found.reduce_dtype) == torch.float64:
+            return self.with_trained([torch.float64])
         if not found.is_mixed or self.param_dtype is not None:
             return self
         # Autocast looks after inputs of the root; casting a whole batch would round its targets, too.

@@ -32,6 +32,17 @@ def end_with_parent() -> None:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
+def end_with_launcher() -> None:
+    """Does what :func:`end_with_parent` does for a process whose launcher may be gone by now: imports take seconds.
+
+    Raises:
+        SystemExit: If it is. A launcher is never the first process itself: whoever starts it is there.
+    """
+    end_with_parent()
+    if os.getppid() == 1:
+        raise SystemExit("The launcher of this process has ended.")
+
+
 def end_with_children(process: subprocess.Popen[bytes], patience: float) -> None:
     """Tells a launcher to end, kills it if it does not, and with it those of its processes that it leaves (on Linux).
 

@@ -100,6 +100,7 @@ def mics_shard(
     sharded.forget(split_quantized(model, is_planned=config.shard_size == "auto"))
     asked, whole = config, whole_parameters(model, config)
     config = config.replace(ignore=tuple(whole))  # by name, whatever selects them
+    config = config.with_trained(param.dtype for param in model.parameters() if param.requires_grad)
     units = _check_alone(model, config, topology, entries, bound)
     blocks = blocks_to_recompute(model, units, config, entries)
     meet("sharding a model with MiCS")

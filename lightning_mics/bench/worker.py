@@ -24,12 +24,12 @@ from lightning_mics.core.groups import destroy_groups
 from lightning_mics.core.resources import ResidentMemory
 from lightning_mics.core.waits import timed_waits
 from lightning_mics.metrics import Hop
-from lightning_mics.processes import end_with_parent
+from lightning_mics.processes import end_with_launcher
 
 
 def main() -> None:
     """Measures what a plan file lists, one after another."""
-    end_with_parent()  # torchrun, which may be killed
+    end_with_launcher()  # torchrun, which may be killed
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
     plan = json.loads(parser.parse_args().plan.read_text())

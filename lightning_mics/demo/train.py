@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics import Hop, MiCSStrategy
 from lightning_mics.demo.data import VOCABULARY, Windows
-from lightning_mics.processes import end_with_parent
+from lightning_mics.processes import end_with_launcher
 
 LENGTH, BATCH, ACCUMULATE = 64, 8, 4
 VALIDATION_BATCHES = 8
@@ -90,7 +90,7 @@ class Report(pl.Callback):
 def main() -> None:
     """Trains from the start or from a checkpoint, and saves one."""
     options = _parse()
-    end_with_parent()
+    end_with_launcher()
     pl.seed_everything(options.seed)
     tokens = torch.load(options.folder / "tokens.pt")
     held_out = LENGTH * BATCH * VALIDATION_BATCHES * 4

@@ -8,10 +8,18 @@ import torch.distributed as dist
 from models import WIDTH, build, loss_of, microbatch, regression_loss
 from torch import Tensor, nn
 
-from lightning_mics import Hop, MiCSConfig, MiCSConfigError, communication_ledger, mics_shard
+from lightning_mics import (
+    Hop,
+    MiCSConfig,
+    MiCSConfigError,
+    communication_ledger,
+    defer_replication_sync,
+    mics_shard,
+)
 from lightning_mics.core.loss_scaling import MiCSGradScaler
+from lightning_mics.core.runtime import runtime_of
 from lightning_mics.precision import PRECISIONS
-from lightning_mics.testing import WorkerPool
+from lightning_mics.testing import WorkerPool, assert_parity, full_state_dict
 
 CONFIG = MiCSConfig(shard_size=2, node_size=2)
 
@@ -45,6 +53,40 @@ def test_reduce_dtype_decides_about_both_reductions(pool: WorkerPool, reduce_dty
     for whole, found in zip(full, low, strict=True):
         for hop in (Hop.PARTITION_REDUCE, Hop.REPLICATION_REDUCE):
             assert share * found[hop] == whole[hop]
+
+
+def train_in_float64(settings: dict[str, object], frozen: bool) -> tuple[torch.dtype, dict[str, Tensor]]:
+    """Returns the dtype of sums of gradients, and the weights after two steps of two microsteps."""
+    net = build("uneven").double()
+    model = mics_shard(net.requires_grad_(not frozen), CONFIG.replace(**settings))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(0 if frozen else 2):
+        for last in (False, True):
+            rows = microbatch("uneven", 2 * step + last, 8).double()[dist.get_rank() :: dist.get_world_size()]
+            with defer_replication_sync(model, enabled=not last):
+                regression_loss(model, rows).div(2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return runtime_of(model).config.reduce_dtype, full_state_dict(net)
+
+
+def test_gradients_of_float64_parameters_are_not_rounded(pool: WorkerPool) -> None:
+    alone = build("uneven").double()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for step in range(2):
+        for microstep in (2 * step, 2 * step + 1):
+            regression_loss(alone, microbatch("uneven", microstep, 8).double()).div(2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for dtype, weights in pool.run(train_in_float64, {}, False, world_size=4):
+        assert dtype is torch.float64
+        assert_parity(weights, alone.state_dict(), 1e-14)
+    for settings, frozen, expected in (
+        ({"reduce_dtype": "bfloat16"}, False, torch.bfloat16),
+        ({"param_dtype": "bfloat16"}, False, torch.float32),
+        ({}, True, torch.float32),
+    ):
+        assert {dtype for dtype, _ in pool.run(train_in_float64, settings, frozen, world_size=4)} == {expected}
 
 
 class Watcher(nn.Module):
