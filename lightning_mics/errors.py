@@ -28,7 +28,15 @@ class MiCSConfigError(MiCSError, ValueError):
 
 
 class CheckpointError(MiCSError, ValueError):
-    """A checkpoint is missing, half-written, corrupt or not ours."""
+    """A checkpoint is missing, half-written, corrupt or not ours, or cannot be written.
+
+    Attributes:
+        rank: Where it happened, once all ranks have been told.
+        is_content: Whether something that was to be saved cannot be written, wherever it is to go.
+    """
+
+    rank: int | None = None
+    is_content: bool = False
 
 
 class SelfCheckError(MiCSError, RuntimeError):

@@ -21,6 +21,8 @@ from lightning_mics.checkpoint.own import check_replaceable, foreign
 from lightning_mics.checkpoint.storage import Place, Remote, check_shared, each, staging
 from lightning_mics.errors import CheckpointError
 
+_OF_CONTENT = "Leave out what cannot be written, or convert it."
+
 
 class Draft:
     """A checkpoint on a file system, while it is written.
@@ -98,7 +100,9 @@ class Draft:
             reason = str(error).rstrip(".")
             for place in (self.local, self.aside):
                 reason = reason.replace(str(place), str(self.path))
-            raise _failed(self.path, reason, self._advice) from error
+            failed = _failed(self.path, reason, _OF_CONTENT if error.is_content else self._advice)
+            failed.rank = error.rank
+            raise failed from error
         except BaseException:
             self.release()
             raise

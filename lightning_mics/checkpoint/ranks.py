@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lightning_mics.errors import CheckpointError
 from lightning_mics.text import first_of
 
 _NAMED = 4
+_OF_CONTENT = (AttributeError, TypeError, pickle.PicklingError)  # what pickle and JSON raise
 
 T = TypeVar("T")
 
@@ -65,12 +67,27 @@ def quiet_dcp(alone: bool) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """Returns an error in one line; of DCP's collected errors, the first."""
+    error = _behind(error)
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _behind(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     # What PyTorch cannot finish after the file system's error hides that one.
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return error
+
+
+def _told(error: BaseException, where: str) -> CheckpointError:
+    """Returns what all ranks are told of an error; it may be one that they have been told of."""
+    error = _behind(error)
+    if isinstance(error, CheckpointError) and error.rank is not None:
+        return error
+    told = CheckpointError(describe_error(error) + where)
+    told.rank, told.is_content = rank(), isinstance(error, _OF_CONTENT)
+    return told
 
 
 def together(step: Callable[[], T], *, alone: bool = False) -> list[T]:
@@ -83,18 +100,18 @@ def together(step: Callable[[], T], *, alone: bool = False) -> list[T]:
         CheckpointError: On every rank, with the first rank's error, if ``step`` raised anywhere.
     """
     error, result = None, None
+    is_alone = alone or world_size() == 1
     try:
         result = step()
     except (Exception, CheckpointException) as problem:
-        error = describe_error(problem)
+        error = _told(problem, "" if is_alone else f" (on rank {rank()})")
     outcomes: list[Any] = [(error, result)]
     if is_distributed() and not alone:
         outcomes = [None] * world_size()
         dist.all_gather_object(outcomes, (error, result), group=meeting_place())
-    for source, (message, _) in enumerate(outcomes):
-        if message is not None:
-            where = f" (on rank {source})" if len(outcomes) > 1 else ""
-            raise CheckpointError(message + where)
+    for failure, _ in outcomes:
+        if failure is not None:
+            raise failure
     return [value for _, value in outcomes]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,20 @@ def test_what_cannot_be_written_is_said(saved: Path, tmp_path: Path, name: str) 
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         consolidate(saved, tmp_path / "file" / name)
+
+
+def save_a_lock(path: str, sharded: bool) -> None:
+    model, optimizer = trained(2)
+    save_checkpoint(path, model, optimizer, {"lock": threading.Lock()}, sharded=sharded)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_of_what_cannot_be_pickled_the_disk_is_not_blamed(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    for failure in pool.attempt(save_a_lock, str(tmp_path / "it"), sharded, world_size=4):
+        assert failure.kind == "CheckpointError" and "_thread.lock" in failure.message, failure
+        assert failure.message.endswith("Leave out what cannot be written, or convert it.")
+        assert failure.message.count("(on rank") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def save_with_an_unknown_class(path: str) -> None:
