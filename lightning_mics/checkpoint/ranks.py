@@ -81,12 +81,12 @@ def _behind(error: BaseException) -> BaseException:
 
 
 def _told(error: BaseException, where: str) -> CheckpointError:
-    """Returns what all ranks are told of an error; it may be one that they have been told of."""
+    """Returns what all ranks are told of an error; it may be one that they were told of. Alone, ``where`` is empty."""
     error = _behind(error)
     if isinstance(error, CheckpointError) and error.rank is not None:
         return error
     told = CheckpointError(describe_error(error) + where)
-    told.rank, told.is_content = rank(), isinstance(error, _OF_CONTENT)
+    told.rank, told.is_content = rank() if where else None, isinstance(error, _OF_CONTENT)
     return told
 
 
