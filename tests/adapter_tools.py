@@ -104,11 +104,13 @@ class Int8(Tensor):
     """A weight of 8 bits with a scale for each row, made as torchao makes its own, and with none of its operations."""
 
     @staticmethod
-    def __new__(cls, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Int8:
-        made: Int8 = Tensor._make_wrapper_subclass(cls, values.shape, dtype=dtype, device=values.device)  # type: ignore
+    def __new__(cls, values: Tensor, scales: Tensor, dtype: torch.dtype, size: Any = None) -> Int8:
+        made: Int8 = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, values.shape if size is None else size, dtype=dtype, device=values.device
+        )
         return made
 
-    def __init__(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, values: Tensor, scales: Tensor, dtype: torch.dtype, size: Any = None) -> None:
         self.values, self.scales = values, scales
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -116,10 +118,10 @@ class Int8(Tensor):
 
     @classmethod
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> Int8:
-        return cls(parts["values"], parts["scales"], dtype)
+        return cls(parts["values"], parts["scales"], dtype, size)
 
     def __deepcopy__(self, memo: Any) -> Int8:
-        return Int8(self.values.clone(), self.scales.clone(), self.dtype)
+        return type(self)(self.values.clone(), self.scales.clone(), self.dtype, self.shape)
 
     def dequantize(self) -> Tensor:
         return (self.values * self.scales).to(self.dtype)
@@ -127,8 +129,8 @@ class Int8(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is functional.linear:
-            rows, weight, *rest = args
-            return functional.linear(rows, weight.dequantize(), *rest, **(kwargs or {}))
+            rows, weight = args[:2]
+            return _Product.apply(rows, [weight])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -137,6 +139,37 @@ class Int8(Tensor):
         if function is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(function)
+
+
+class Int4(Int8):
+    """A weight of 4 bits, two in a byte, with a scale for each 64 of them."""
+
+    def dequantize(self) -> Tensor:
+        weights = torch.empty(self.shape, dtype=self.dtype).flatten()
+        weights[0::2], weights[1::2] = self.values[:, 0] & 15, self.values[:, 0] >> 4
+        weights.sub_(8).view(-1, 64).mul_(self.scales.unsqueeze(1))
+        return weights.view(self.shape)
+
+
+class _Product(torch.autograd.Function):
+    """Multiplies rows with a weight, which is unpacked in both passes and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: list[Int8]) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(rows, weight[0].dequantize().to(rows.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.weight[0].dequantize().to(grad.dtype), None
+
+
+def own_int4(weight: Tensor) -> nn.Parameter:
+    blocks = weight.view(-1, 64)
+    scales = (blocks.abs().amax(1) / 7).float()
+    values = (blocks / scales.unsqueeze(1)).round().add(8).to(torch.uint8).view(-1, 2)
+    packed = (values[:, :1] | values[:, 1:] << 4).contiguous()
+    return nn.Parameter(Int4(packed, scales, weight.dtype, weight.shape), requires_grad=False)
 
 
 def own_int8(weight: Tensor) -> nn.Parameter:
@@ -152,18 +185,28 @@ def quantized(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     sizes = {"hidden_size": 288, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=VOCABULARY + 1, max_position_embeddings=SEQUENCE, use_cache=False, **sizes)
     model: Any = LlamaForCausalLM(config).to(dtype)
+    model.model.requires_grad_(False)
+    quantize(model.model, kind)
     if kind.startswith("bitsandbytes"):
-        _by_bitsandbytes(model.model, kind)
         setattr(model, "is_loaded_in_8bit" if kind.endswith("8") else "is_loaded_in_4bit", True)
-    elif kind == "torchao int8":
+    return model
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Gives linear layers that are frozen weights of 4 or 8 bits."""
+    if kind.startswith("bitsandbytes"):
+        return _by_bitsandbytes(model, kind)
+    if kind == "torchao int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(model.model, Int8WeightOnlyConfig())
-    else:
-        for module in model.model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = own_int8(module.weight.detach()) if kind == "own int8" else _nf4(module.weight.detach())
-    return model
+        return quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: _is_frozen(module))
+    makers = {"own int8": own_int8, "own int4": own_int4, "torchao nf4": _nf4}
+    for module in filter(_is_frozen, model.modules()):
+        module.weight = makers[kind](module.weight.detach())
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not module.weight.requires_grad
 
 
 def _nf4(weight: Tensor) -> nn.Parameter:
@@ -178,7 +221,7 @@ def _by_bitsandbytes(model: nn.Module, kind: str) -> None:
     own = bitsandbytes.nn
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
-            if not isinstance(layer, nn.Linear):
+            if not _is_frozen(layer):
                 continue
             size, dtype = (layer.in_features, layer.out_features), layer.weight.dtype
             if kind.endswith("8"):
@@ -187,6 +230,7 @@ def _by_bitsandbytes(model: nn.Module, kind: str) -> None:
             else:
                 storage = torch.bfloat16 if kind.endswith("bfloat16") else torch.uint8
                 options = {"quant_type": "nf4", "quant_storage": storage}
+                options["compress_statistics"] = not kind.endswith("single")
                 made = own.Linear4bit(*size, bias=False, compute_dtype=dtype, **options)
                 made.weight = own.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **options)
             setattr(module, name, made.to("cpu"))

@@ -113,7 +113,8 @@ def calibrate(
         model: A name or path, as for :func:`~lightning_mics.trace.models.build_model`.
         training: Dtypes and the optimizer.
         sequence_length: Tokens of a sample.
-        variant: What differs in its blocks; a loss in chunks is none of that.
+        variant: What differs in its blocks; a loss in chunks is none of that. Frozen weights have their own bits here:
+            kernels that unpack fewer are not those of whoever trains.
         micro_batch: Samples of a pass.
         device_type: ``"cpu"`` or ``"cuda"``.
         seconds: How long it may take, beside building the model.
@@ -122,7 +123,7 @@ def calibrate(
     Raises:
         MiCSConfigError: If the model has no stack of equal blocks, cannot be run, or has blocks that are frozen whole.
     """
-    variant = variant or Variant()
+    variant = replace(variant or Variant(), base_bits=None, double_quantization=False)
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     tell = progress or (lambda share: None)
 

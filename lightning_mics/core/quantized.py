@@ -21,7 +21,7 @@ from lightning_mics.core._torch import shards_integers
 from lightning_mics.errors import MiCSConfigError
 
 _BITS = {1: torch.int8, 2: torch.uint8, 4: torch.int32, 8: torch.int64}  # gloo sends no integers of 16 bits
-_SMALL = 1024  # bytes: tables of values and the like, which every rank keeps
+SMALL = 1024  # bytes: tables of values and the like, which every rank keeps
 _Make = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -43,7 +43,7 @@ def split_quantized(model: nn.Module, *, is_planned: bool = False) -> list[nn.Pa
         (module, name, param)
         for module in model.modules()
         for name, param in module.named_parameters(recurse=False)
-        if _is_quantized(param)
+        if is_quantized(param)
     ]
     if found and not shards_integers():
         raise MiCSConfigError(
@@ -53,7 +53,7 @@ def split_quantized(model: nn.Module, *, is_planned: bool = False) -> list[nn.Pa
     if found and is_planned:
         raise MiCSConfigError(
             f"shard_size='auto' does not plan weights of 4 or 8 bits, and {type(model).__name__} has {len(found)}. "
-            "Give a number, such as shard_size=2.",
+            "Give a number, such as shard_size=2; mics plan --base-bits 4 says which.",
             setting="shard_size",
         )
     names = {id(param): name for name, param in model.named_parameters()}
@@ -86,7 +86,8 @@ def _has_dora(layer: Any) -> bool:
     return isinstance(chosen, dict) and any(chosen.values())
 
 
-def _is_quantized(param: Tensor) -> bool:
+def is_quantized(param: Tensor) -> bool:
+    """Returns whether a parameter is a frozen weight of 4 or 8 bits that is not split yet."""
     if param.requires_grad and hasattr(param, "fsdp_pre_all_gather"):
         return False  # FSDP2 trains those
     return hasattr(type(param), "__tensor_flatten__") or hasattr(param, "quant_state") or hasattr(param, "SCB")
@@ -121,7 +122,7 @@ class _Weight(nn.Module):
         super().__init__()
         tensors, self._make = _apart(weight, module)
         self._dtypes = [tensor.dtype for tensor in tensors]
-        self._small = [tensor.dim() == 0 or tensor.nbytes <= _SMALL for tensor in tensors]
+        self._small = [tensor.dim() == 0 or tensor.nbytes <= SMALL for tensor in tensors]
         if all(self._small):
             self._small[0] = False
         for index, (tensor, small) in enumerate(zip(tensors, self._small, strict=True)):

@@ -140,21 +140,23 @@ class _Rates:
     """What passes of a unit take on a device that waits for nothing.
 
     Where the device's rates of products and of attention are known, those and the bytes that all else reads and writes
-    add up; else floating-point operations alone count.
+    add up; else floating-point operations alone count, and unpacking of quantized weights.
     """
 
     def __init__(self, profile: ModelProfile, cluster: Cluster, training: Training) -> None:
         device = cluster.node.accelerator
         self._peak, self._device = peak_flops(cluster, training), device
         self._adds_up = profile.source == "trace" and device.product_efficiency > 0
-        self._traffic = device.memory_bandwidth * _MEMORY_EFFICIENCY
+        self._traffic, self._dtype = device.memory_bandwidth * _MEMORY_EFFICIENCY, training.param_dtype
 
     def seconds(self, unit: Unit, samples: int) -> tuple[float, float, float]:
         """Returns the seconds of a forward pass, of a backward pass, and of all but products in a forward pass."""
         if not self._adds_up:
             rate = self._peak * self._device.compute_efficiency / samples
-            rest = 2 * unit.rest.at(samples) / self._device.memory_bandwidth  # written and read
-            return unit.forward_flops / rate, unit.backward_flops / rate, rest
+            unpacking = unit.unpacked_bytes(self._dtype) / self._traffic
+            rest = 2 * unit.rest.at(samples) / self._device.memory_bandwidth + unpacking  # written and read
+            backward = unit.backward_flops / rate + unpacking * (unit.backward_flops > 0)
+            return unit.forward_flops / rate + unpacking, backward, rest
         products = self._peak * self._device.product_efficiency / samples
         attention = self._peak * (self._device.attention_efficiency or self._device.product_efficiency) / samples
         attended, rest = (unit.attention_flops - unit.masked_flops) / attention, unit.forward_traffic.at(samples)
@@ -226,8 +228,8 @@ class _Step:
         )
         if candidate.scheme == "ddp":
             return times
-        gathered = unit.gathered_numel(candidate.shard_size) * DTYPE_BYTES[training.param_dtype]
-        trainable = unit.gathered_numel(candidate.shard_size, only_trainable=True)
+        gathered = unit.gathered_bytes(candidate.shard_size, training.param_dtype)
+        trainable = unit.reduced_numel(candidate.shard_size)
         reduced = trainable * DTYPE_BYTES[training.reduce_dtype]
         exchanged = trainable * _exchanged_width(candidate, training) / candidate.shard_size
         # Gathered messages are copied into parameters, gradients into the message of the reduction.
@@ -247,8 +249,8 @@ class _Step:
             return FREE
         if least_message is None:
             return self._costs.partition(message_bytes)
-        large = [param.numel for param in unit.params if param.numel >= least_message]
-        return sum((self._costs.partition(count * DTYPE_BYTES[dtype]) for count in large), FREE)
+        large = [param for param in unit.params if param.numel >= least_message]
+        return sum((self._costs.partition(param.numel * DTYPE_BYTES[param.cast(dtype)]) for param in large), FREE)
 
     def _in_buckets(self, root: UnitTimes, blocks: list[UnitTimes]) -> tuple[UnitTimes, list[UnitTimes]]:
         """Gives DDP's all-reduces to the units that complete its buckets in the backward pass, the last to the root."""
@@ -277,7 +279,7 @@ def predict_traffic(
     microsteps = candidate.accumulation
     trainable = [unit for unit in profile.units if unit.trainable_numel]
     size = layout.shard_size
-    elements = sum(unit.gathered_numel(size, only_trainable=True) for unit in trainable)
+    elements = sum(unit.reduced_numel(size) for unit in trainable)
     reduced, exchanged = elements * DTYPE_BYTES[training.reduce_dtype], elements * _exchanged_width(candidate, training)
     if candidate.scheme == "ddp":
         exchanged = sum(gradient_bytes(unit, training) for unit in trainable)
@@ -292,8 +294,7 @@ def predict_traffic(
     if candidate.scheme != "ddp":
         again = [unit for unit in profile.blocks if candidate.reshard_after_forward and unit.runs_backward]
         gathers = [unit for unit in (*profile.units, *again) if unit.numel]
-        elements = sum(unit.gathered_numel(size) for unit in gathers)
-        gathered = microsteps * elements * DTYPE_BYTES[training.param_dtype]
+        gathered = microsteps * sum(unit.gathered_bytes(size, training.param_dtype) for unit in gathers)
         result[Hop.PARTITION_GATHER] = traffic(microsteps * len(gathers), gathered, partition)
         result[Hop.PARTITION_REDUCE] = traffic(microsteps * len(trainable), microsteps * reduced, partition)
     if layout.num_replicas > 1:

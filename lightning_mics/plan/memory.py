@@ -105,9 +105,10 @@ def predict_memory(
         stepped = tuple(replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in trainable)
         footprint = optimizer_footprint(training.optimizer, stepped, foreach=not on_cpu)
         if candidate.has_owners:
-            rows = (replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in shards)
+            cast = [shard for shard in shards if not shard.is_quantized]
+            rows = (replace(shard, shape=shard.shard_shape(candidate.slices)) for shard in cast)
             masters += count * _bytes(rows)
-            parameters += count * _bytes(replace(shard, dtype=training.param_dtype) for shard in shards)
+            parameters += count * _bytes(replace(shard, dtype=shard.cast(training.param_dtype)) for shard in shards)
         else:
             parameters += count * _bytes(shards)
         gradients += count * _bytes(trainable)
@@ -144,9 +145,8 @@ def gradient_bytes(unit: Unit, training: Training) -> int:
 
 
 def _shard(param: Param, shard_size: int, training: Training) -> Param:
-    return Param(
-        shape=param.shard_shape(shard_size), dtype=training.state_dtype or param.dtype, trainable=param.trainable
-    )
+    dtype = param.cast(training.state_dtype or param.dtype)
+    return Param(shape=param.shard_shape(shard_size), dtype=dtype, trainable=param.trainable)
 
 
 def _bytes(params: Iterable[Param]) -> int:
@@ -170,9 +170,9 @@ def _moments(profile: ModelProfile, candidate: Candidate, training: Training) ->
 def _moments_of_replica(profile: ModelProfile, candidate: Candidate, training: Training) -> Iterator[_Moment]:
     """DDP: whole parameters, cast by autocast; gradients a second time in its buckets."""
     samples = candidate.micro_batch
-    widths = {training.state_dtype or param.dtype for unit in profile.units for param in unit.params}
-    casts = training.param_dtype not in widths
-    cast = profile.numel * DTYPE_BYTES[training.param_dtype] if casts else 0.0
+    params = [param for unit in profile.units for param in unit.params if not param.is_quantized]
+    casts = training.param_dtype not in {training.state_dtype or param.dtype for param in params}
+    cast = sum(param.numel for param in params) * DTYPE_BYTES[training.param_dtype] if casts else 0.0
     buckets = sum(gradient_bytes(unit, training) for unit in profile.units)
     units = list(zip(profile.units, [None, *candidate.again(profile.blocks)], strict=True))
     activations = sum(unit.kept(again).at(samples) for unit, again in units)
@@ -208,7 +208,7 @@ class _Walk:
 
     def __init__(self, profile: ModelProfile, candidate: Candidate, training: Training) -> None:
         self.profile, self.candidate = profile, candidate
-        self._gather_width = DTYPE_BYTES[training.param_dtype]
+        self._param_dtype, self._gather_width = training.param_dtype, DTYPE_BYTES[training.param_dtype]
         self._reduce_width = DTYPE_BYTES[training.reduce_dtype]
         size = functools.cache(self._size)  # equal units are one object
         self._root = size(profile.root, None)
@@ -221,9 +221,9 @@ class _Walk:
         extra = unit.checkpoint_extra if again else unit.forward_extra
         extra += unit.checkpoint if again == "offloaded" else Amount()
         return _Size(
-            gathered=unit.gathered_numel(shard_size) * self._gather_width,
+            gathered=unit.gathered_bytes(shard_size, self._param_dtype),
             gradient=unit.trainable_numel * self._gather_width,
-            message=unit.gathered_numel(shard_size, only_trainable=True) * self._reduce_width,
+            message=unit.reduced_numel(shard_size) * self._reduce_width,
             kept=unit.kept(again).at(samples),
             forward=extra.at(samples),
             backward=unit.backward_extra.at(samples),

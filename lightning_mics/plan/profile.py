@@ -14,7 +14,7 @@ from typing import Literal
 
 # Tokens of a sample by default, at most, where a model could take more.
 DEFAULT_LENGTH = 8192
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1}
 # What of a block is computed again in the backward pass; selective: all but matrix products and attention.
 Again = Literal["all", "selective", "offloaded"] | None
 
@@ -27,16 +27,32 @@ class Param:
         shape: Its whole shape.
         dtype: Its own dtype, for example ``"float32"``.
         trainable: Whether it gets a gradient.
+        packed: Weights in an element: two in a byte of a weight of 4 bits, none in what goes with such a weight.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     trainable: bool = True
+    packed: int = 1
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in its elements."""
+        return self.numel * self.packed
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is of integers, a part of a quantized weight: no precision casts it."""
+        return "int" in self.dtype
+
+    def cast(self, dtype: str) -> str:
+        """Returns its dtype where a precision has ``dtype``."""
+        return self.dtype if self.is_quantized else dtype
 
     def shard_shape(self, shard_size: int) -> tuple[int, ...]:
         """Returns the largest shard's shape: FSDP2 divides the first dimension, rounding up."""
@@ -45,6 +61,33 @@ class Param:
     def shard_numel(self, shard_size: int) -> int:
         """Returns the elements of the largest shard."""
         return math.prod(self.shard_shape(shard_size))
+
+
+def quantized_params(shape: tuple[int, int], bits: int, double_quantization: bool) -> tuple[Param, ...]:
+    """Returns what ``bitsandbytes`` keeps of a frozen weight of 4 or 8 bits, the values first, scales as whole numbers.
+
+    4 bits (NF4): two weights a byte, a float32 scale for each block of 64 and the 16 values: 4.5 bits a weight. Double
+    quantization has 8 bits a scale, a float32 scale for each block of 256 of these, their 256 values and their mean:
+    4.127 bits (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3). 8 bits: a byte a
+    weight, and a float32 scale for each row (Dettmers et al., "LLM.int8()", 2022).
+
+    Args:
+        shape: Rows (outputs) and columns of the weight.
+        bits: 4 or 8.
+        double_quantization: Whether scales of 4 bits are quantized, too.
+    """
+    numel = math.prod(shape)
+
+    def scales(count: int, dtype: str = "int32") -> Param:
+        return Param(shape=(count,), dtype=dtype, trainable=False, packed=0)
+
+    if bits == 8:
+        return Param(shape=shape, dtype="int8", trainable=False), scales(shape[0])
+    blocks = -(-numel // 64)
+    values = Param(shape=(-(-numel // 2), 1), dtype="uint8", trainable=False, packed=2)
+    if not double_quantization:
+        return values, scales(blocks), scales(16)
+    return values, scales(blocks, "uint8"), scales(16), scales(-(-blocks // 256)), scales(256), scales(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,25 +187,40 @@ class Unit:
 
     @cached_property
     def numel(self) -> int:
-        """Number of elements of all parameters."""
-        return sum(param.numel for param in self.params)
+        """Number of weights of all parameters."""
+        return sum(param.weights for param in self.params)
 
     @cached_property
     def trainable_numel(self) -> int:
         """Number of elements that get gradients."""
         return sum(param.numel for param in self.params if param.trainable)
 
-    def gathered_numel(self, shard_size: int, *, only_trainable: bool = False) -> int:
-        """Returns the elements of a gathered message: as many shards as ranks, all as large as the largest."""
-        known, key = self._gathered_numels, (shard_size, only_trainable)
+    def gathered_bytes(self, shard_size: int, dtype: str) -> int:
+        """Returns the bytes of a gathered message: as many shards as ranks, all as large as the largest.
+
+        Weights travel in ``dtype``, parts of quantized ones as they are stored.
+        """
+        known, key = self._messages, (shard_size, dtype)
         if key not in known:
-            params = (param for param in self.params if param.trainable or not only_trainable)
-            known[key] = shard_size * sum(param.shard_numel(shard_size) for param in params)
+            sizes = (param.shard_numel(shard_size) * DTYPE_BYTES[param.cast(dtype)] for param in self.params)
+            known[key] = shard_size * sum(sizes)
+        return known[key]
+
+    def reduced_numel(self, shard_size: int) -> int:
+        """Returns the elements of a message of gradients, which has shards as large as the largest, too."""
+        known, key = self._messages, (shard_size, None)
+        if key not in known:
+            known[key] = shard_size * sum(param.shard_numel(shard_size) for param in self.params if param.trainable)
         return known[key]
 
     @cached_property
-    def _gathered_numels(self) -> dict[tuple[int, bool], int]:
+    def _messages(self) -> dict[tuple[int, str | None], int]:
         return {}
+
+    def unpacked_bytes(self, dtype: str) -> int:
+        """Returns what is read and written where its quantized weights are made ones of a dtype."""
+        width, quantized = DTYPE_BYTES[dtype], (param for param in self.params if param.is_quantized)
+        return sum(param.numel * DTYPE_BYTES[param.dtype] + param.weights * width for param in quantized)
 
     def __hash__(self) -> int:
         """A few numbers tell units apart; a search asks for it thousands of times."""

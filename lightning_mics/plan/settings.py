@@ -34,16 +34,22 @@ class Variant:
         lora_targets: Which layers get adapters, by the last part of their name or a pattern; by default all linear
             ones but the head.
         frozen: Patterns of parameters' names that are not trained.
+        base_bits: Bits of the weights of linear layers that are not trained, 4 (NF4) or 8, as bitsandbytes keeps them;
+            the head has its own. ``None`` for the model's own dtype.
+        double_quantization: Whether the scales of a base of 4 bits are quantized, too.
         attention: Name of the attention in transformers, for example ``"eager"``; ``None`` for its default.
 
     Raises:
-        MiCSConfigError: If a number is none that works, or targets are named without a rank.
+        MiCSConfigError: If a number is none that works, targets are named without a rank, or a base of few bits would
+            be trained.
     """
 
     loss_chunks: int | None = None
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    base_bits: int | None = None
+    double_quantization: bool = False
     attention: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,12 +58,29 @@ class Variant:
                 check_positive_int(name, getattr(self, name), example)
         if self.lora_targets and self.lora_rank is None:
             raise MiCSConfigError("lora_targets names layers for adapters of no rank. Add lora_rank=16.")
+        self._check_base()
+
+    def _check_base(self) -> None:
+        if self.base_bits not in (None, 4, 8):
+            raise MiCSConfigError(f"base_bits={self.base_bits!r} is not one of None, 4, 8.")
+        if self.base_bits is not None and self.lora_rank is None and not self.frozen:
+            raise MiCSConfigError(
+                f"base_bits={self.base_bits} is for weights that are not trained, and all are. Add lora_rank=16 for "
+                "adapters beside them, or leave base_bits out."
+            )
+        if self.double_quantization and self.base_bits != 4:
+            raise MiCSConfigError(
+                f"double_quantization is for the scales of a base of 4 bits, and base_bits={self.base_bits}. Set "
+                "base_bits=4, or leave it out."
+            )
 
     @property
     def words(self) -> list[str]:
         """What to say of it."""
         words = [f"LoRA of rank {self.lora_rank}"] * (self.lora_rank is not None)
         words += [f"frozen {', '.join(self.frozen)}"] * bool(self.frozen)
+        scales = " (scales quantized, too)" * self.double_quantization
+        words += [f"a base of {self.base_bits} bits{scales}"] * (self.base_bits is not None)
         words += [f"loss in {self.loss_chunks} chunks"] * (self.loss_chunks is not None)
         return words + [f"{self.attention} attention"] * (self.attention is not None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,7 @@ def estimate(structure: Structure, name: str | None, sequence_length: int | None
             # Embeddings, which may be units, have fewer matrices than a block.
             if sum(len(param.shape) > 1 for param in structure.params[unit]) >= 4:
                 figures[unit] = _block(shape, structure.params[unit], sequence_length, width)
+                figures[unit] = _unpacking(figures[unit], structure.params[unit], width)
         figures[None] = _root(shape, sequence_length, width)
     else:
         source = "shapes only"
@@ -90,7 +91,7 @@ def _figures(flops: float, num_params: int = 0, **bytes_per_sample: float) -> Un
 
 
 def _matmul_flops(params: Iterable[Param], tokens: int) -> float:
-    return 2.0 * sum(param.numel for param in params if len(param.shape) > 1) * tokens
+    return 2.0 * sum(param.weights for param in params if len(param.shape) > 1) * tokens
 
 
 def _block(shape: _Shape, params: Sequence[Param], tokens: int, width: int) -> Unit:
@@ -108,6 +109,13 @@ def _block(shape: _Shape, params: Sequence[Param], tokens: int, width: int) -> U
         checkpoint_extra=saved - hidden + wide,
         backward_extra=hidden + 2 * wide,
     )
+
+
+def _unpacking(block: Unit, params: Iterable[Param], width: int) -> Unit:
+    """Adds the largest of the quantized weights, which are unpacked one at a time."""
+    largest = Amount(fixed=width * max((param.weights for param in params if param.is_quantized), default=0))
+    names = ("forward_extra", "checkpoint_extra", "backward_extra")
+    return replace(block, **{name: getattr(block, name) + largest for name in names})
 
 
 def _root(shape: _Shape, tokens: int, width: int) -> Unit:

@@ -34,6 +34,11 @@ def share_of_experts(model: nn.Module) -> tuple[int, float]:
     return (experts, used / experts) if experts and isinstance(used, int) else (0, 1.0)
 
 
+def kept_in_float32(model: nn.Module) -> tuple[str, ...]:
+    """Returns names of modules that a model has in float32 whatever else; nobody quantizes them."""
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
 def without_idle_mask(model: nn.Module, sample: Sample) -> Sample:
     """Leaves out a mask that masks nothing: models look into it and pass none on, which fake tensors cannot tell."""
     mask = sample.get("attention_mask") if isinstance(sample, Mapping) and hasattr(model, "config") else None

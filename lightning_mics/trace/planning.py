@@ -52,6 +52,8 @@ def plan(
     lora_rank: int | None = None,
     lora_targets: Sequence[str] = (),
     frozen: Sequence[str] = (),
+    base_bits: int | None = None,
+    double_quantization: bool = False,
     attention: str | None = None,
     compile_gain: float = 1.0,
     holds_outputs: bool = True,
@@ -91,6 +93,8 @@ def plan(
         lora_rank: Rank of adapters (LoRA), beside which everything else is frozen.
         lora_targets: Names or patterns of the layers that get adapters; by default all linear ones but the head.
         frozen: Names or patterns of parameters that are not trained.
+        base_bits: Bits of weights of linear layers that are not trained (QLoRA): 4 or 8, as bitsandbytes keeps them.
+        double_quantization: Whether the scales of a base of 4 bits are quantized, too.
         attention: Name of the attention in transformers, for example ``"eager"``; by default its own choice.
         compile_gain: How many times as fast blocks compute because they are compiled.
         holds_outputs: Whether the training loop holds the model's outputs, as ``outputs = model(...)`` does.
@@ -120,6 +124,8 @@ def plan(
         lora_rank=lora_rank,
         lora_targets=tuple(lora_targets),
         frozen=tuple(frozen),
+        base_bits=base_bits,
+        double_quantization=double_quantization,
         attention=attention,
     )
     if not compile_gain > 0:

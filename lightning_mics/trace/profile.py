@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_mics.config import MiCSConfig, Wrap
 from lightning_mics.core.checks import check_model
+from lightning_mics.core.quantized import is_quantized
 from lightning_mics.core.recompute import recomputes
 from lightning_mics.core.units import Unit as Modules
 from lightning_mics.errors import MiCSConfigError
@@ -53,9 +54,14 @@ def profile_model(
         The profile, with amounts in bytes.
 
     Raises:
-        MiCSConfigError: If the model cannot be sharded, or not run on fake tensors.
+        MiCSConfigError: If the model cannot be sharded, or not run on fake tensors, or is quantized already.
     """
     check_model(model)
+    if few := sum(map(is_quantized, model.parameters())):
+        raise MiCSConfigError(
+            f"{type(model).__name__} has {few} weights of 4 or 8 bits, which cannot be traced. Plan it as it is before "
+            "it is quantized, by the name of what makes it: model='module:factory' with base_bits=4 or base_bits=8."
+        )
     structure = Structure(model, MiCSConfig(wrap=wrap, param_dtype=param_dtype))
     if sample is None:
         return estimate(structure, name, sequence_length)

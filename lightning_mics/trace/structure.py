@@ -96,7 +96,7 @@ class Structure:
             return None
         params = [param for unit in self.params.values() for param in unit]
         routed = sum(p.numel for p in params if len(p.shape) == 3 and p.shape[0] == experts)
-        return round(sum(p.numel for p in params) - (1 - share) * routed)
+        return round(sum(p.weights for p in params) - (1 - share) * routed)
 
     def _find_around(self) -> dict[Modules, Modules]:
         units = {unit[0]: unit for unit in self.units if recomputes(unit)}
@@ -121,7 +121,12 @@ class Structure:
             own = dict.fromkeys(param for module in modules for param in module.parameters() if param not in taken)
             taken.update(own)
             result[unit] = tuple(
-                Param(shape=tuple(param.shape), dtype=dtype_name(param.dtype), trainable=param.requires_grad)
+                Param(
+                    shape=tuple(param.shape),
+                    dtype=dtype_name(param.dtype),
+                    trainable=param.requires_grad,
+                    packed=getattr(param, "packed", 1),
+                )
                 for param in own
             )
         return result
@@ -162,7 +167,7 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 def _commonest_dtype(model: nn.Module) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
     for param in model.parameters():
-        sizes[param.dtype] += param.numel()
+        sizes[param.dtype] += param.numel() * param.is_floating_point()
     return sizes.most_common(1)[0][0]
 
 

@@ -54,13 +54,16 @@ def without_a_group(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("variant", [Variant(), Variant(lora_rank=4), Variant(frozen=("transformer.h.3", "mlp"))])
+@pytest.mark.parametrize(
+    "variant", [Variant(), Variant(lora_rank=4, base_bits=4), Variant(frozen=("transformer.h.3", "mlp"))]
+)
 def test_a_block_is_measured(pool: WorkerPool, variant: Variant) -> None:
     found: Calibration
     options = {"seconds": 0.0, "variant": variant}
     (found,) = pool.run(without_a_group, calibrate, f"{__name__}:short", TRAINING, **options, world_size=1)
     whole = profile_model(*narrow(2)).blocks[1]
     assert (found.unit.trainable_numel < whole.trainable_numel) == (variant != Variant())
+    assert not any(param.is_quantized for param in found.unit.params)
     assert found.kept == found.predicted == found.unit.saved.at(1)
     assert 1e-6 < found.host.launch < 1e-3 and found.host.unit > 0
     assert found.host_seconds > found.host.launch * found.unit.forward_launches

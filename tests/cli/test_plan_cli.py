@@ -164,6 +164,33 @@ def test_what_differs_from_a_model_is_said_written_and_asked_for_again(capsys):
 
 
 @pytest.mark.usefixtures("no_trace")
+def test_a_base_of_few_bits_is_said_written_and_asked_for_again(capsys):
+    words = ["--lora-rank", 16, "--base-bits", 4, "--double-quantization"]
+    code, out, err = run(capsys, *words, "--report", "--json", "plan.json")
+    assert code == 0, err
+    assert "AdamW, LoRA of rank 16, a base of 4 bits (scales quantized, too)" in " ".join(out.split())
+    page = Path("plan.html").read_text()
+    assert "NF4, and for each 64 weights a scale of 8 bits, of which 256 share one of 32; gathered as stored" in page
+    assert "--lora-rank 16 --base-bits 4 --double-quantization --instance" in page
+    variant = json.loads(Path("plan.json").read_text())["training"]["variant"]
+    assert (variant["base_bits"], variant["double_quantization"]) == (4, True)
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--base-bits", 4], "weights that are not trained, and all are. Add lora_rank=16"),
+        (["--base-bits", 3, "--freeze", "h"], "base_bits=3 is not one of None, 4, 8"),
+        (["--double-quantization", "--lora-rank", 4], "base_bits=None. Set base_bits=4, or leave it out"),
+    ],
+)
+def test_a_base_of_few_bits_that_cannot_be_is_refused(words, says, capsys):
+    code, _, err = run(capsys, *words)
+    assert code == 2 and says in " ".join(err.split())
+
+
+@pytest.mark.usefixtures("no_trace")
 @pytest.mark.parametrize("how", ["some", "0", "-2"])
 def test_recomputation_is_refused_by_name(how, capsys):
     code, _, err = run(capsys, f"--activation-checkpointing={how}")
@@ -410,6 +437,10 @@ def test_what_is_calibrated_is_shown_beside_the_assumption_saved_and_used(capsys
     assert accelerator.optimizer_efficiency == 0.5 and load_cluster("calibrated.yaml").node.host == found.host
     code, later, err = run(capsys, *words, hardware=["--cluster", "calibrated.yaml"])
     assert code == 0 and later.strip() in out
+    words = (*words, "--lora-rank", 4, "--base-bits", 8, "--save-cluster", "again.yaml")
+    code, out, err = run(capsys, "--calibrate", *words, hardware=["--cluster", "cpus.yaml"])
+    assert code == 0 and "A block (block.1), LoRA of rank 4 on CPU, 2 samples" in out, err
+    assert "What unpacking its 8 bits takes is planned by" in out
 
 
 def test_calibrating_needs_the_device_that_is_planned_for(capsys, monkeypatch):

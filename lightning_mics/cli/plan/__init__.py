@@ -65,6 +65,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     about = "names or patterns of layers that get adapters (default: all linear ones but the head)"
     add("--lora-targets", nargs="+", default=[], metavar="NAME", help=about)
     add("--freeze", nargs="+", default=[], metavar="NAME", help="names or patterns of parameters that are not trained")
+    about = "4 or 8: bits of frozen linear layers (QLoRA), as bitsandbytes keeps them (default: those of the model)"
+    add("--base-bits", type=int, metavar="BITS", help=about)
+    add("--double-quantization", action="store_true", help="with --base-bits 4: scales are quantized, too")
     add("--attention", metavar="NAME", help="attention of transformers, for example eager (default: its own choice)")
     about = "how many times as fast blocks compute because they are compiled (default: %(default)s, not compiled)"
     add("--compile-gain", type=float, default=1.0, metavar="X", help=about)

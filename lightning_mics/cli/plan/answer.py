@@ -83,6 +83,8 @@ def _search(options: argparse.Namespace, cluster: Cluster) -> Planning:
         lora_rank=options.lora_rank,
         lora_targets=options.lora_targets,
         frozen=options.freeze,
+        base_bits=options.base_bits,
+        double_quantization=options.double_quantization,
         attention=options.attention,
         compile_gain=options.compile_gain,
         holds_outputs=options.hold_outputs is not False,

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -33,6 +34,8 @@ def calibrated(options: argparse.Namespace, cluster: Cluster) -> Cluster:
         lora_rank=options.lora_rank,
         lora_targets=tuple(options.lora_targets),
         frozen=tuple(options.freeze),
+        base_bits=options.base_bits,
+        double_quantization=options.double_quantization,
         attention=options.attention,
     )
     with _bar(options.model) as progress:
@@ -86,7 +89,8 @@ def _show(found: Calibration, variant: Variant, cluster: Cluster, dtype: str, pa
     accelerator, host, unit = cluster.node.accelerator, cluster.node.host, found.unit
     assumed = accelerator.peak_in(dtype) * accelerator.compute_efficiency
     moved = accelerator.memory_bandwidth * accelerator.optimizer_efficiency
-    words = ", ".join([f"A block ({unit.name})", *variant.words])
+    as_it_is = replace(variant, base_bits=None, double_quantization=False)
+    words = ", ".join([f"A block ({unit.name})", *as_it_is.words])
     page.lines(f"{words} on {found.device}, {found.micro_batch} samples a pass", style="bold")
     rows = [
         ["both passes, a second", _flops(assumed), _flops(found.rate)],
@@ -99,6 +103,11 @@ def _show(found: Calibration, variant: Variant, cluster: Cluster, dtype: str, pa
         ["moved by an optimizer step, a second", format_rate(moved), format_rate(found.optimizer_rate)],
     ]
     page.table(["", "assumed", "measured"], rows)
+    if variant.base_bits is not None:
+        page.say(
+            f"The base has its own dtype here. What unpacking its {variant.base_bits} bits takes is planned by the "
+            "memory's nominal bandwidth."
+        )
     if accelerator.device_type == "cpu":
         page.say("On CPUs the host computes itself: its figures are not used.")
 

@@ -20,6 +20,7 @@ from lightning_mics.plan.host import explain_host
 from lightning_mics.plan.scaling import default_nodes, weak_scaling
 from lightning_mics.plan.search import ERROR, Planning, explain_misfit
 from lightning_mics.plan.sensitivity import RATES, contenders_of, sensitivity
+from lightning_mics.plan.settings import Variant
 from lightning_mics.plan.simulate import COMPUTE, STREAMS
 from lightning_mics.text import format_bytes, format_number
 
@@ -173,6 +174,8 @@ def _assumptions(planning: Planning) -> Iterator[list[str]]:
         yield [node.name, f"{node.num_accelerators} accelerators", node.source]
     known = {"trace": "traced with PyTorch on tensors without memory", "formula": "a formula for transformers"}
     yield ["the model", f"activations and operations: {known.get(profile.source, profile.source)}", "lightning-mics"]
+    if planning.training.variant.base_bits is not None:
+        yield list(_base(planning.training.variant))
     if planning.plans:
         reserve = format_bytes(planning.best.memory.reserve)
         yield ["reserve", f"{reserve} for the device's context and what its allocator loses to fragments", "assumption"]
@@ -182,6 +185,19 @@ def _assumptions(planning: Planning) -> Iterator[list[str]]:
         f"others' congestion. Steps that differ by less than {ERROR:.0%} count as equal",
         "comparison with measured steps: docs/results/planner-step-time.md",
     ]
+
+
+def _base(variant: Variant) -> tuple[str, str, str]:
+    kept = "8 bits, and a scale of 32 for each row"
+    if variant.base_bits == 4:
+        scale = "8 bits, of which 256 share one of 32" if variant.double_quantization else "32 bits"
+        kept = f"NF4, and for each 64 weights a scale of {scale}"
+    return (
+        f"base of {variant.base_bits} bits",
+        f"frozen linear layers but the head: {kept}; gathered as stored, unpacked for each product in both passes. "
+        "torchao needs more: its 8 bits leave unpacked copies",
+        "bitsandbytes; Dettmers et al., LLM.int8() (2022), QLoRA (2023)",
+    )
 
 
 def _describe(link: Link) -> str:
