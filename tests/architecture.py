@@ -70,7 +70,7 @@ OTHERS = {
     "transformers": {
         "_has_unfinished_sequences",
         *("_attn_implementation", "_init_weights", "_is_fsdp_managed_module", "_model_mapping", "_no_split_modules"),
-        *("_hf_peft_config_loaded", "_keys_to_ignore_on_save", "_load_pretrained_model"),
+        *("_hf_peft_config_loaded", "_keep_in_fp32_modules", "_keys_to_ignore_on_save", "_load_pretrained_model"),
     },
 }
 # Private attributes of every module of PyTorch, which count wherever they are spelled out.
