@@ -97,7 +97,7 @@ def keep_masters(model: nn.Module, groups: Iterable[UnitParamGroup], slices: Sli
             made += param.sharded.dtype == dtype
             master = slices.like(param.sharded, slices.local(param.sharded).detach().to(torch.float32, copy=True))
             param.narrow(dtype, master.dtype)
-            slices.with_masters.append(param)
+            slices.with_masters.add(param)
             _MASTERS[param.sharded] = _Master(master)
     if made:
         inform(f"master_weights='owners' made float32 masters of {made} parameters that have 16 bits: as they are.")

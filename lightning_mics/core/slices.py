@@ -9,6 +9,7 @@ rows come from those who stepped on them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Slices:
         self.group = mesh.get_group("slice")
         self._place = self.group.rank()
         self.stale: set[int] = set()
-        self.with_masters: list[UnitParam] = []
+        self.with_masters: weakref.WeakSet[UnitParam] = weakref.WeakSet()  # shards lead here, and must not last by it
 
     def watch(self, params: Iterable[UnitParam]) -> None:
         """Makes shards known to :func:`slices_of`: all, and later what replaced one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_mics import (
     save_checkpoint,
 )
 from lightning_mics.core.masters import master_of
+from lightning_mics.core.runtime import MiCSRuntime
 from lightning_mics.testing import WorkerPool, full_state_dict
 
 OWNERS = MiCSConfig(
@@ -366,3 +368,24 @@ def shard_wrongly(settings: dict[str, Any]) -> str:
 )
 def test_settings_that_leave_nothing_to_do_are_refused(pool: WorkerPool, settings: dict[str, Any], said: str) -> None:
     assert all(said in error for error in pool.run(shard_wrongly, settings, world_size=2))
+
+
+def models_left(config: MiCSConfig) -> int:
+    """Returns how many sharded models are left when one has been trained and dropped."""
+
+    def run() -> None:
+        model, optimizer = made(config)
+        train(model, optimizer, range(2))
+
+    def alive() -> set[int]:
+        gc.collect()
+        return {id(found) for found in gc.get_objects() if type(found) is MiCSRuntime}
+
+    before = alive()
+    run()
+    return len(alive() - before)
+
+
+@pytest.mark.parametrize("config", [PARTITION, OWNERS])
+def test_a_model_that_nobody_holds_is_gone_with_its_groups(pool: WorkerPool, config: MiCSConfig) -> None:
+    assert pool.run(models_left, config, world_size=4) == [0] * 4
