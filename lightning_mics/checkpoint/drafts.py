@@ -21,7 +21,7 @@ from lightning_mics.checkpoint.own import check_replaceable, foreign
 from lightning_mics.checkpoint.storage import Place, Remote, check_shared, each, staging
 from lightning_mics.errors import CheckpointError
 
-_OF_CONTENT = "Leave out what cannot be written, or convert it."
+_UNWRITABLE = "Leave out what cannot be written, or convert it."
 
 
 class Draft:
@@ -100,7 +100,7 @@ class Draft:
             reason = str(error).rstrip(".")
             for place in (self.local, self.aside):
                 reason = reason.replace(str(place), str(self.path))
-            failed = _failed(self.path, reason, _OF_CONTENT if error.is_content else self._advice)
+            failed = _failed(self.path, reason, _UNWRITABLE if error.is_content else self._advice)
             failed.rank = error.rank
             raise failed from error
         except BaseException:
